@@ -14,6 +14,7 @@ from a `Stream`, `NAME` applies them, and takes any others as well, the original
 import difflib
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,10 +22,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from corruptions import noise
+from corruptions import digital, geometric, noise
+from corruptions.calibration import calibrate
 from corruptions.rng import Stream
 
-__all__ = ["CORRUPTIONS", "MIN_SIDE", "PROFILES", "SEVERITIES", "Corruption", "Stream", "corrupt"]
+__all__ = [
+    "CORRUPTIONS",
+    "MIN_SIDE",
+    "PROFILES",
+    "SEVERITIES",
+    "Corruption",
+    "Stream",
+    "calibrate",
+    "corrupt",
+]
 
 PROFILES = (224, 64, 32)  # sides in pixels: ImageNet-C, Tiny-ImageNet-C, CIFAR-10-C
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -48,35 +59,28 @@ class Corruption(NamedTuple):
     description: str
 
 
-def _registry(*entries: Corruption) -> Mapping[str, Corruption]:
-    return MappingProxyType({entry.function.__name__: entry for entry in entries})
+def _registry(*rows: tuple[str, Callable[..., Tensor], str, str]) -> Mapping[str, Corruption]:
+    """Complete the rows (family, function, column, description), names and draws by convention."""
+    entries = {}
+    for family, function, column, description in rows:
+        name = function.__name__
+        draw = getattr(sys.modules[function.__module__], f"draw_{name}", None)
+        entries[name] = Corruption(function, draw, family, SEVERITIES, column, description)
+    return MappingProxyType(entries)
 
 
 CORRUPTIONS = _registry(
-    Corruption(
-        noise.gaussian_noise,
-        noise.draw_gaussian_noise,
-        "noise",
-        SEVERITIES,
-        "Gauss",
-        "normal noise on every value, as of a sensor in low light",
-    ),
-    Corruption(
-        noise.shot_noise,
-        noise.draw_shot_noise,
-        "noise",
-        SEVERITIES,
-        "Shot",
-        "Poisson noise of the photon counts",
-    ),
-    Corruption(
-        noise.impulse_noise,
-        noise.draw_impulse_noise,
-        "noise",
-        SEVERITIES,
-        "Impul",
-        "single values turned black or white",
-    ),
+    ("noise", noise.gaussian_noise, "Gauss", "normal noise, as of a sensor in low light"),
+    ("noise", noise.shot_noise, "Shot", "Poisson noise of photon counts"),
+    ("noise", noise.impulse_noise, "Impul", "single values black or white"),
+    ("digital", digital.contrast, "Contr", "every channel pulled towards its mean"),
+    ("digital", digital.elastic_transform, "Elast", "an affine map and smooth displacements"),
+    ("digital", digital.pixelate, "Pixel", "shrunk, then enlarged by repetition"),
+    ("digital", digital.jpeg_compression, "JPEG", "strong JPEG compression"),
+    ("paper", geometric.occlusion, "Occlu", "a grey square at a random place"),
+    ("paper", geometric.color_distortion, "Color", "a constant added to one channel"),
+    ("paper", geometric.translation, "Trans", "moved along both axes"),
+    ("paper", geometric.rotation, "Rotat", "turned about the centre"),
 )
 
 

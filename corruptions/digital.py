@@ -1,0 +1,225 @@
+"""ImageNet-C's four digital corruptions: contrast, elastic_transform, pixelate, jpeg_compression.
+
+Tables: rows of severities 1 to 5 for sides 224 (ImageNet-C), 64 (Tiny-ImageNet-C) and 32
+(CIFAR-10-C), from the original scripts (Hendrycks and Dietterich, ICLR 2019).
+
+The applying functions take uint8 (B, 3, H, W) images and give the raw float32 result in [0, 255],
+before truncation to uint8. `corruptions.corrupt` validates, draws, applies and truncates.
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.io import decode_jpeg, encode_jpeg
+
+from corruptions.jpeg import round_trip
+from corruptions.rng import Stream
+
+# Share of the contrast that is left.
+CONTRAST = {
+    224: (0.4, 0.3, 0.2, 0.1, 0.05),
+    64: (0.4, 0.3, 0.2, 0.1, 0.05),
+    32: (0.75, 0.5, 0.4, 0.3, 0.15),
+}
+
+
+def contrast(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
+    """Pull every channel towards its own mean over the image; exact."""
+    left = CONTRAST[profile][severity - 1]
+    pixels = images.shape[2] * images.shape[3]
+    mean = images.sum((2, 3), keepdim=True).float().div_(pixels)  # the sum is exact, in integers
+    return torch.add(mean * (1 - left), images, alpha=left).clamp_(0, 255)
+
+
+# alpha (px of displacement before smoothing), sigma of the smoothing (px), affine jitter (px).
+# At 224 the original multiplies its factors by 244, a slip that the published images have.
+ELASTIC_TRANSFORM = {
+    224: (
+        (244 * 2, 244 * 0.7, 244 * 0.1),
+        (244 * 2, 244 * 0.08, 244 * 0.2),
+        (244 * 0.05, 244 * 0.01, 244 * 0.02),
+        (244 * 0.07, 244 * 0.01, 244 * 0.02),
+        (244 * 0.12, 244 * 0.01, 244 * 0.02),
+    ),
+    64: (
+        (0.0, 0.0, 64 * 0.08),
+        (64 * 0.05, 64 * 0.3, 64 * 0.06),
+        (64 * 0.1, 64 * 0.08, 64 * 0.06),
+        (64 * 0.1, 64 * 0.03, 64 * 0.03),
+        (64 * 0.16, 64 * 0.03, 64 * 0.02),
+    ),
+    32: (
+        (0.0, 0.0, 32 * 0.08),
+        (32 * 0.05, 32 * 0.2, 32 * 0.07),
+        (32 * 0.08, 32 * 0.06, 32 * 0.06),
+        (32 * 0.1, 32 * 0.04, 32 * 0.05),
+        (32 * 0.1, 32 * 0.03, 32 * 0.03),
+    ),
+}
+
+
+def draw_elastic_transform(
+    stream: Stream, severity: int, size: tuple[int, int], profile: int
+) -> tuple[Tensor, ...]:
+    """Draw the affine jitter and the two fields that become displacements.
+
+    Returns float32 (B, 3, 2), the moves of three points as (x, y) in px, and (B, H, W) twice,
+    uniforms in [-1, 1) for x and y.
+    """
+    jitter = ELASTIC_TRANSFORM[profile][severity - 1][2]
+    moves, along_x, along_y = (stream.uniform(*shape) for shape in ((3, 2), size, size))
+    return (
+        moves.mul_(2 * jitter).sub_(jitter),
+        along_x.mul_(2).sub_(1),
+        along_y.mul_(2).sub_(1),
+    )
+
+
+def elastic_transform(
+    images: Tensor,
+    severity: int,
+    moves: Tensor,
+    along_x: Tensor,
+    along_y: Tensor,
+    *,
+    profile: int = 224,
+) -> Tensor:
+    """Warp by a random affine map, then by smooth random displacements, both bilinear.
+
+    The original's arithmetic, within 0.01 of a level given its fields (OpenCV 4 and older round
+    the affine map's coordinates to 1/32 px, which is up to 4 levels from this).
+    """
+    alpha, sigma, _ = ELASTIC_TRANSFORM[profile][severity - 1]
+    height, width = images.shape[2:]
+    rows = torch.arange(height, dtype=torch.float32, device=images.device)[:, None]
+    columns = torch.arange(width, dtype=torch.float32, device=images.device)
+    warped = _sample(images.float(), *_undo_affine(columns, rows, moves), align_corners=True)
+    if alpha == 0:
+        return warped.clamp_(0, 255)
+    smooth_rows = _smoothing(height, sigma).to(images.device)
+    smooth_columns = _smoothing(width, sigma).to(images.device).T
+    x, y = (
+        alpha * torch.matmul(torch.matmul(smooth_rows, field), smooth_columns)
+        for field in (along_x, along_y)
+    )
+    return _sample(warped, x.add_(columns), y.add_(rows), align_corners=False).clamp_(0, 255)
+
+
+def _undo_affine(x: Tensor, y: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
+    """Map output pixels (x, y) to where the affine map that `moves` three points took them from.
+
+    The points are the centre plus (q, q), (q, -q) and (-q, -q), q a third of the shorter side.
+    """
+    height, width = y.shape[0], x.shape[0]
+    arm = min(height, width) // 3
+    corner_x, corner_y = width // 2 - arm, height // 2 - arm
+    first, second, third = moves[:, :, :, None, None].unbind(1)
+    xx, yx = ((second - third) / (2 * arm)).unbind(1)  # how a step right moves, beyond itself
+    xy, yy = ((first - second) / (2 * arm)).unbind(1)  # how a step down moves, beyond itself
+    xx, yy = xx + 1, yy + 1
+    x, y = x - corner_x - third[:, 0], y - corner_y - third[:, 1]
+    determinant = xx * yy - xy * yx
+    return (
+        (yy * x - xy * y) / determinant + corner_x,
+        (xx * y - yx * x) / determinant + corner_y,
+    )
+
+
+def _sample(images: Tensor, x: Tensor, y: Tensor, *, align_corners: bool) -> Tensor:
+    """Read float32 (B, C, H, W) bilinearly at pixel coordinates (B, H, W), reflected at borders.
+
+    Borders are reflected about the edge pixels' centres if `align_corners` (OpenCV's reflect101),
+    else about the image's edges (SciPy's reflect).
+    """
+    height, width = images.shape[2:]
+    if align_corners:
+        grid = torch.stack([x * (2 / (width - 1)), y * (2 / (height - 1))], dim=-1).sub_(1)
+    else:
+        grid = torch.stack([(2 * x + 1) / width, (2 * y + 1) / height], dim=-1).sub_(1)
+    return F.grid_sample(images, grid, "bilinear", "reflection", align_corners)
+
+
+@cache
+def _smoothing(size: int, sigma: float) -> Tensor:
+    """Build the float32 (size, size) matrix of a Gaussian cut at 3 sigma, borders mirrored."""
+    radius = int(3 * sigma + 0.5)
+    offsets = np.arange(-radius, radius + 1)
+    taps = np.exp(-0.5 * (offsets / sigma) ** 2)
+    taps /= taps.sum()
+    rows = np.arange(size)[:, None]
+    source = (rows + offsets) % (2 * size)
+    source = np.minimum(source, 2 * size - 1 - source)
+    matrix = np.zeros((size, size))
+    np.add.at(matrix, (rows, source), taps)
+    return torch.from_numpy(matrix).float()
+
+
+# Side of the small image, as a share of the full one.
+PIXELATE = {
+    224: (0.6, 0.5, 0.4, 0.3, 0.25),
+    64: (0.9, 0.8, 0.7, 0.6, 0.5),
+    32: (0.95, 0.9, 0.85, 0.75, 0.65),
+}
+
+
+def pixelate(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
+    """Shrink with a box filter and enlarge by repetition, as Pillow does; exact to the bit."""
+    share = PIXELATE[profile][severity - 1]
+    height, width = images.shape[2:]
+    small = images.float()
+    small = _box(small, int(width * share))
+    small = _box(small.mT, int(height * share)).mT
+    for dim, size in ((2, height), (3, width)):
+        index = torch.arange(size, device=images.device)
+        index = (2 * index + 1).mul_(small.shape[dim]).div_(2 * size, rounding_mode="floor")
+        small = small.index_select(dim, index)
+    return small
+
+
+def _box(rows: Tensor, size: int) -> Tensor:
+    """Shrink the last axis of (..., W) integers to `size` as Pillow's BOX: 8 bit, 22-bit weights.
+
+    Sums of 0..255 times 0 or 1 are exact in float32 however they are added up.
+    """
+    members, weights = (part.to(rows.device) for part in _box_weights(rows.shape[-1], size))
+    sums = torch.matmul(rows, members).int()
+    return sums.mul_(weights).add_(1 << 21).bitwise_right_shift_(22).float()
+
+
+@cache
+def _box_weights(full: int, size: int) -> tuple[Tensor, Tensor]:
+    """Find which of `full` pixels each of `size` averages: 0/1 (full, size), int32 weights.
+
+    Pillow counts a pixel wholly or not at all; the comparisons are in its double precision.
+    """
+    scale = full / size
+    centre = (np.arange(size) + 0.5) * scale
+    pixel = np.arange(full)[:, None]
+    place = (pixel - centre + 0.5) / scale
+    first, end = (centre - scale / 2 + 0.5).astype(int), (centre + scale / 2 + 0.5).astype(int)
+    members = (pixel >= first) & (pixel < end) & (place > -0.5) & (place <= 0.5)
+    weights = np.floor(2**22 / members.sum(axis=0) + 0.5)
+    return torch.from_numpy(members).float(), torch.from_numpy(weights).int()
+
+
+# Quality, 1 to 100.
+JPEG_COMPRESSION = {
+    224: (25, 18, 15, 10, 7),
+    64: (65, 58, 50, 40, 25),
+    32: (80, 65, 58, 50, 40),
+}
+
+
+def jpeg_compression(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
+    """Save as JPEG (4:2:0) and read back; exact to the bit.
+
+    On a CPU by torchvision's codec, which is several times faster there; elsewhere by
+    `corruptions.jpeg`, since the codec of CUDA keeps the chroma at full resolution.
+    """
+    quality = JPEG_COMPRESSION[profile][severity - 1]
+    if images.device.type == "cpu":
+        return torch.stack(decode_jpeg(encode_jpeg(list(images), quality))).float()
+    return round_trip(images, quality).float()
