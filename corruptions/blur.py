@@ -1,0 +1,248 @@
+"""ImageNet-C's four blurs: defocus_blur, glass_blur, motion_blur, zoom_blur.
+
+Tables: rows of severities 1 to 5 for sides 224 (ImageNet-C), 64 (Tiny-ImageNet-C) and 32
+(CIFAR-10-C), from the original scripts (Hendrycks and Dietterich, ICLR 2019).
+
+The applying functions take uint8 (B, 3, H, W) images and give the raw float32 result in [0, 255],
+before truncation to uint8. `corruptions.corrupt` validates, draws, applies and truncates.
+"""
+
+import math
+from functools import cache, lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.fft import next_fast_len
+from torch import Tensor
+
+from corruptions.rng import Stream
+
+# Radius of the disk in pixels and standard deviation of the Gaussian that softens its edge.
+DEFOCUS_BLUR = {
+    224: ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
+    64: ((0.5, 0.6), (1, 0.1), (1.5, 0.1), (2.5, 0.01), (3, 0.1)),
+    32: ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+}
+
+
+def defocus_blur(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
+    """Correlate with a soft disk, borders mirrored about the edge pixels; exact up to rounding."""
+    kernel = torch.from_numpy(_disk(*DEFOCUS_BLUR[profile][severity - 1])).to(images.device)
+    return _correlate(images.float(), kernel, "reflect").clamp_(0, 255)
+
+
+@cache
+def _disk(radius: float, sigma: float) -> np.ndarray:
+    """Build the float32 disk kernel; above radius 6 at 224 px it sums to more than 1.
+
+    The original softens the edge within the array, mirrored about its border: the disks of radius
+    8 and 10 touch that border, and what is mirrored counts twice. Published images have that gain.
+    """
+    reach = 8 if radius <= 8 else int(radius)
+    axis = np.arange(-reach, reach + 1)
+    disk = (axis[:, None] ** 2 + axis**2 <= radius**2).astype(np.float64)
+    disk /= disk.sum()
+    half = 1 if radius <= 8 else 2
+    taps = np.exp(-(np.arange(-half, half + 1) ** 2) / (2 * sigma**2))
+    taps /= taps.sum()
+    for _ in range(2):  # along rows, then, transposed, along columns
+        padded = np.pad(disk, ((half, half), (0, 0)), mode="reflect")
+        disk = sum(tap * padded[i : i + len(disk)] for i, tap in enumerate(taps)).T
+    return disk.astype(np.float32)
+
+
+def _correlate(planes: Tensor, kernels: Tensor, border: str) -> Tensor:
+    """Correlate (B, C, H, W) planes with odd square kernels (K, K) or (B, 1, K, K) by FFT.
+
+    The spectra are multiplied in operations that round one by one: a fused complex product rounds
+    by its place in memory, and the result would depend on the batch and the number of threads.
+    """
+    height, width = planes.shape[-2:]
+    reach = kernels.shape[-1] // 2
+    padded = F.pad(planes, (reach, reach, reach, reach), mode=border)
+    size = [next_fast_len(side, real=True) for side in padded.shape[-2:]]
+    image, kernel = torch.fft.rfft2(padded, s=size), torch.fft.rfft2(kernels, s=size)
+    real = image.real * kernel.real + image.imag * kernel.imag  # times the conjugate: correlation
+    imaginary = image.imag * kernel.real - image.real * kernel.imag
+    full: Tensor = torch.fft.irfft2(torch.complex(real, imaginary), s=size)
+    return full[..., :height, :width]
+
+
+# Standard deviation in pixels of the Gaussians, farthest jump in pixels, passes.
+GLASS_BLUR = {
+    224: ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+    64: ((0.1, 1, 1), (0.5, 1, 1), (0.6, 1, 2), (0.7, 2, 1), (0.9, 2, 2)),
+    32: ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
+}
+
+
+def draw_glass_blur(
+    stream: Stream, severity: int, size: tuple[int, int], profile: int
+) -> tuple[Tensor, ...]:
+    """Draw where each pixel is copied from: int32 (B, passes, 2, H - 2 d, W - 2 d), in [-d, d).
+
+    Element [b, p, :, i, j] is the (row, column) offset of pixel (d + 1 + i, d + 1 + j).
+    """
+    _, jump, passes = GLASS_BLUR[profile][severity - 1]
+    height, width = size
+    return (stream.integers(-jump, jump, passes, 2, height - 2 * jump, width - 2 * jump),)
+
+
+def glass_blur(images: Tensor, severity: int, offsets: Tensor, *, profile: int = 224) -> Tensor:
+    """Blur, truncate, copy every pixel from a near one, blur; exact given `offsets`.
+
+    A pass visits the pixels from the last to the first and copies in place, so that what a pixel
+    copies may have been overwritten before. (The original means to swap, but its swap of NumPy
+    views only copies.) The first blur is in float64 where there is one, in SciPy's order of
+    additions: its truncation decides by the last bit in even areas.
+    """
+    sigma, jump, _ = GLASS_BLUR[profile][severity - 1]
+    wide = images.to(_wide(images.device)).div_(255)
+    soft = _gaussian(wide, sigma).mul_(255).to(torch.uint8).flatten(2)
+    source = _glass_sources(offsets, jump, images.shape[2], images.shape[3])
+    shuffled = soft.gather(2, source[:, None].expand_as(soft)).view_as(images)
+    return _gaussian(shuffled.float(), sigma).clamp_(0, 255)
+
+
+def _glass_sources(offsets: Tensor, jump: int, height: int, width: int) -> Tensor:
+    """Follow every pixel through all passes to the one its value comes from: int64 (B, H * W).
+
+    A pixel that copies from a later one, which was visited before it, gets what that one got, and
+    so on along a chain; from an earlier one it gets the old value. The ends of all chains are
+    found at once by pointer jumping: doubling the links until none moves.
+    """
+    pixels = torch.arange(height * width, device=offsets.device)
+    visited = (slice(jump + 1, height - jump + 1), slice(jump + 1, width - jump + 1))
+    total = pixels.expand(len(offsets), -1)
+    for rows, columns in (pair.unbind(1) for pair in offsets.unbind(1)):
+        copied = pixels.repeat(len(offsets), 1)
+        copied.view(-1, height, width)[:, *visited] += rows * width + columns
+        link = torch.maximum(copied, pixels)
+        while not torch.equal(link, further := link.gather(1, link)):
+            link = further
+        total = total.gather(1, copied.gather(1, link))
+    return total
+
+
+def _gaussian(planes: Tensor, sigma: float) -> Tensor:
+    """Blur (..., H, W) planes: radius 4 sigma, edge pixels repeated, rows first as SciPy does."""
+    radius = int(4 * sigma + 0.5)
+    taps = np.exp(-0.5 / sigma**2 * np.arange(-radius, radius + 1) ** 2)
+    taps = (taps / taps.sum())[radius:]
+    for axis in (2, 3):
+        side = planes.shape[axis]
+        pad = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
+        padded = F.pad(planes, pad, mode="replicate")
+        planes = planes * taps[0]
+        for reach in range(radius, 0, -1):
+            pair = padded.narrow(axis, radius - reach, side) + padded.narrow(
+                axis, radius + reach, side
+            )
+            planes += pair.mul_(taps[reach])
+    return planes
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """Return the widest floating type of the device: float64, but for Apple's GPUs float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+# Radius in pixels and standard deviation of the half Gaussian along the path.
+MOTION_BLUR = {
+    224: ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
+    64: ((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
+    32: ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
+}
+
+
+def draw_motion_blur(
+    stream: Stream, severity: int, size: tuple[int, int], profile: int
+) -> tuple[Tensor, ...]:
+    """Draw the direction: degrees in [-45, 45), float32 (B,), positive to the right and down."""
+    return (stream.uniform().mul_(90).sub_(45),)
+
+
+def motion_blur(images: Tensor, severity: int, angle: Tensor, *, profile: int = 224) -> Tensor:
+    """Blur along `angle` (B,) degrees, as ImageMagick does to 8 bits; exact up to rounding."""
+    radius, sigma = MOTION_BLUR[profile][severity - 1]
+    return magick_motion_blur(images.float(), radius, sigma, angle)
+
+
+def magick_motion_blur(planes: Tensor, radius: int, sigma: float, angle: Tensor) -> Tensor:
+    """Blur float (B, C, H, W) planes of values in [0, 255] as ImageMagick 6 does; gives integers.
+
+    The path is one-sided: 2 radius + 1 taps that start at the pixel itself, edge pixels repeated.
+    ImageMagick rounds to 16 bits (257 steps per level) and its PNG export truncates to 8.
+    """
+    reach = 2 * radius
+    steps = torch.arange(reach + 1, device=planes.device, dtype=_wide(planes.device))
+    weights = torch.exp(-steps.square() / (2 * sigma**2))
+    weights /= weights.sum()
+    turn = torch.deg2rad(angle.to(steps.dtype))[:, None]
+    right = torch.ceil(steps * turn.cos() - 0.5).long()
+    down = torch.ceil(steps * turn.sin() - 0.5).long()
+    side = 2 * reach + 1
+    kernels = planes.new_zeros(len(planes), side * side)
+    taps = weights.to(planes.dtype).expand(len(planes), -1)
+    kernels.scatter_add_(1, (reach + down) * side + reach + right, taps)  # steps may coincide
+    blurred = _correlate(planes, kernels.view(-1, 1, side, side), "replicate")
+    return blurred.mul_(257).add_(0.5).floor_().div_(257).floor_().clamp_(0, 255)
+
+
+# End (excluded) and step of the zoom factors, from 1, as `numpy.arange` takes them: its rounding
+# lets 1.11 in at severity 1, and with 64 and 32 px 1.06 and 1.11.
+ZOOM_BLUR = {
+    224: ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
+    64: ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
+    32: ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
+}
+
+
+def zoom_blur(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
+    """Average the image and its enlargements by all factors; exact up to rounding.
+
+    The image counts twice, once as itself and once as the factor 1. All enlargements are one sparse
+    matrix of four pixels per factor and pixel, which `embedding_bag` multiplies with the planes.
+    """
+    end, step = ZOOM_BLUR[profile][severity - 1]
+    height, width = images.shape[2:]
+    pixels, weights = _zoom_matrix(end, step, height, width, images.device)
+    planes = images.flatten(2).flatten(0, 1).float()
+    zoomed = F.embedding_bag(pixels, planes.T.contiguous(), per_sample_weights=weights, mode="sum")
+    return zoomed.T.contiguous().add_(planes).div_(1 + pixels.shape[1] // 4).view(images.shape)
+
+
+@lru_cache(maxsize=5)  # one table's severities
+def _zoom_matrix(
+    end: float, step: float, height: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """List the pixels that each pixel of the sum takes and their weights, both (H * W, 4 n).
+
+    8 bytes per entry: 20 MB at 224 px.
+    """
+    pixels, weights = [], []
+    for factor in np.arange(1, end, step):
+        row, down = zoom_axis(height, factor)
+        column, right = zoom_axis(width, factor)
+        for i, vertical in ((0, 1 - down), (1, down)):
+            for j, horizontal in ((0, 1 - right), (1, right)):
+                pixels.append(((row[:, None] + i) * width + column + j).ravel())
+                weights.append((vertical[:, None] * horizontal).ravel())
+    return (
+        torch.from_numpy(np.stack(pixels, axis=1).astype(np.int32)).to(device),
+        torch.from_numpy(np.stack(weights, axis=1).astype(np.float32)).to(device),
+    )
+
+
+def zoom_axis(side: int, factor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return which coordinate each pixel of an enlarged axis lies behind, and by how much.
+
+    The central ceil(side / factor) pixels are stretched, corner on corner, to the original's
+    rounded length, of which the central `side` are kept. Gives int64 and float64 (side,).
+    """
+    crop = math.ceil(side / factor)
+    length = round(crop * factor)
+    position = (np.arange(side) + (length - side) // 2) * ((crop - 1) / (length - 1))
+    first = np.minimum(position.astype(np.int64), crop - 2)
+    return first + (side - crop) // 2, position - first

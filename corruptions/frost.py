@@ -1,0 +1,268 @@
+"""Frost textures: procedural ones, or the photographs of ImageNet-C from a folder.
+
+ImageNet-C overlays five photographs of frost whose authors are not stated, so they are not shipped.
+The procedural textures have their statistics (mean, spread, quantiles, spectrum, tint); a folder
+with the photographs (frost1.png to frost3.png, frost4.jpg, frost5.jpg) gives the original's pixels.
+"""
+
+import math
+import os
+from functools import lru_cache
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.interpolate import PchipInterpolator
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+from corruptions.rng import Stream
+
+FROST_DIR = "MTLAT_FROST_DIR"  # the environment variable that names the folder
+PICTURES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
+
+# What the original's scripts for smaller images shrink the pictures to.
+_SHRINK = {224: 1.0, 64: 0.3, 32: 0.2}
+
+
+class Textures(NamedTuple):
+    """Textures one behind the other, ready for crops of one size."""
+
+    pixels: Tensor  # uint8 (3, N): RGB, rows one behind the other
+    starts: Tensor  # int64 (T,), where each texture starts
+    heights: Tensor  # int64 (T,)
+    widths: Tensor  # int64 (T,)
+
+
+def frost_source(frost_dir: str | PathLike[str] | None = None) -> str:
+    """Name what frost is made of: "procedural", or the absolute path of the folder of pictures.
+
+    `frost_dir` None means the folder that the environment variable MTLAT_FROST_DIR names, if any.
+    """
+    folder = frost_dir if frost_dir is not None else os.environ.get(FROST_DIR)
+    return "procedural" if folder is None else str(Path(folder).resolve())
+
+
+def frost_textures(
+    frost_dir: str | PathLike[str] | None,
+    size: tuple[int, int],
+    profile: int,
+    device: torch.device,
+) -> Textures:
+    """Load or grow the five textures, scaled for the profile and larger than `size` (H, W).
+
+    Raises FileNotFoundError if a picture is missing, ValueError if one cannot be read.
+    """
+    return _textures(frost_source(frost_dir), size, profile, device)
+
+
+@lru_cache(maxsize=4)
+def _textures(source: str, size: tuple[int, int], profile: int, device: torch.device) -> Textures:
+    pictures = _procedural() if source == "procedural" else _pictures(Path(source))
+    scaled = []
+    for picture in pictures:
+        cover = max((side + 1) / have for side, have in zip(size, picture.shape[1:], strict=True))
+        scaled.append(_resize(picture, max(_SHRINK[profile], cover)))
+    areas = [picture[0].numel() for picture in scaled]
+    shapes = torch.tensor([picture.shape[1:] for picture in scaled], device=device)
+    return Textures(
+        torch.cat([picture.flatten(1) for picture in scaled], 1).to(device),
+        torch.tensor([0, *areas[:-1]], device=device).cumsum(0),
+        shapes[:, 0],
+        shapes[:, 1],
+    )
+
+
+@lru_cache(maxsize=1)
+def _pictures(folder: Path) -> tuple[Tensor, ...]:
+    """Read the five pictures, uint8 (3, H, W)."""
+    pictures = []
+    for name in PICTURES:
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no {name} in the frost folder {folder}: it must hold {', '.join(PICTURES)}; "
+                f"unset frost_dir and {FROST_DIR} for procedural frost"
+            )
+        try:
+            pictures.append(decode_image(str(path), ImageReadMode.RGB))
+        except RuntimeError as error:
+            raise ValueError(f"cannot read the frost picture {path}: {error}") from error
+    return tuple(pictures)
+
+
+def _resize(picture: Tensor, scale: float) -> Tensor:
+    """Resize uint8 (3, H, W) bilinearly with OpenCV's 8-bit arithmetic, bit for bit.
+
+    Pixel centres correspond, nothing is smoothed; weights have 11 bits, the vertical pass drops 4
+    bits of the horizontal one's sums and 16 of each product before it rounds.
+    """
+    values = picture.long()
+    for axis in (2, 1):
+        side = picture.shape[axis]
+        length = math.ceil(side * scale) if scale > 1 else round(side * scale)
+        position = (torch.arange(length, dtype=torch.float64) + 0.5) / scale - 0.5
+        position = position.clamp(0, side - 1).float()
+        first = position.long().clamp(max=side - 2)
+        share = position - first if axis == 2 else (position - first)[:, None]
+        values = values if axis == 2 else values >> 4
+        near = (2048 * (1 - share)).round().long() * values.index_select(axis, first)
+        far = (2048 * share).round().long() * values.index_select(axis, first + 1)
+        values = near + far if axis == 2 else ((near >> 16) + (far >> 16) + 2) >> 2
+    return values.to(torch.uint8)
+
+
+SIDE = 512  # of a procedural texture in pixels
+_RADII = (0.5, 1, 2, 4, 8, 16, 32, 64, 112, 150)  # spatial frequencies in cycles per 224 px
+_PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+
+
+class _Look(NamedTuple):
+    """What one procedural texture takes from a photograph, and the crystals it is grown from."""
+
+    power: tuple[float, ...]  # log10 of the luma's variance per frequency cell at _RADII
+    levels: tuple[tuple[int, ...], ...]  # of R, G and B at _PERCENTILES
+    lean: tuple[float, float]  # of R and B to a second field of colour, degrees
+    crystals: int
+    longest: float  # stem in pixels
+    branches: int  # on each side of a stem
+
+
+_LOOKS = {
+    1: _Look(
+        (2.5, 0.95, 0.2, -0.62, -1.46, -2.04, -2.29, -2.57, -3.32, -4.03),
+        (
+            (20, 31, 40, 57, 74, 95, 127, 150, 190),
+            (100, 116, 123, 137, 148, 160, 178, 190, 215),
+            (118, 134, 141, 155, 166, 176, 191, 202, 225),
+        ),
+        (35, -22),
+        1400,
+        60,
+        10,
+    ),
+    2: _Look(
+        (1.9, 0.82, -0.1, -0.53, -0.88, -1.23, -1.9, -2.41, -3.32, -4.3),
+        (
+            (100, 138, 162, 189, 204, 216, 230, 241, 252),
+            (102, 140, 165, 193, 209, 221, 235, 245, 254),
+            (107, 146, 172, 202, 218, 231, 244, 250, 255),
+        ),
+        (0, 0),
+        900,
+        110,
+        14,
+    ),
+    4: _Look(
+        (2.1, 0.84, -0.2, -0.46, -0.75, -1.1, -1.4, -1.88, -2.69, -3.45),
+        (
+            (40, 69, 91, 120, 138, 155, 183, 218, 245),
+            (50, 84, 105, 135, 153, 170, 199, 234, 252),
+            (58, 92, 115, 147, 165, 183, 214, 249, 255),
+        ),
+        (0, 0),
+        1400,
+        60,
+        10,
+    ),
+    5: _Look(
+        (2.55, 1.08, 0.56, 0.32, -0.22, -0.79, -1.36, -1.93, -2.31, -2.48),
+        (
+            (20, 34, 48, 79, 107, 140, 195, 233, 252),
+            (30, 45, 60, 91, 119, 151, 203, 238, 254),
+            (38, 57, 72, 104, 131, 161, 211, 243, 255),
+        ),
+        (0, 0),
+        420,
+        130,
+        26,
+    ),
+}
+
+
+@lru_cache(maxsize=1)
+def _procedural() -> tuple[Tensor, ...]:
+    """Grow the five textures, uint8 (3, SIDE, SIDE); the third looks like the second, as there."""
+    return tuple(
+        _texture(_LOOKS[look], Stream(0, "frost texture", None, torch.tensor([number])))
+        for number, look in enumerate((1, 2, 2, 4, 5))
+    )
+
+
+def _texture(look: _Look, stream: Stream) -> Tensor:
+    """Grow crystals and give them the photograph's spectrum and levels.
+
+    Twice, because each of the two moves the other.
+    """
+    field = np.log1p(2 * _crystals(look, stream))
+    field = field / field.std() + 0.1 * _numbers(stream.normal(SIDE, SIDE))
+    tint = _colour(_numbers(stream.normal(SIDE, SIDE)), look.power)
+    for _ in range(2):
+        field = _level(_colour(field, look.power), look.levels[1])
+    spread = (field - field.mean()) / field.std()
+    planes = []
+    for levels, lean in zip(look.levels, (look.lean[0], 0, look.lean[1]), strict=True):
+        turn = math.radians(lean)
+        planes.append(_level(math.cos(turn) * spread + math.sin(turn) * tint / tint.std(), levels))
+    return torch.from_numpy(np.rint(np.stack(planes)).astype(np.uint8))
+
+
+def _numbers(draws: Tensor) -> np.ndarray:
+    return draws[0].double().numpy()
+
+
+def _crystals(look: _Look, stream: Stream) -> np.ndarray:
+    """Draw bent stems with branches at about 60 degrees on both sides, on a torus (SIDE, SIDE)."""
+    row, column, heading, length, bend, weight = _numbers(stream.uniform(6, look.crystals, 1))
+    along = np.linspace(0, 1, look.branches)
+    heading = 2 * math.pi * heading + (bend - 0.5) * along
+    length = look.longest * (0.12 + 0.88 * length**2)
+    step = length / look.branches
+    stem = SIDE * (column + 1j * row) + step * np.cumsum(np.exp(1j * heading), 1)
+    turn, reach, glow = _numbers(stream.uniform(3, 2, look.crystals, look.branches))
+    tilt = heading + np.array([[[-1]], [[1]]]) * math.pi / 3 * (0.75 + 0.5 * turn)
+    span = 0.45 * length * (1 - along) * np.minimum(1, 0.3 + 3 * along) * (0.25 + 0.75 * reach)
+    dots = np.linspace(0, 1, 16)
+    branch = stem[..., None] + (span * np.exp(1j * tilt))[..., None] * dots
+    light = ((weight + 0.3) * span * (glow + 0.3))[..., None] * (1 - 0.7 * dots) / len(dots)
+    dots = np.linspace(0, 1, 8, endpoint=False)
+    spine = stem[..., None] + (step * np.exp(1j * heading))[..., None] * dots
+    shine = ((weight + 0.3) * 1.5 * step * (1 - along))[..., None] / len(dots)
+    return _stamp(
+        np.concatenate((branch.ravel(), spine.ravel())),
+        np.concatenate((light.ravel(), np.broadcast_to(shine, spine.shape).ravel())),
+    )
+
+
+def _stamp(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Add weighted points x + iy to a torus (SIDE, SIDE), each shared among its four pixels."""
+    row, column = np.floor(points.imag).astype(int), np.floor(points.real).astype(int)
+    down, right = points.imag - row, points.real - column
+    total = np.zeros(SIDE * SIDE)
+    for i, vertical in ((0, 1 - down), (1, down)):
+        for j, horizontal in ((0, 1 - right), (1, right)):
+            pixels = (row + i) % SIDE * SIDE + (column + j) % SIDE
+            total += np.bincount(pixels, weights * vertical * horizontal, SIDE * SIDE)
+    return total.reshape(SIDE, SIDE)
+
+
+def _colour(field: np.ndarray, power: tuple[float, ...]) -> np.ndarray:
+    """Scale a periodic field's spectrum, ring by ring, to `power` at _RADII; the phases stay."""
+    spectrum = np.fft.rfft2(field)
+    radius = SIDE * np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE))
+    ring = np.rint(radius).astype(int)
+    have = np.bincount(ring.ravel(), np.abs(spectrum.ravel()) ** 2) / np.bincount(ring.ravel())
+    want = np.interp(np.log(np.maximum(radius, 1) * 224 / SIDE), np.log(_RADII), power)
+    spectrum *= np.sqrt(10**want / have[ring])
+    spectrum[0, 0] = 0
+    return np.fft.irfft2(spectrum, s=field.shape)
+
+
+def _level(field: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
+    """Map the values by their ranks to those of a picture with `levels` at _PERCENTILES."""
+    rank = np.empty(field.size)
+    rank[field.ravel().argsort()] = np.linspace(0, 100, field.size)
+    values: np.ndarray = PchipInterpolator(_PERCENTILES, levels)(rank)
+    return values.reshape(field.shape)

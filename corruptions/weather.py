@@ -1,0 +1,213 @@
+"""ImageNet-C's four kinds of weather: snow, frost, fog, brightness.
+
+Tables: rows of severities 1 to 5 for sides 224 (ImageNet-C), 64 (Tiny-ImageNet-C) and 32
+(CIFAR-10-C), from the original scripts (Hendrycks and Dietterich, ICLR 2019).
+
+The applying functions take uint8 (B, 3, H, W) images and give the raw float32 result in [0, 255],
+before truncation to uint8. `corruptions.corrupt` validates, draws, applies and truncates.
+"""
+
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+from corruptions.blur import magick_motion_blur, zoom_axis
+from corruptions.frost import frost_textures
+from corruptions.rng import Stream
+
+# Mean and standard deviation of the flakes' noise, its enlargement, the threshold below which no
+# flake falls, radius and deviation of the motion blur, share of the image's own colour.
+SNOW = {
+    224: (
+        (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+        (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+        (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+        (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+        (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+    ),
+    64: (
+        (0.1, 0.2, 1, 0.6, 8, 3, 0.8),
+        (0.1, 0.2, 1, 0.5, 10, 4, 0.8),
+        (0.15, 0.3, 1.75, 0.55, 10, 4, 0.7),
+        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.65),
+        (0.3, 0.3, 1.25, 0.65, 14, 12, 0.6),
+    ),
+    32: (
+        (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
+        (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+        (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+        (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+    ),
+}
+
+
+def draw_snow(
+    stream: Stream, severity: int, size: tuple[int, int], profile: int
+) -> tuple[Tensor, ...]:
+    """Draw the flakes, standard normals (B, H, W), and their direction, degrees (B,), downwards.
+
+    Both float32; the angle lies in [-135, -45), and the blur looks up along it.
+    """
+    return stream.normal(*size), stream.uniform().mul_(90).sub_(135)
+
+
+def snow(
+    images: Tensor, severity: int, noise: Tensor, angle: Tensor, *, profile: int = 224
+) -> Tensor:
+    """Whiten the image and add streaks of snow and their half turn; exact given the fields.
+
+    The layer is computed in the dtype of `noise` (B, H, W): it is rounded to 8 bits twice, and
+    float64 noise, such as the original's, meets the original's side of every rounding.
+    """
+    mean, spread, factor, threshold, radius, sigma, own = SNOW[profile][severity - 1]
+    flakes = _zoom(noise * spread + mean, factor)
+    flakes = flakes.masked_fill_(flakes < threshold, 0).clamp_(0, 1).mul_(255).floor_()
+    layer = magick_motion_blur(flakes[:, None], int(radius), sigma, angle).float()
+    pixels = images.float()
+    red, green, blue = pixels.unbind(1)
+    white = (0.299 * red + 0.587 * green + 0.114 * blue).mul_(1.5).add_(255 / 2)
+    white = torch.maximum(pixels, white[:, None]).mul_(1 - own).add_(pixels.mul_(own))
+    return white.add_(layer).add_(layer.flip(2, 3)).clamp_(0, 255)
+
+
+def _zoom(planes: Tensor, factor: float) -> Tensor:
+    """Enlarge (B, H, W) planes about their centre, bilinearly; the size stays."""
+    for axis in (1, 2):
+        first, part = zoom_axis(planes.shape[axis], factor)
+        behind = torch.from_numpy(first).to(planes.device)
+        share = torch.from_numpy(part).to(planes.device, planes.dtype)
+        if axis == 1:
+            share = share[:, None]
+        planes = planes.index_select(axis, behind) * (1 - share) + share * planes.index_select(
+            axis, behind + 1
+        )
+    return planes
+
+
+# Shares of the image and of the frost.
+FROST = {
+    224: ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)),
+    64: ((1, 0.3), (0.9, 0.4), (0.8, 0.45), (0.75, 0.5), (0.7, 0.55)),
+    32: ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
+}
+
+
+def draw_frost(
+    stream: Stream,
+    severity: int,
+    size: tuple[int, int],
+    profile: int,
+    *,
+    frost_dir: str | PathLike[str] | None = None,
+) -> tuple[Tensor, ...]:
+    """Draw the texture's number and the crop's top and left, int64 (B,) each.
+
+    As in the original, the last row and column of a texture are never used.
+    """
+    uniform = stream.uniform(3)
+    textures = frost_textures(frost_dir, size, profile, uniform.device)
+    which = (uniform[:, 0] * len(textures.heights)).long()
+    top = uniform[:, 1] * (textures.heights[which] - size[0])
+    left = uniform[:, 2] * (textures.widths[which] - size[1])
+    return which, top.long(), left.long()
+
+
+def frost(
+    images: Tensor,
+    severity: int,
+    which: Tensor,
+    top: Tensor,
+    left: Tensor,
+    *,
+    profile: int = 224,
+    frost_dir: str | PathLike[str] | None = None,
+) -> Tensor:
+    """Add a crop of a frost texture; exact given the crop where `frost_dir` has the original's.
+
+    Without `frost_dir` the textures are those of the folder that the environment variable
+    MTLAT_FROST_DIR names, and without that procedural ones.
+    """
+    own, added = FROST[profile][severity - 1]
+    height, width = images.shape[2:]
+    textures = frost_textures(frost_dir, (height, width), profile, images.device)
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    starts = textures.starts[which][:, None] + rows * textures.widths[which][:, None]
+    crops = textures.pixels.unfold(1, width, 1)[:, left[:, None] + starts]
+    return images.float().mul_(own).add_(crops.transpose(0, 1), alpha=added).clamp_(0, 255)
+
+
+# Density of the fog at its thickest, and the decay of its details from level to level.
+FOG = {
+    224: ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+    64: ((0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
+    32: ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+}
+
+
+def draw_fog(
+    stream: Stream, severity: int, size: tuple[int, int], profile: int
+) -> tuple[Tensor, ...]:
+    """Draw the plasma's displacements: uniforms in [-1, 1), float32 (B, n * n - 1).
+
+    n is the power of two from the longer side on. The order is the original's: from the coarsest
+    level, for each the centres, the upper edges and the left edges, row by row.
+    """
+    side = 1 << (max(size) - 1).bit_length()
+    return (stream.uniform(side * side - 1).mul_(2).sub_(1),)
+
+
+def fog(images: Tensor, severity: int, displacements: Tensor, *, profile: int = 224) -> Tensor:
+    """Add a plasma and scale back to the image's brightest value; exact given `displacements`."""
+    density, decay = FOG[profile][severity - 1]
+    height, width = images.shape[2:]
+    plasma = _plasma(displacements, decay)[:, None, :height, :width]
+    pixels = images.float()
+    brightest = pixels.amax((1, 2, 3), keepdim=True)
+    pixels.add_(plasma, alpha=255 * density)
+    return pixels.mul_(brightest / (brightest + 255 * density)).clamp_(0, 255)
+
+
+def _plasma(displacements: Tensor, decay: float) -> Tensor:
+    """Build plasma fractals by diamonds and squares on a torus, in [0, 1]: (B, n, n).
+
+    The amplitude falls by the square of `decay` per level, because the original multiplies it in
+    twice. Every level interleaves the grid's corners with the centres and edges of its cells.
+    """
+    grid = displacements.new_zeros(len(displacements), 1, 1)
+    used, amplitude = 0, 100.0**2
+    while used < displacements.shape[1]:
+        cells = grid.shape[1]
+        count = 3 * cells * cells
+        moves = displacements[:, used : used + count].view(-1, 3, cells, cells) * amplitude
+        right, down = grid.roll(-1, 2), grid.roll(-1, 1)
+        across = grid + right
+        centre = (across + across.roll(-1, 1)).mul_(0.25).add_(moves[:, 0])
+        upper = (centre + centre.roll(1, 1)).add_(across).mul_(0.25).add_(moves[:, 1])
+        left = (centre + centre.roll(1, 2)).add_(grid + down).mul_(0.25).add_(moves[:, 2])
+        even, odd = torch.stack((grid, upper), 3), torch.stack((left, centre), 3)
+        grid = torch.stack((even, odd), 2).view(-1, 2 * cells, 2 * cells)
+        used, amplitude = used + count, amplitude / decay**2
+    low, high = grid.aminmax(dim=-1)
+    low, high = low.amin(1)[:, None, None], high.amax(1)[:, None, None]
+    return grid.sub_(low).div_(high - low)
+
+
+# Added to the value of the HSV colour space, of a full scale of 1.
+BRIGHTNESS = {
+    224: (0.1, 0.2, 0.3, 0.4, 0.5),
+    64: (0.1, 0.2, 0.3, 0.4, 0.5),
+    32: (0.05, 0.1, 0.15, 0.2, 0.3),
+}
+
+
+def brightness(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
+    """Raise the value of HSV, the largest of R, G and B; hue and saturation stay; exact.
+
+    All three channels scale alike; black, which has no hue, turns gray.
+    """
+    pixels = images.float()
+    value = pixels.amax(1, keepdim=True)
+    raised = (value + 255 * BRIGHTNESS[profile][severity - 1]).clamp_(max=255)
+    return torch.where(value > 0, pixels * (raised / value), raised)
