@@ -7,13 +7,14 @@ The applying functions take uint8 (B, 3, H, W) images and give the raw float32 r
 before truncation to uint8. `corruptions.corrupt` validates, draws, applies and truncates.
 """
 
+import warnings
 from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.io import decode_jpeg, encode_jpeg
+from torchvision.transforms.v2.functional import jpeg
 
 from corruptions.jpeg import round_trip
 from corruptions.rng import Stream
@@ -220,6 +221,9 @@ def jpeg_compression(images: Tensor, severity: int, *, profile: int = 224) -> Te
     `corruptions.jpeg`, since the codec of CUDA keeps the chroma at full resolution.
     """
     quality = JPEG_COMPRESSION[profile][severity - 1]
-    if images.device.type == "cpu":
-        return torch.stack(decode_jpeg(encode_jpeg(list(images), quality))).float()
-    return round_trip(images, quality).float()
+    if images.device.type != "cpu":
+        return round_trip(images, quality).float()
+    with warnings.catch_warnings():  # torchvision's transform calls its own deprecated codec
+        warnings.simplefilter("ignore", DeprecationWarning)
+        result: Tensor = jpeg(images, quality)
+    return result.float()
