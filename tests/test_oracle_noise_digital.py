@@ -82,7 +82,7 @@ def test_equals_stored_values(name: str, severity: int) -> None:
     raw = apply(image, name, severity, oracle.draws(image, name, severity))
     at_positions = raw[tuple(np.transpose(GOLDEN["positions"]))]
     np.testing.assert_allclose(at_positions, stored["values"], rtol=0, atol=TOLERANCE[name] + 5e-5)
-    assert np.floor(raw + 1 / 1024).mean() == pytest.approx(stored["mean"], abs=0.01)
+    assert np.floor(raw + 2.0**-12).mean() == pytest.approx(stored["mean"], abs=0.01)
 
 
 # ------------------------------------------------------------------ references, from the definition
