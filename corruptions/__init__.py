@@ -24,6 +24,7 @@ from torch import Tensor
 
 from corruptions import blur, digital, geometric, noise, weather
 from corruptions.calibration import calibrate
+from corruptions.frost import frost_source
 from corruptions.rng import Stream
 
 __all__ = [
@@ -35,18 +36,19 @@ __all__ = [
     "Stream",
     "calibrate",
     "corrupt",
+    "frost_source",
 ]
 
 PROFILES = (224, 64, 32)  # sides in pixels: ImageNet-C, Tiny-ImageNet-C, CIFAR-10-C
 SEVERITIES = (1, 2, 3, 4, 5)
 MIN_SIDE = 16
 
-# Results that are integers but for float rounding are many (constant areas, full white): truncation
-# must not take a level from them, on any device. The guard is above float32's error there, and lifts
-# only one in 4096 of the other results over an integer.
+# Many results are integers but for float rounding (constant areas, full white): truncation must not
+# take a level from them, on any device. The guard is above float32's error there, and lifts only
+# one in 4096 of the other results over an integer.
 _TRUNCATION_GUARD = 2.0**-12
-# Images of 224 x 224 px worked on at a time: on a CPU, so few that the temporaries stay in the cache
-# and the allocator hands the same memory out again.
+# Images of 224 x 224 px worked on at a time: on a CPU so few that the temporaries stay in the cache
+# and their memory is used again.
 _CHUNK = {"cpu": 4}
 _CHUNK_ELSEWHERE = 256
 
