@@ -56,7 +56,8 @@ def _correlate(planes: Tensor, kernels: Tensor, border: str) -> Tensor:
     """Correlate (B, C, H, W) planes with odd square kernels (K, K) or (B, 1, K, K) by FFT.
 
     The spectra are multiplied in operations that round one by one: a fused complex product rounds
-    by its place in memory, and the result would depend on the batch and the number of threads.
+    by its place in memory, and the result would depend on the batch and the number of threads. For
+    the same reason a single plane is transformed back twice: MKL rounds it otherwise when alone.
     """
     height, width = planes.shape[-2:]
     reach = kernels.shape[-1] // 2
@@ -65,8 +66,11 @@ def _correlate(planes: Tensor, kernels: Tensor, border: str) -> Tensor:
     image, kernel = torch.fft.rfft2(padded, s=size), torch.fft.rfft2(kernels, s=size)
     real = image.real * kernel.real + image.imag * kernel.imag  # times the conjugate: correlation
     imaginary = image.imag * kernel.real - image.real * kernel.imag
-    full: Tensor = torch.fft.irfft2(torch.complex(real, imaginary), s=size)
-    return full[..., :height, :width]
+    spectrum = torch.complex(real, imaginary)
+    if planes.shape[:2] == (1, 1):
+        spectrum = spectrum.repeat(2, 1, 1, 1)
+    full: Tensor = torch.fft.irfft2(spectrum, s=size)
+    return full[: len(planes), :, :height, :width]
 
 
 # Standard deviation in pixels of the Gaussians, farthest jump in pixels, passes.
