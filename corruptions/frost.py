@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from corruptions.rng import Stream
 
@@ -41,7 +41,7 @@ def frost_source(frost_dir: str | PathLike[str] | None = None) -> str:
 
     `frost_dir` None means the folder that the environment variable MTLAT_FROST_DIR names, if any.
     """
-    folder = frost_dir if frost_dir is not None else os.environ.get(FROST_DIR)
+    folder = frost_dir if frost_dir is not None else os.environ.get(FROST_DIR) or None
     return "procedural" if folder is None else str(Path(folder).resolve())
 
 
@@ -55,16 +55,18 @@ def frost_textures(
 
     Raises FileNotFoundError if a picture is missing, ValueError if one cannot be read.
     """
-    return _textures(frost_source(frost_dir), size, profile, device)
+    source = frost_source(frost_dir)
+    scales = tuple(
+        max(_SHRINK[profile], (size[0] + 1) / picture.shape[1], (size[1] + 1) / picture.shape[2])
+        for picture in _pictures(source)
+    )
+    return _textures(source, scales, device)
 
 
 @lru_cache(maxsize=4)
-def _textures(source: str, size: tuple[int, int], profile: int, device: torch.device) -> Textures:
-    pictures = _procedural() if source == "procedural" else _pictures(Path(source))
-    scaled = []
-    for picture in pictures:
-        cover = max((side + 1) / have for side, have in zip(size, picture.shape[1:], strict=True))
-        scaled.append(_resize(picture, max(_SHRINK[profile], cover)))
+def _textures(source: str, scales: tuple[float, ...], device: torch.device) -> Textures:
+    pictures = _pictures(source)
+    scaled = [_resize(picture, scale) for picture, scale in zip(pictures, scales, strict=True)]
     areas = [picture[0].numel() for picture in scaled]
     shapes = torch.tensor([picture.shape[1:] for picture in scaled], device=device)
     return Textures(
@@ -75,22 +77,29 @@ def _textures(source: str, size: tuple[int, int], profile: int, device: torch.de
     )
 
 
-@lru_cache(maxsize=1)
-def _pictures(folder: Path) -> tuple[Tensor, ...]:
-    """Read the five pictures, uint8 (3, H, W)."""
-    pictures = []
-    for name in PICTURES:
-        path = folder / name
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no {name} in the frost folder {folder}: it must hold {', '.join(PICTURES)}; "
-                f"unset frost_dir and {FROST_DIR} for procedural frost"
-            )
-        try:
-            pictures.append(decode_image(str(path), ImageReadMode.RGB))
-        except RuntimeError as error:
-            raise ValueError(f"cannot read the frost picture {path}: {error}") from error
-    return tuple(pictures)
+@lru_cache(maxsize=2)
+def _pictures(source: str) -> tuple[Tensor, ...]:
+    """Grow the five pictures or read them from the folder `source`, uint8 (3, H, W)."""
+    if source == "procedural":
+        return tuple(
+            _texture(_LOOKS[look], Stream(0, "frost texture", None, torch.tensor([number])))
+            for number, look in enumerate((1, 2, 2, 4, 5))  # photograph 3 equals 2
+        )
+    return tuple(_read(Path(source) / name) for name in PICTURES)
+
+
+def _read(path: Path) -> Tensor:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {path.name} in the frost folder {path.parent}: it must hold "
+            f"{', '.join(PICTURES)}; unset frost_dir and {FROST_DIR} for procedural frost"
+        )
+    try:
+        with Image.open(path) as picture:
+            pixels = np.array(picture.convert("RGB"))
+    except (OSError, SyntaxError) as error:  # Pillow's for a damaged PNG is a SyntaxError
+        raise ValueError(f"cannot read the frost picture {path}: {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _resize(picture: Tensor, scale: float) -> Tensor:
@@ -132,63 +141,54 @@ class _Look(NamedTuple):
 
 _LOOKS = {
     1: _Look(
-        (2.5, 0.95, 0.2, -0.62, -1.46, -2.04, -2.29, -2.57, -3.32, -4.03),
-        (
+        power=(2.5, 0.95, 0.2, -0.62, -1.46, -2.04, -2.29, -2.57, -3.32, -4.03),
+        levels=(
             (20, 31, 40, 57, 74, 95, 127, 150, 190),
             (100, 116, 123, 137, 148, 160, 178, 190, 215),
             (118, 134, 141, 155, 166, 176, 191, 202, 225),
         ),
-        (35, -22),
-        1400,
-        60,
-        10,
+        lean=(35, -22),
+        crystals=1400,
+        longest=60,
+        branches=10,
     ),
     2: _Look(
-        (1.9, 0.82, -0.1, -0.53, -0.88, -1.23, -1.9, -2.41, -3.32, -4.3),
-        (
+        power=(1.9, 0.82, -0.1, -0.53, -0.88, -1.23, -1.9, -2.41, -3.32, -4.3),
+        levels=(
             (100, 138, 162, 189, 204, 216, 230, 241, 252),
             (102, 140, 165, 193, 209, 221, 235, 245, 254),
             (107, 146, 172, 202, 218, 231, 244, 250, 255),
         ),
-        (0, 0),
-        900,
-        110,
-        14,
+        lean=(0, 0),
+        crystals=900,
+        longest=110,
+        branches=14,
     ),
     4: _Look(
-        (2.1, 0.84, -0.2, -0.46, -0.75, -1.1, -1.4, -1.88, -2.69, -3.45),
-        (
+        power=(2.1, 0.84, -0.2, -0.46, -0.75, -1.1, -1.4, -1.88, -2.69, -3.45),
+        levels=(
             (40, 69, 91, 120, 138, 155, 183, 218, 245),
             (50, 84, 105, 135, 153, 170, 199, 234, 252),
             (58, 92, 115, 147, 165, 183, 214, 249, 255),
         ),
-        (0, 0),
-        1400,
-        60,
-        10,
+        lean=(0, 0),
+        crystals=1400,
+        longest=60,
+        branches=10,
     ),
     5: _Look(
-        (2.55, 1.08, 0.56, 0.32, -0.22, -0.79, -1.36, -1.93, -2.31, -2.48),
-        (
+        power=(2.55, 1.08, 0.56, 0.32, -0.22, -0.79, -1.36, -1.93, -2.31, -2.48),
+        levels=(
             (20, 34, 48, 79, 107, 140, 195, 233, 252),
             (30, 45, 60, 91, 119, 151, 203, 238, 254),
             (38, 57, 72, 104, 131, 161, 211, 243, 255),
         ),
-        (0, 0),
-        420,
-        130,
-        26,
+        lean=(0, 0),
+        crystals=420,
+        longest=130,
+        branches=26,
     ),
 }
-
-
-@lru_cache(maxsize=1)
-def _procedural() -> tuple[Tensor, ...]:
-    """Grow the five textures, uint8 (3, SIDE, SIDE); the third looks like the second, as there."""
-    return tuple(
-        _texture(_LOOKS[look], Stream(0, "frost texture", None, torch.tensor([number])))
-        for number, look in enumerate((1, 2, 2, 4, 5))
-    )
 
 
 def _texture(look: _Look, stream: Stream) -> Tensor:

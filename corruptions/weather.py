@@ -210,4 +210,4 @@ def brightness(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
     pixels = images.float()
     value = pixels.amax(1, keepdim=True)
     raised = (value + 255 * BRIGHTNESS[profile][severity - 1]).clamp_(max=255)
-    return torch.where(value > 0, pixels * (raised / value), raised)
+    return torch.where(value > 0, pixels * (raised / value), raised).clamp_(max=255)
