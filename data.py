@@ -1,0 +1,412 @@
+"""Image sets as tensors: decoded once, resized to a square, kept as uint8 (N, 3, S, S).
+
+    data = load("shapes")                                  # drawn by this file, no download
+    data = load("imagenet", num_classes=100, size=224)     # folders; cached after the first time
+    data = load("cifar10", download=True)
+
+A resize to a square is the paper's only pre-processing, so there is nothing left to do per epoch
+but to slice: `Feed` hands out minibatches in [0, 1] on the device.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from common import UserError, replacing
+
+TEST_SHARE = 0.1  # of every class, where a folder has no val/: "ten percent", as in the paper
+SHAPES_NUMBERS = {"train": range(2000), "test": range(1_000_000, 1_000_500)}
+SHAPES_CLUTTER, SHAPES_CONTRAST, SHAPES_RADIUS = 0.13, 0.3, (0.3, 0.45)  # tuned, see README
+SIZES = {"shapes": 64, "cifar10": 32, "cifar100": 32}  # default sides; folders: the paper's 224
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+CACHE_VERSION = 1  # change it when the same files would give other pixels
+
+
+Array = np.ndarray[Any, Any]
+
+
+class ImageSet(NamedTuple):
+    """Images uint8 (N, 3, S, S), in memory or memory-mapped, and labels int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Data(NamedTuple):
+    """A training and a test set, the class names, and a hash of what the sets hold."""
+
+    train: ImageSet
+    test: ImageSet
+    classes: list[str]
+    fingerprint: str
+
+
+def load(
+    source: str,
+    *,
+    size: int | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+    download: bool = False,
+    skip_bad_images: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Data:
+    """Load "shapes", "cifar10", "cifar100", or a folder of images as a `Data`.
+
+    size: the square's side, default 64 for shapes, 32 for CIFAR, 224 for folders. num_classes:
+    keep so many classes, drawn with `seed`, which also draws the test part of a folder that has no
+    val/. cache_dir: where decoded folders are kept, and where CIFAR lies.
+    Raises UserError for anything that the user can mend.
+    """
+    size = size or SIZES.get(source, 224)
+    cache = Path(cache_dir) if cache_dir else default_cache_dir()
+    if source == "shapes":
+        return _load_shapes(size, num_classes, seed)
+    if source in ("cifar10", "cifar100"):
+        return _load_cifar(source, size, num_classes, seed, download, cache)
+    return _load_folder(Path(source), size, num_classes, seed, skip_bad_images, cache)
+
+
+def default_cache_dir() -> Path:
+    """Give the folder for decoded sets: $XDG_CACHE_HOME/mtlat, or ~/.cache/mtlat."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtlat"
+
+
+class Feed:
+    """Minibatches of an image set: uint8 where the set lies, float in [0, 1] on the device.
+
+    The set moves to the device whole if it takes at most half of the free memory there; otherwise
+    each minibatch goes through pinned memory.
+    """
+
+    def __init__(self, images: ImageSet, device: torch.device) -> None:
+        self.device = device
+        self.images, self.labels = images
+        if device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            self.images = self.images.to(device)
+        self.labels = self.labels.to(self.images.device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images float32 (B, 3, S, S) in [0, 1] and class indices int64 (B,) of these numbers."""
+        index = index.to(self.images.device)
+        x, y = self.images[index], self.labels[index]
+        if self.device.type == "cuda" and x.device.type == "cpu":
+            x, y = x.pin_memory(), y.pin_memory()
+        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        return x.float().div_(255), y
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images once, in order; the last minibatch may be smaller."""
+        for index in torch.arange(len(self)).split(batch_size):
+            yield self(index)
+
+
+def choose_classes(names: list[str], num_classes: int | None, seed: int) -> list[str]:
+    """Keep `num_classes` of the sorted names, drawn with the seed; all of them for None."""
+    if num_classes is None:
+        return names
+    if not 2 <= num_classes <= len(names):
+        raise UserError(
+            f"--classes {num_classes}: the set has {len(names)}; keep 2 or more of them"
+        )
+    return sorted(random.Random(f"classes {seed}").sample(names, num_classes))
+
+
+def _keep_classes(images: Tensor, labels: Tensor, names: list[str], kept: list[str]) -> ImageSet:
+    number = {names.index(name): i for i, name in enumerate(kept)}
+    rows = [i for i, label in enumerate(labels.tolist()) if label in number]
+    return ImageSet(images[rows], torch.tensor([number[int(labels[i])] for i in rows]))
+
+
+def _load_shapes(size: int, num_classes: int | None, seed: int) -> Data:
+    kept = choose_classes(list(SHAPES), num_classes, seed)
+    parts: dict[str, ImageSet] = {}
+    for part, numbers in SHAPES_NUMBERS.items():
+        images, labels = draw_shapes(numbers, size, seed)
+        parts[part] = _keep_classes(images, labels, list(SHAPES), kept)
+    digest = hashlib.sha256()
+    for images, labels in parts.values():
+        digest.update(images.numpy().tobytes() + labels.numpy().tobytes())
+    return Data(**parts, classes=kept, fingerprint=digest.hexdigest())
+
+
+def _load_cifar(
+    source: str, size: int, num_classes: int | None, seed: int, download: bool, root: Path
+) -> Data:
+    dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+    parts: dict[str, ImageSet] = {}
+    for part in ("train", "test"):
+        try:
+            raw = dataset[source](root, train=part == "train", download=download)
+        except RuntimeError:
+            raise UserError(
+                f"{source} is not in {root}: add --download, or name its folder with --cache-dir"
+            ) from None
+        images = torch.from_numpy(np.ascontiguousarray(raw.data.transpose(0, 3, 1, 2)))
+        if size != images.shape[-1]:
+            images = v2.functional.resize(images, [size, size])
+        kept = choose_classes(sorted(raw.classes), num_classes, seed)
+        parts[part] = _keep_classes(images, torch.tensor(raw.targets), raw.classes, kept)
+    digest = hashlib.sha256(b"".join(parts[p].labels.numpy().tobytes() for p in parts))
+    digest.update(f"{source} {size} {kept}".encode())
+    return Data(**parts, classes=kept, fingerprint=digest.hexdigest())
+
+
+class _File(NamedTuple):
+    path: str  # relative to the set's folder, with forward slashes
+    label: int
+
+
+def _load_folder(
+    root: Path, size: int, num_classes: int | None, seed: int, skip_bad: bool, cache: Path
+) -> Data:
+    classes, parts = _list_folder(root, num_classes, seed)
+    listing = [f"{part}\t{file.path}" for part in parts for file in parts[part]]
+    fingerprint = hashlib.sha256("\n".join(listing).encode(errors="surrogateescape")).hexdigest()
+    sets: dict[str, ImageSet] = {}
+    for part, files in parts.items():
+        sets[part] = _decoded(root, files, size, skip_bad, cache, f"decoding {part}")
+        if not len(sets[part].labels):
+            raise UserError(f"{root}: no readable image in the {part} part; see --data in --help")
+    return Data(**sets, classes=classes, fingerprint=fingerprint)
+
+
+def _list_folder(
+    root: Path, num_classes: int | None, seed: int
+) -> tuple[list[str], dict[str, list[_File]]]:
+    """The class names and, for "train" and "test", the files in a fixed order."""
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such folder, nor one of the sets {', '.join(SIZES)}")
+    if (root / "train").is_dir() != (root / "val").is_dir():
+        one, other = ("train", "val") if (root / "train").is_dir() else ("val", "train")
+        raise UserError(
+            f"{root} has {one}/ but no {other}/: add it, or give {root / one}, and ten percent of"
+            " every class will be the test set"
+        )
+    split = (root / "train").is_dir()
+    found = {part: _list_classes(root / part) for part in ("train", "val")} if split else {}
+    by_class = found["train"] if split else _list_classes(root)
+    if split and found["train"].keys() != found["val"].keys():
+        odd = sorted(found["train"].keys() ^ found["val"].keys())
+        raise UserError(f"{root}: train/ and val/ need the same classes; only one has {odd[0]!r}")
+    if len(by_class) < 2:
+        raise UserError(
+            f"{root} holds {len(by_class)} class folders; a classifier needs at least 2 (layout:"
+            " train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg)"
+        )
+    classes = choose_classes(sorted(by_class), num_classes, seed)
+    parts: dict[str, list[_File]] = {"train": [], "test": []}
+    for label, name in enumerate(classes):
+        if split:
+            lists = {"train": found["train"][name], "test": found["val"][name]}
+        else:
+            files = list(by_class[name])
+            random.Random(f"split {seed} {name}").shuffle(files)
+            cut = max(1, round(TEST_SHARE * len(files)))
+            lists = {"train": sorted(files[cut:]), "test": sorted(files[:cut])}
+        for part, files in lists.items():
+            if not files:
+                raise UserError(f"{root}: class {name!r} has no image for the {part} part")
+            parts[part] += [_File(Path(file).relative_to(root).as_posix(), label) for file in files]
+    return classes, parts
+
+
+def _list_classes(root: Path) -> dict[str, list[str]]:
+    """The sorted image files below each class folder."""
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    return {
+        name: sorted(
+            os.path.join(folder, file)
+            for folder, _, files in os.walk(root / name)
+            for file in files
+            if os.path.splitext(file)[1].lower() in SUFFIXES
+        )
+        for name in names
+        if not name.startswith(".")
+    }
+
+
+def _decoded(
+    root: Path, files: list[_File], size: int, skip_bad: bool, cache: Path, title: str
+) -> ImageSet:
+    """The files as a memory-mapped image set, decoded now or by an earlier run.
+
+    The cache is named by a hash of everything that decides its pixels, so what changed makes a new
+    one. Its manifest is written last: without it, or with pixels of another length, there is none.
+    """
+    stats = [os.stat(root / file.path) for file in files]
+    facts = [CACHE_VERSION, str(root.resolve()), size, skip_bad]
+    facts += [(*file, s.st_size, s.st_mtime_ns) for file, s in zip(files, stats, strict=True)]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    pixels, manifest = cache / f"{key}.u8", cache / f"{key}.json"
+    if not _is_complete(pixels, manifest):
+        cache.mkdir(parents=True, exist_ok=True)
+        labels: list[int] = []
+        skipped: list[str] = []
+        with replacing(pixels) as temporary, open(temporary, "wb") as sink:
+            for file, image in tqdm(
+                _decode_all(root, files, size), title, len(files), unit="img", disable=None
+            ):
+                if isinstance(image, str):
+                    if not skip_bad:
+                        raise UserError(
+                            f"{root / file.path}: {image}; mend or remove the file, or add"
+                            " --skip-bad-images"
+                        )
+                    skipped.append(file.path)
+                else:
+                    sink.write(image.tobytes())
+                    labels.append(file.label)
+        record = {"shape": [len(labels), 3, size, size], "labels": labels, "skipped": skipped}
+        with replacing(manifest) as temporary:
+            temporary.write_text(json.dumps(record))
+    record = json.loads(manifest.read_text())
+    if record["skipped"]:
+        tqdm.write(f"{title}: {len(record['skipped'])} bad images skipped, listed in {manifest}")
+    if not record["labels"]:
+        return ImageSet(torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0).long())
+    images = np.memmap(pixels, np.uint8, "r", shape=tuple(record["shape"]))
+    with warnings.catch_warnings(action="ignore"):  # torch has no read-only tensors, and says so
+        return ImageSet(torch.from_numpy(images), torch.tensor(record["labels"]))
+
+
+def _is_complete(pixels: Path, manifest: Path) -> bool:
+    try:
+        shape = json.loads(manifest.read_text())["shape"]
+        return bool(pixels.stat().st_size == math.prod(shape))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _decode_all(root: Path, files: list[_File], size: int) -> Iterator[tuple[_File, Array | str]]:
+    """Each file with its pixels (3, S, S), or with what is wrong with it, in order.
+
+    Threads serve, because Pillow decodes and resizes outside Python's lock; the window keeps only
+    a few images per core in memory.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(cores) as pool:
+        window: deque[tuple[_File, Future[Array | str]]] = deque()
+        try:
+            for file in files:
+                window.append((file, pool.submit(decode, root / file.path, size)))
+                if len(window) > 16 * (cores or 1):
+                    done, pixels = window.popleft()
+                    yield done, pixels.result()
+            for done, pixels in window:
+                yield done, pixels.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def decode(path: Path, size: int) -> Array | str:
+    """One file as upright RGB uint8 (3, size, size), or a line that says what is wrong with it.
+
+    The whole image is resized to the square, bilinear and antialiased, as in Pillow.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            resized = upright.resize((size, size), Image.Resampling.BILINEAR)
+            return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+    except Exception as error:  # Pillow raises nearly every kind on a broken file
+        return f"not a readable image ({str(error) or type(error).__name__})"
+
+
+# The embedded set: one coloured shape on clutter. Every shape is the region where a function of
+# the shape's own coordinates (u, v), with unit radius, is positive; near the edge the function is
+# the distance to it.
+
+SHAPES = ("bar", "crescent", "disc", "flower", "half", "plus", "ring", "square", "star", "triangle")
+
+
+def _inside(name: str, u: Array, v: Array) -> Array:
+    r, angle = np.hypot(u, v), np.arctan2(v, u)
+    match name:
+        case "bar":
+            return np.minimum(1 - abs(u), 0.3 - abs(v))
+        case "crescent":
+            return np.minimum(0.95 - r, np.hypot(u - 0.45, v) - 0.7)
+        case "disc":
+            return 0.85 - r
+        case "flower":
+            return 0.68 + 0.3 * np.cos(5 * angle) - r
+        case "half":
+            return np.minimum(1 - r, u + 0.15)
+        case "plus":
+            short, long = np.minimum(abs(u), abs(v)), np.maximum(abs(u), abs(v))
+            return np.minimum(0.28 - short, 0.95 - long)
+        case "ring":
+            return np.minimum(0.95 - r, r - 0.55)
+        case "square":
+            return 0.72 - np.maximum(abs(u), abs(v))
+        case "star":  # five tips at radius 1, five notches at radius 0.4
+            fifth = 2 * np.pi / 5
+            to_tip = abs((angle + fifth / 2) % fifth - fifth / 2)
+            notch = 0.4 * np.exp(0.5j * fifth)
+            edge = (1 - notch) / abs(1 - notch)
+            return ((1 - r * np.exp(1j * to_tip)) * 1j / edge).real
+        case _:  # triangle
+            third = 2 * np.pi / 3
+            return 0.5 - r * np.cos(angle % third - third / 2)
+
+
+def _clutter(random: np.random.RandomState, count: int, size: int) -> Array:
+    """Fields (count, size, size) of unit variance with amplitudes 1/f, as natural images have."""
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
+    frequency[0, 0] = np.inf
+    noise = np.fft.rfft2(random.standard_normal((count, size, size)))
+    fields = np.fft.irfft2(noise / frequency, s=(size, size))
+    return fields / fields.std(axis=(1, 2), keepdims=True)
+
+
+def _draw_shape(name: str, size: int, random: np.random.RandomState) -> Array:
+    """One shape, uint8 (3, size, size): place, size, angle and colours at random."""
+    luma = np.array([0.299, 0.587, 0.114])
+    clutter, *tint = _clutter(random, 4, size)
+    ground, colour = random.uniform(0.25, 0.75, 3), random.uniform(0, 1, 3)
+    while abs(luma @ (colour - ground)) < SHAPES_CONTRAST:
+        colour = random.uniform(0, 1, 3)
+    radius = random.uniform(*SHAPES_RADIUS) * size
+    x, y = random.uniform(0.9 * radius, size - 0.9 * radius, 2)
+    turn = np.exp(-2j * np.pi * random.uniform())
+    row, column = np.mgrid[:size, :size] + 0.5
+    place = turn * (column - x + 1j * (row - y)) / radius
+    cover = np.clip(0.5 + radius * _inside(name, place.real, place.imag), 0, 1)
+    pixels = ground[:, None, None] + SHAPES_CLUTTER * clutter * (1 - cover)
+    pixels += (colour - ground)[:, None, None] * cover + 0.05 * np.stack(tint)
+    return np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+
+
+def draw_shapes(numbers: range, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Draw the images of these numbers: uint8 (N, 3, size, size), labels int64 (N,) of SHAPES.
+
+    An image is a function of (seed, number, size) alone, and of no library's version: the legacy
+    generator's stream is frozen, and rounding hides how float64 differs between machines.
+    """
+    images = [
+        _draw_shape(SHAPES[n % len(SHAPES)], size, np.random.RandomState([seed, n]))
+        for n in numbers
+    ]
+    return torch.from_numpy(np.stack(images)), torch.tensor(numbers) % len(SHAPES)
