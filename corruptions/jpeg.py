@@ -52,15 +52,16 @@ def round_trip(images: Tensor, quality: int) -> Tensor:
     """Encode uint8 (B, 3, H, W) images as JPEG of `quality` 1 to 100 and decode them, as int32."""
     height, width = images.shape[2:]
     luma, chroma = _from_rgb(images)
+    # libjpeg fills up blocks with columns of full chroma, but with rows of halved chroma.
     chroma = _halve(_extend(_extend(chroma, 3, 16), 2, 2))
     planes = (_extend(_extend(luma, 3, 8), 2, 8), _extend(chroma, 2, 8))
     blocks = torch.cat([_to_blocks(plane) for plane in planes], dim=2).sub_(128)
     blocks = _transform(_transform(blocks, _FORWARD, 1, 11), _FORWARD, 0, 15)
-    parts = blocks.split([plane.numel() // 64 for plane in planes], dim=2)
-    for part, table in zip(parts, (_LUMINANCE, _CHROMINANCE), strict=True):
+    counts = [plane.numel() // 64 for plane in planes]
+    for part, table in zip(torch.split(blocks, counts, 2), (_LUMINANCE, _CHROMINANCE), strict=True):
         _quantise(part, table, quality)
     blocks = _transform(_transform(blocks, _INVERSE, 0, 11), _INVERSE, 1, 18)
-    parts = blocks.add_(128).clamp_(0, 255).split([part.shape[2] for part in parts], dim=2)
+    parts = torch.split(blocks.add_(128).clamp_(0, 255), counts, 2)
     luma, chroma = (
         _from_blocks(part, plane.shape) for part, plane in zip(parts, planes, strict=True)
     )
@@ -70,7 +71,7 @@ def round_trip(images: Tensor, quality: int) -> Tensor:
 
 def _from_rgb(images: Tensor) -> tuple[Tensor, Tensor]:
     """Convert RGB to int32 luma (B, 1, H, W) and chroma (B, 2, H, W), 16 fraction bits inside."""
-    red, green, blue = images.int().split(1, dim=1)
+    red, green, blue = torch.split(images.int(), 1, dim=1)
     luma = (19595 * red).add_(green, alpha=38470).add_(blue, alpha=7471)
     offset = (128 << 16) + 32767
     cb = (32768 * blue).sub_(red, alpha=11059).sub_(green, alpha=21709).add_(offset)
@@ -80,7 +81,7 @@ def _from_rgb(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def _to_rgb(luma: Tensor, chroma: Tensor) -> Tensor:
     """Convert luma (B, 1, H, W) and chroma (B, 2, H, W) to RGB (B, 3, H, W), clamped to 0..255."""
-    cb, cr = (chroma - 128).split(1, dim=1)
+    cb, cr = torch.split(chroma - 128, 1, dim=1)
     rgb = torch.cat([91881 * cr, (-22554 * cb).sub_(cr, alpha=46802), 116130 * cb], dim=1)
     return _round_shift(rgb, 16).add_(luma).clamp_(0, 255)
 

@@ -34,18 +34,20 @@ SEVERITIES = (1, 2, 3, 4, 5)
 def golden_image() -> np.ndarray:
     """Build the uint8 (224, 224, 3) image of the stored values from its formula."""
     row, column, channel = np.ogrid[:224, :224, :3]
-    values = row * row // 29 + 3 * column + 40 * channel + (row * column) // 64
+    values: np.ndarray = row * row // 29 + 3 * column + 40 * channel + (row * column) // 64
     return (values % 256).astype(np.uint8)
 
 
 def patterned_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Build a uint8 (height, width, 3) image of smooth areas, edges, noise, black and white."""
     generator = np.random.default_rng(seed)
-    smooth = ndimage.gaussian_filter(generator.normal(size=(height, width, 3)), (6, 6, 0.5))
+    smooth: np.ndarray = ndimage.gaussian_filter(
+        generator.normal(size=(height, width, 3)), (6, 6, 0.5)
+    )
     image = 128 + 90 * smooth / smooth.std() + generator.normal(size=smooth.shape) * 8
     image[: height // 4, : width // 3] = 255
     image[-height // 5 :, width // 2 :] = 0
-    return np.clip(image, 0, 255).astype(np.uint8)
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
@@ -117,7 +119,7 @@ SMALL = {  # parameters of the original's scripts for 64 px and 32 px, retyped f
 }
 
 
-def reference(image: np.ndarray, name: str, value: Any, drawn: dict[str, Any]) -> np.ndarray:
+def reference(image: np.ndarray, name: str, value: Any, drawn: dict[str, Any]) -> Any:
     """Corrupt (S, S, 3) as defined, slowly and in float64; the raw result in [0, 255]."""
     unit = image / 255.0
     if name == "gaussian_noise":
@@ -167,7 +169,8 @@ def reference_elastic(
             ndimage.map_coordinates(plane, (y + dy, x + dx), order=1, mode="reflect")
             for plane in warped
         ]
-    return 255 * np.clip(np.stack(warped, axis=-1), 0, 1)
+    stacked: np.ndarray = np.stack(warped, axis=-1)
+    return 255 * stacked.clip(0, 1)
 
 
 def pillow_pixelate(image: np.ndarray, height: int, width: int) -> np.ndarray:
