@@ -102,6 +102,7 @@ def draw_sheet(args: argparse.Namespace) -> None:
     middles = [args.size * (tile + 0.5) for tile in range(max(len(rows), 6))]
     axes.set_yticks(middles[: len(rows)], args.only)
     axes.set_xticks(middles[:6], ["clean", *map(str, SEVERITIES)])
+    axes.set_frame_on(False)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     figure.savefig(args.out)
 
