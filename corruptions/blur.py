@@ -231,11 +231,13 @@ def _zoom_matrix(
         column, right = zoom_axis(width, factor)
         for i, vertical in ((0, 1 - down), (1, down)):
             for j, horizontal in ((0, 1 - right), (1, right)):
-                pixels.append(((row[:, None] + i) * width + column + j).ravel())
-                weights.append((vertical[:, None] * horizontal).ravel())
+                taken = (row[:, None] + i) * width + column + j
+                weight = vertical[:, None] * horizontal
+                pixels.append(taken.ravel().astype(np.int32))
+                weights.append(weight.ravel().astype(np.float32))
     return (
-        torch.from_numpy(np.stack(pixels, axis=1).astype(np.int32)).to(device),
-        torch.from_numpy(np.stack(weights, axis=1).astype(np.float32)).to(device),
+        torch.from_numpy(np.stack(pixels, axis=1)).to(device),
+        torch.from_numpy(np.stack(weights, axis=1)).to(device),
     )
 
 
