@@ -8,6 +8,7 @@ A resize to a square is the paper's only pre-processing, so there is nothing lef
 but to slice: `Feed` hands out minibatches in [0, 1] on the device.
 """
 
+import colorsys
 import hashlib
 import json
 import math
@@ -32,13 +33,12 @@ from common import UserError, replacing
 
 TEST_SHARE = 0.1  # of every class, where a folder has no val/: "ten percent", as in the paper
 SHAPES_NUMBERS = {"train": range(2000), "test": range(1_000_000, 1_000_500)}
-SHAPES_CLUTTER, SHAPES_CONTRAST, SHAPES_RADIUS = 0.13, 0.3, (0.3, 0.45)  # tuned, see README
 SIZES = {"shapes": 64, "cifar10": 32, "cifar100": 32}  # default sides; folders: the paper's 224
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 CACHE_VERSION = 1  # change it when the same files would give other pixels
 
 
-Array = np.ndarray[Any, Any]
+Array = np.ndarray[Any, Any]  # float64 in the shapes, uint8 when decoded
 
 
 class ImageSet(NamedTuple):
@@ -116,8 +116,8 @@ class Feed:
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order; the last minibatch may be smaller."""
-        for index in torch.arange(len(self)).split(batch_size):
-            yield self(index)
+        for start in range(0, len(self), batch_size):
+            yield self(torch.arange(start, min(start + batch_size, len(self))))
 
 
 def choose_classes(names: list[str], num_classes: int | None, seed: int) -> list[str]:
@@ -325,20 +325,23 @@ def decode(path: Path, size: int) -> Array | str:
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright: Image.Image = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            upright = upright.convert("RGB")
             resized = upright.resize((size, size), Image.Resampling.BILINEAR)
             return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
     except Exception as error:  # Pillow raises nearly every kind on a broken file
         return f"not a readable image ({str(error) or type(error).__name__})"
 
 
-# The embedded set: one coloured shape on clutter. Every shape is the region where a function of
-# the shape's own coordinates (u, v), with unit radius, is positive; near the edge the function is
-# the distance to it.
+# The embedded set: one coloured shape on clutter. A class has a shape, and a range of hues that
+# overlaps with two others', so that a network finds a first hold soon and then must learn shapes.
+# A shape is the region where a function of its own coordinates (u, v), with unit radius, is
+# positive; near the edge the function is the distance to it.
 
 SHAPES = ("bar", "crescent", "disc", "flower", "half", "plus", "ring", "square", "star", "triangle")
+SHAPES_CLUTTER, SHAPES_HUE, SHAPES_RADIUS = 0.12, 0.07, (0.33, 0.45)
 
 
 def _inside(name: str, u: Array, v: Array) -> Array:
@@ -366,7 +369,7 @@ def _inside(name: str, u: Array, v: Array) -> Array:
             to_tip = abs((angle + fifth / 2) % fifth - fifth / 2)
             notch = 0.4 * np.exp(0.5j * fifth)
             edge = (1 - notch) / abs(1 - notch)
-            return ((1 - r * np.exp(1j * to_tip)) * 1j / edge).real
+            return ((r * np.exp(1j * to_tip) - 1) * 1j / edge).real
         case _:  # triangle
             third = 2 * np.pi / 3
             return 0.5 - r * np.cos(angle % third - third / 2)
@@ -383,11 +386,10 @@ def _clutter(random: np.random.RandomState, count: int, size: int) -> Array:
 
 def _draw_shape(name: str, size: int, random: np.random.RandomState) -> Array:
     """One shape, uint8 (3, size, size): place, size, angle and colours at random."""
-    luma = np.array([0.299, 0.587, 0.114])
     clutter, *tint = _clutter(random, 4, size)
-    ground, colour = random.uniform(0.25, 0.75, 3), random.uniform(0, 1, 3)
-    while abs(luma @ (colour - ground)) < SHAPES_CONTRAST:
-        colour = random.uniform(0, 1, 3)
+    ground = random.uniform(0.3, 0.7) + random.uniform(-0.1, 0.1, 3)
+    hue = 0.3 * SHAPES.index(name) + random.uniform(-SHAPES_HUE, SHAPES_HUE)
+    colour = np.array(colorsys.hsv_to_rgb(hue % 1, *random.uniform(0.5, 1, 2)))
     radius = random.uniform(*SHAPES_RADIUS) * size
     x, y = random.uniform(0.9 * radius, size - 0.9 * radius, 2)
     turn = np.exp(-2j * np.pi * random.uniform())

@@ -1,0 +1,420 @@
+"""The training script: its methods against NumPy, its flags and files, kill -9 and resume."""
+
+import csv
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from test_mtlat import softmax
+from tiny import convnet, image_folder, states_equal
+from torch import nn
+from torch.testing import assert_close
+
+import common
+import data
+import train
+from common import UserError
+from mtlat import Draws, algorithm1
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return image_folder(tmp_path / "set")
+
+
+@pytest.fixture
+def go(folder: Path, tmp_path: Path):
+    """Run the script in this process on 27 training and 3 test images, two steps an epoch."""
+
+    def run(*flags: str, out: str = "out", method: str = "mtlat") -> dict:
+        argv = [
+            "--arch", "tiny:convnet", "--data", str(folder), "--size", "12", "--epochs", "2",
+            "--batch-size", "26", "--cache-dir", str(tmp_path / "cache"), "--device", "cpu",
+            "--method", method, "--output-dir", str(tmp_path / out), *flags,
+        ]  # fmt: skip
+        train.main(argv)
+        return common.load_checkpoint(tmp_path / out / "last.pt")
+
+    return run
+
+
+def read_log(out: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((out / "log.csv").read_text().splitlines()))
+
+
+# ---------------------------------------------------------------- the methods
+
+
+def numpy_losses(method, weight, bias, pairs, draws, classes):
+    """What each training's losses must be on the model softmax(W x + b)."""
+    lam1, lam2, epsilon = (d.numpy()[:, None] for d in draws[:3])
+    target = np.eye(classes)[draws.target.numpy()]
+
+    def loss(x, y):
+        return -(y * np.log(softmax(x @ weight.T + bias))).sum(1).mean()
+
+    def step(x, y):  # epsilon times the sign of the gradient of the loss for label y
+        return epsilon * np.sign((softmax(x @ weight.T + bias) - y) @ weight)
+
+    (x1, y1), (x2, y2), (x3, y3), (x4, y4) = pairs
+    x12, y12 = lam1 * x1 + (1 - lam1) * x2, lam1 * y1 + (1 - lam1) * y2
+    x34, y34 = lam2 * x3 + (1 - lam2) * x4, lam2 * y3 + (1 - lam2) * y4
+    x_iat = np.clip(x3 + step(x3, y3), 0, 1)
+    smooth = np.where(y2 == 1, 1 - epsilon, epsilon / classes)
+    return {
+        "standard": [loss(x1, y1)],
+        "mixup": [loss(x12, y12)],
+        "tlat": [loss(x1, y1), loss(x2 - step(x2, target), (1 - epsilon) * y2 + epsilon * target)],
+        "mtlat": [
+            loss(x12, y12),
+            loss(x34 - step(x34, target), (1 - epsilon) * y34 + epsilon * target),
+        ],
+        "iat": [
+            loss(x12, y12) / 2,
+            loss(
+                lam2 * x_iat + (1 - lam2) * np.roll(x_iat, 1, 0),
+                lam2 * y3 + (1 - lam2) * np.roll(y3, 1, 0),
+            ) / 2,
+        ],
+        "fgsm": [loss(x1, y1), loss(x2 + step(x2, y2), y2)],
+        "target-fgsm": [loss(x1, y1), loss(x2 - step(x2, target), y2)],
+        "ls": [loss(x1, y1), loss(x2 - step(x2, target), smooth)],
+    }[method]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_method_is_the_numpy_one(method):
+    generator = np.random.default_rng(0)
+    linear = nn.Linear(6, 4, dtype=torch.float64)
+    pairs = [
+        (generator.uniform(size=(5, 6)), np.eye(4)[generator.integers(4, size=5)]) for _ in range(4)
+    ]
+    lam1, lam2, epsilon = torch.tensor(generator.uniform(size=(3, 5)))
+    draws = Draws(lam1, lam2, epsilon, torch.tensor([0, 1, 2, 3, 1]))
+    entry = train.METHODS[method]
+    tensors = [(torch.tensor(x), torch.tensor(y)) for x, y in pairs[: entry.couples]]
+    losses = [loss.item() for loss in entry.losses(linear, tensors, draws, 1)]
+    weights = [p.detach().numpy() for p in linear.parameters()]
+    assert len(losses) == entry.terms
+    assert_close(losses, numpy_losses(method, *weights, pairs, draws, 4), rtol=0, atol=1e-10)
+
+
+def test_losses_one_after_the_other_have_the_gradient_of_algorithm1():
+    pairs = [(torch.rand(6, 3, 12, 12), torch.eye(3).repeat(2, 1)) for _ in range(4)]
+    draws = Draws(*torch.rand(3, 6), torch.tensor([0, 1, 2, 0, 1, 2]))
+    gradients = []
+    for sequential in (True, False):
+        torch.manual_seed(0)
+        model = convnet(3)
+        model[5].p = 0.0
+        if sequential:
+            for loss in train.METHODS["mtlat"].losses(model, pairs, draws, 1):
+                loss.backward()
+        else:
+            losses = algorithm1(model, *pairs, draws)
+            (losses.mixup + losses.tlat).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_each_method_trains(go, method, tmp_path):
+    first = go(method=method)
+    assert len(first["log"]) == 2 and first["settings"]["method"] == method
+    assert [p.name for p in sorted((tmp_path / "out").iterdir())] == [
+        "args.json", "best.pt", "last.pt", "log.csv",
+    ]  # fmt: skip
+    rows = read_log(tmp_path / "out")
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert (rows[0]["loss2"] == "") == (method in ("standard", "mixup"))
+    model = common.load_model(first)
+    assert model(torch.rand(2, 3, 12, 12)).shape == (2, 3)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_the_defaults_are_the_papers():
+    args, checkpoint = train.parse_args(["--data", "somewhere"])
+    assert checkpoint is None
+    assert (args.method, args.arch, args.opt) == ("mtlat", "resnet50", "adam")
+    assert (args.lr, args.wd, args.batch_size, args.epochs, args.size) == (
+        0.002,
+        1e-4,
+        256,
+        90,
+        224,
+    )
+    assert (args.alpha, args.epsilon_max, args.attack_steps) == (0.4, 0.025, 1)
+    rates = [train.learning_rate(args, epoch) for epoch in (0, 29.9, 30, 59.9, 60, 79.9, 80, 89.9)]
+    assert rates == pytest.approx([2e-3] * 2 + [2e-4] * 2 + [2e-5] * 2 + [2e-6] * 2)
+    assert train.minibatch_size(args) == 128
+    args.whole_batches = True
+    assert train.minibatch_size(args) == 256
+    args.whole_batches, args.method = False, "standard"
+    assert train.minibatch_size(args) == 256
+
+
+CHANGES = [
+    "--alpha 3", "--epsilon-max 0.5", "--eps-max 0.5", "--attack-steps 3", "--size 9",
+    "--classes 2", "--arch tiny:linear", "--epochs 1", "--batch-size 12", "-b 12",
+    "--whole-batches", "--opt sgd", "--opt adamw --wd 9", "--opt sgd --momentum 0.1", "--lr 0.1",
+    "--wd 1", "--milestones 1", "--milestones 1 --gamma 0.5", "--seed 3", "--amp bf16",
+    "--method tlat",
+]  # fmt: skip
+
+
+def test_each_option_changes_the_weights(go):
+    weights = {"": go()["model"]}
+    for number, change in enumerate(CHANGES):
+        weights[change] = go(*change.split(), out=f"out{number}")["model"]
+        for earlier, other in weights.items():
+            alias = {earlier, change} in ({"--batch-size 12", "-b 12"},
+                                          {"--epsilon-max 0.5", "--eps-max 0.5"})  # fmt: skip
+            if earlier != change:
+                assert states_equal(weights[change], other) == alias, (earlier, change)
+
+
+def test_options_that_change_how_but_not_what(go, tmp_path, capsys):
+    plain = go()["model"]
+    quiet = {
+        "--no-skip-bad-images --no-download --print-freq 1": True,
+        "--deterministic": True,
+        "--channels-last": False,  # other rounding
+        "--compile": False,
+    }
+    try:
+        for number, (flags, exact) in enumerate(quiet.items()):
+            if flags == "--compile":
+                continue  # a compiler is not everywhere; test_mtlat.py compiles without one
+            other = go(*flags.split(), out=f"out{number}")["model"]
+            assert states_equal(plain, other) or not exact
+            assert_close(dict(plain), dict(other), rtol=1e-2, atol=1e-2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert json.loads((tmp_path / "out" / "args.json").read_text())["seed"] == 0
+    printed = capsys.readouterr().out
+    assert "27 training and 3 test images of 12x12" in printed
+    assert "2 steps per epoch, 4 x 13 images drawn for each: 104 per epoch" in printed
+    assert f"next: python evaluate.py {tmp_path / 'out' / 'last.pt'}" in printed
+
+
+def test_help_shows_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        train.main(["--help"])
+    assert exit_info.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for action in train.build_parser()._actions[1:]:
+        assert action.option_strings[-1] in text
+    assert text.count("(default: ") == len(train.build_parser()._actions) - 2  # --help, --resume
+    assert "(default: 90, the paper's; for shapes" in text and "256 + 256" in text
+
+
+def test_weights_start_a_fine_tuning(go, tmp_path, monkeypatch, capsys):
+    source = go()
+    same = go("--weights", str(tmp_path / "out" / "last.pt"), "--lr", "1e-12", out="same")
+    assert_close(same["model"]["0.weight"], source["model"]["0.weight"])
+    other = go(
+        "--weights", str(tmp_path / "out" / "last.pt"), "--lr", "1e-12", "--classes", "2", out="two"
+    )
+    assert_close(other["model"]["0.weight"], source["model"]["0.weight"])
+    assert other["model"]["6.weight"].shape == (2, 24)
+    assert "new: 6.bias, 6.weight" in capsys.readouterr().out
+    with pytest.raises(UserError, match="are of another arch than --arch tiny:linear"):
+        go("--weights", str(tmp_path / "out" / "last.pt"), "--arch", "tiny:linear", out="wrong")
+
+    enum = torchvision.models.SqueezeNet1_1_Weights
+    state = torchvision.models.squeezenet1_1().state_dict()
+    monkeypatch.setattr(enum, "get_state_dict", lambda *args, **kwargs: state)
+    model, normalize = common.start_model("squeezenet1_1", 3, "DEFAULT")
+    assert normalize == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert_close(model[1].features[0].weight, state["features.0.weight"])
+    assert model[1].classifier[1].weight.shape[0] == 3
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, 64, 64)
+    normalised = (x - model[0].mean) / model[0].std
+    assert_close(model.eval()(x), model[1](normalised))
+
+
+# ---------------------------------------------------------------- resume
+
+
+def comparable(out: Path) -> tuple:
+    """What must not depend on when a run was interrupted: all but times."""
+    times = {"images_per_second", "seconds_left"}
+    checkpoints = [common.load_checkpoint(out / name) for name in ("last.pt", "best.pt")]
+    for checkpoint in checkpoints:
+        del checkpoint["settings"]
+        checkpoint["log"] = [{k: row[k] for k in row.keys() - times} for row in checkpoint["log"]]
+    return *checkpoints, [{k: row[k] for k in row.keys() - times} for row in read_log(out)]
+
+
+def test_resume_restores_everything(go, tmp_path, monkeypatch):
+    go("--epochs", "4", out="straight")
+    calls = []
+    epoch = train.train_epoch
+
+    def stop_before_the_third(run, number):
+        calls.append(number)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return epoch(run, number)
+
+    monkeypatch.setattr(train, "train_epoch", stop_before_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        go("--epochs", "4")
+    train.main(["--resume", str(tmp_path / "out" / "last.pt")])
+    assert calls == [0, 1, 2, 2, 3]
+    straight, resumed = comparable(tmp_path / "straight"), comparable(tmp_path / "out")
+    assert all(map(states_equal, straight, resumed))
+    assert not states_equal(straight[0]["model"], go("--epochs", "3", out="three")["model"])
+    train.main(["--resume", "auto", "--output-dir", str(tmp_path / "out")])  # nothing left to do
+    assert len(calls) == 8
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(folder, tmp_path):
+    """kill -9 at random moments of a real run, each time resumed by --resume auto."""
+
+    def start(out: str) -> subprocess.Popen:
+        command = [
+            sys.executable, str(ROOT / "train.py"), "--arch", "tiny:convnet", "--data", str(folder),
+            "--size", "12", "--epochs", "30", "-b", "6", "--cache-dir", str(tmp_path / "cache"),
+            "--device", "cpu", "--output-dir", str(tmp_path / out), "--resume", "auto",
+        ]  # fmt: skip
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                cwd=ROOT / "tests", text=True)  # fmt: skip
+
+    process = start("straight")
+    printed, _ = process.communicate()
+    assert process.returncode == 0 and "clean accuracy" in printed
+    moments = random.Random(1)
+    kills = 0
+    for _ in range(20):
+        process = start("killed")
+        lines = iter(process.stdout)
+        for line in lines:
+            if line.startswith("epoch") and kills < 2:
+                time.sleep(moments.uniform(0, 0.05))
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+        process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    assert kills == 2
+    straight, killed = comparable(tmp_path / "straight"), comparable(tmp_path / "killed")
+    assert all(map(states_equal, straight, killed))
+    assert len(straight[2]) == 30
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(go, tmp_path, monkeypatch):
+    epoch = train.train_epoch
+
+    def explode(run, number):
+        if number == 1:
+            run.args.lr = 1e30
+        return epoch(run, number)
+
+    monkeypatch.setattr(train, "train_epoch", explode)
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) in epoch 2 .*: lower --lr"):
+        go("--opt", "sgd")
+    kept = common.load_checkpoint(tmp_path / "out" / "last.pt")
+    assert len(kept["log"]) == 1
+    assert all(value.isfinite().all() for value in kept["model"].values())
+
+
+# ---------------------------------------------------------------- the user's mistakes
+
+
+def test_mistakes_end_in_one_line(go, folder, tmp_path, capfd):
+    go()
+    last = str(tmp_path / "out" / "last.pt")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    torch.save({"format": common.CHECKPOINT_FORMAT, "x": Path("x")}, tmp_path / "pickle.pt")
+    cases = {
+        "holds an earlier run: add --resume auto": [],
+        "close: resnet50": ["--arch", "resnet5O", "--output-dir", str(tmp_path / "new")],
+        "no such classifier": ["--arch", "", "--output-dir", str(tmp_path / "new")],
+        "tiny:nothing": ["--arch", "tiny:nothing", "--output-dir", str(tmp_path / "new")],
+        "No module named": ["--arch", "nowhere:net", "--output-dir", str(tmp_path / "new")],
+        "--batch-size 200 makes minibatches of 100, and there are 27": [
+            "-b", "200", "--output-dir", str(tmp_path / "new")],
+        "--batch-size 1 makes minibatches of 0": ["-b", "1", "--output-dir", str(tmp_path / "new")],
+        "--data nowhere: no such folder": [
+            "--data", "nowhere", "--output-dir", str(tmp_path / "new")],
+        "--classes 4: the set has 3": ["--classes", "4", "--output-dir", str(tmp_path / "new")],
+        "--lr is 3.0, but": ["--resume", last, "--lr", "3"],
+        "--arch is tiny:linear, but": ["--resume", last, "--arch", "tiny:linear"],
+        "is not the set that": ["--resume", last, "--data", str(folder.parent / "other")],
+        "no checkpoint of train.py, or damaged": ["--resume", str(tmp_path / "junk.pt")],
+        "not a checkpoint of this version": ["--resume", str(tmp_path / "foreign.pt")],
+        "or damaged (Weights only": ["--resume", str(tmp_path / "pickle.pt")],
+        "No such file": ["--resume", str(tmp_path / "none.pt")],
+        "--weights nothing: no such file": ["--weights", "nothing", "--arch", "resnet18",
+                                            "--output-dir", str(tmp_path / "new")],
+        "'x' is no int": ["--epochs", "x"],
+        "argument --lr/--learning-rate: 0 is out of range: above 0": ["--lr", "0"],
+        "nan is out of range": ["--alpha", "nan"],
+        "1.5 is out of range: from 0 to 1": ["--epsilon-max", "1.5"],
+        "invalid choice: 'mlat'": ["--method", "mlat"],
+        "unrecognized arguments: --lrr": ["--lrr", "1"],
+        "--device tpu9": ["--device", "tpu9", "--output-dir", str(tmp_path / "new")],
+        "File exists": ["--output-dir", str(tmp_path / "junk.pt")],
+    }  # fmt: skip
+    image_folder(folder.parent / "other", each=11)
+    for message, flags in cases.items():
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            common.run(lambda flags=flags: go(*flags))
+        printed = capfd.readouterr().err
+        assert exit_info.value.code == 2, message
+        assert message in printed and printed.startswith("error: "), printed
+        assert printed.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(go, tmp_path, monkeypatch, capsys):
+    go()
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+
+    def full(path: Path, content: bytes) -> int:
+        with open(path, "wb") as file:
+            file.write(content[:10])
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SystemExit) as exit_info:
+        common.run(lambda: common.save_checkpoint([tmp_path / "out" / "last.pt"], model={}))
+    assert exit_info.value.code == 2
+    assert "No space left on device; make room and start again" in capsys.readouterr().err
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_the_plain_command_as_a_process(tmp_path):
+    """The README's command, shortened: small images, one epoch, a small network."""
+    command = [sys.executable, str(ROOT / "train.py"), "--arch", "resnet18", "--size", "16"]
+    command += ["--epochs", "1", "-b", "200", "--classes", "3", "--output-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "3 classes: " in done.stdout
+    assert f"checkpoint: {tmp_path / 'last.pt'}\nnext: python evaluate.py" in done.stdout
+    wrong = subprocess.run([*command, "--alpha", "0"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: argument --alpha: 0 is out")
+
+
+def test_all_data_names_are_offered():
+    assert all(name in train.build_parser().format_help() for name in data.SIZES)
