@@ -50,7 +50,7 @@ _TRUNCATION_GUARD = 2.0**-12
 # Images of 224 x 224 px worked on at a time: on a CPU so few that the temporaries stay in the cache
 # and their memory is used again.
 _CHUNK = {"cpu": 4}
-_CHUNK_ELSEWHERE = 256
+_CHUNK_ELSEWHERE = 64
 
 
 class Corruption(NamedTuple):

@@ -1,4 +1,4 @@
-"""The noises' own draws: moments of the original on grey, exact Poisson tables, independence."""
+"""Draws of the noises and of elastic_transform: the original's moments, exact Poisson tables."""
 
 import numpy as np
 import pytest
@@ -99,3 +99,23 @@ def test_noise_is_independent(name: str) -> None:
     for one, other in pairs:
         sample = np.stack([one.flatten().numpy(), other.flatten().numpy()]).astype(float)
         assert abs(np.corrcoef(sample)[0, 1]) * np.sqrt(sample.shape[1]) < 4
+
+
+@pytest.mark.parametrize(
+    ("severity", "profile", "jitter"),
+    [(1, 224, 24.4), (2, 224, 48.8), (5, 224, 4.88), (2, 64, 3.84), (3, 32, 1.92)],
+)
+def test_elastic_draws_are_uniform(severity: int, profile: int, jitter: float) -> None:
+    """In the whole range and no further, with the mean and the spread of a uniform."""
+    draw = CORRUPTIONS["elastic_transform"].draw
+    assert draw is not None
+    stream = Stream(0, "elastic_transform", severity, torch.arange(500))
+    moves, along_x, along_y = draw(stream, severity, (20, 30), profile)
+    assert moves.shape == (500, 3, 2) and along_x.shape == along_y.shape == (500, 20, 30)
+    for field in (moves / jitter, along_x, along_y):
+        error = 1 / np.sqrt(3 * field.numel())
+        assert -1 <= field.min() < -0.995 and 0.995 < field.max() <= 1
+        assert abs(field.mean()) < 4 * error
+        assert field.std() == pytest.approx(3**-0.5, abs=4 * error)
+    correlation = np.corrcoef(along_x.flatten(), along_y.flatten())[0, 1]
+    assert abs(correlation) * np.sqrt(along_x.numel()) < 4

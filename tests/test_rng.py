@@ -155,6 +155,14 @@ def test_normals_are_normal() -> None:
     assert 4.3 < np.abs(values).max() < 5.5
 
 
+def test_normals_are_symmetric_to_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest and the largest uniform give opposite normals, not infinite ones."""
+    words = torch.tensor([0, -1, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    monkeypatch.setattr(Stream, "bits", lambda self, *shape: words.clone())
+    low, high, below, above = make().normal(4)
+    assert low == -high and below == -above and -5.5 < low < -5 and -1e-6 < below < 0
+
+
 @pytest.mark.parametrize(("low", "high"), [(-4, 4), (0, 3), (-2, 2), (60, 128), (0, 65536)])
 def test_integers_are_even_and_within_bounds(low: int, high: int) -> None:
     values = make().integers(low, high, 2**16)
