@@ -134,16 +134,16 @@ def _gaussian(planes: Tensor, sigma: float) -> Tensor:
     radius = int(4 * sigma + 0.5)
     taps = np.exp(-0.5 / sigma**2 * np.arange(-radius, radius + 1) ** 2)
     taps = (taps / taps.sum())[radius:]
+    pair = torch.empty_like(planes)  # reused: a fresh one per tap would cost as much as its sums
     for axis in (2, 3):
         side = planes.shape[axis]
         pad = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
         padded = F.pad(planes, pad, mode="replicate")
         planes = planes * taps[0]
         for reach in range(radius, 0, -1):
-            pair = padded.narrow(axis, radius - reach, side) + padded.narrow(
-                axis, radius + reach, side
-            )
-            planes += pair.mul_(taps[reach])
+            before = padded.narrow(axis, radius - reach, side)
+            after = padded.narrow(axis, radius + reach, side)
+            planes += torch.add(before, after, out=pair).mul_(taps[reach])
     return planes
 
 
