@@ -22,6 +22,10 @@ from torch import Tensor, nn
 from mtlat import Normalize
 
 CHECKPOINT_FORMAT = "mtlat checkpoint 1"
+CHECKPOINT_FIELDS = {
+    "arch": str, "classes": list, "size": int, "fingerprint": str, "model": dict, "log": list,
+    "settings": dict,
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -221,6 +225,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is no checkpoint of train.py, or damaged ({reason})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of train.py")
+    for name, kind in CHECKPOINT_FIELDS.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise UserError(f"{path} is damaged: its {name} is no {kind.__name__}")
     return checkpoint
 
 
