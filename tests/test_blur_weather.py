@@ -5,6 +5,8 @@ definition's tables; each test states the sampling error that it allows.
 """
 
 import math
+import runpy
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -357,3 +359,17 @@ def test_change_grows_with_severity(name: str) -> None:
     images = picture.expand(4, 3, 224, 224)
     change = [float((run(name, images, s) - images).abs().mean()) for s in (1, 3, 5)]
     assert change[0] < change[1] < change[2]
+
+
+def test_benchmark_prints_its_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    script = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "corruptions.py"))
+    script["main"]("--only fog zoom_blur --size 32 --batch 3 --repeats 1".split())
+    lines = capsys.readouterr().out.splitlines()
+    table = {line[:18].strip(): float(line[18:28]) for line in lines[-4:]}
+    assert list(table) == ["fog", "zoom_blur", "sum", "mean of 10"]
+    assert table["sum"] == pytest.approx(table["fog"] + table["zoom_blur"], abs=0.011)
+    assert table["mean of 10"] == pytest.approx(table["sum"] / 2, abs=0.011)
