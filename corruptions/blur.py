@@ -102,7 +102,7 @@ def glass_blur(images: Tensor, severity: int, offsets: Tensor, *, profile: int =
     additions: its truncation decides by the last bit in even areas.
     """
     sigma, jump, _ = GLASS_BLUR[profile][severity - 1]
-    wide = images.to(_wide(images.device)).div_(255)
+    wide = images.to(wide_float(images.device)).div_(255)
     soft = _gaussian(wide, sigma).mul_(255).to(torch.uint8).flatten(2)
     source = _glass_sources(offsets, jump, images.shape[2], images.shape[3])
     shuffled = soft.gather(2, source[:, None].expand_as(soft)).view_as(images)
@@ -147,7 +147,7 @@ def _gaussian(planes: Tensor, sigma: float) -> Tensor:
     return planes
 
 
-def _wide(device: torch.device) -> torch.dtype:
+def wide_float(device: torch.device) -> torch.dtype:
     """Return the widest floating type of the device: float64, but for Apple's GPUs float32."""
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -180,7 +180,7 @@ def magick_motion_blur(planes: Tensor, radius: int, sigma: float, angle: Tensor)
     ImageMagick rounds to 16 bits (257 steps per level) and its PNG export truncates to 8.
     """
     reach = 2 * radius
-    steps = torch.arange(reach + 1, device=planes.device, dtype=_wide(planes.device))
+    steps = torch.arange(reach + 1, device=planes.device, dtype=wide_float(planes.device))
     weights = torch.exp(-steps.square() / (2 * sigma**2))
     weights /= weights.sum()
     turn = torch.deg2rad(angle.to(steps.dtype))[:, None]

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from corruptions.blur import wide_float
 from corruptions.rng import Stream
 
 Bounds = tuple[float, float]  # the low and the high end of a range
@@ -174,10 +175,11 @@ def rotation(
     Nearest pixels, in Pillow's 16-bit fixed point, or `bilinear` ones.
     """
     height, width = images.shape[2:]
-    radians = torch.deg2rad(angle.float())[:, None, None]
+    radians = torch.deg2rad(angle.to(wide_float(images.device)))[:, None, None]
     sine, cosine = radians.sin(), radians.cos()
     row, column = _pixel_grid(images)
     if bilinear:
+        sine, cosine = sine.float(), cosine.float()
         x, y = column + 0.5 - width / 2, row + 0.5 - height / 2
         grid = torch.stack(
             [(cosine * x - sine * y) * (2 / width), (sine * x + cosine * y) * (2 / height)], dim=-1

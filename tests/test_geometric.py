@@ -184,6 +184,19 @@ def test_calibration_finds_where_accuracy_falls() -> None:
     assert corrupt(images, "translation", None, bounds=(low, high)).shape == images.shape
 
 
+def test_calibration_does_not_depend_on_the_batches() -> None:
+    """The draws are the images' own: here of the channel, and only a redder picture fails."""
+    images = torch.full((100, 3, 32, 32), 60, dtype=torch.uint8)
+    images[:, 2] = torch.arange(100)[:, None, None]  # the tolerance, readable from the picture
+    labels = torch.zeros(100, dtype=torch.int64)
+    model = brittle(60 / 255, lambda pictures: (pictures[:, 0] - pictures[:, 2])[:, 0, 0])
+    ranges = {
+        calibrate(model, images, labels, "color_distortion", losses=(0.1, 0.2), batch_size=size)
+        for size in (7, 30, 100)
+    }
+    assert len(ranges) == 1
+
+
 def test_calibration_refuses_what_it_cannot_find() -> None:
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     labels = torch.zeros(4, dtype=torch.int64)
