@@ -44,7 +44,7 @@ def patterned_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     smooth: np.ndarray = ndimage.gaussian_filter(
         generator.normal(size=(height, width, 3)), (6, 6, 0.5)
     )
-    image = 128 + 90 * smooth / smooth.std() + generator.normal(size=smooth.shape) * 8
+    image: np.ndarray = 128 + 90 * smooth / smooth.std() + generator.normal(size=smooth.shape) * 8
     image[: height // 4, : width // 3] = 255
     image[-height // 5 :, width // 2 :] = 0
     return image.clip(0, 255).astype(np.uint8)
