@@ -49,15 +49,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw the sheet of a picture, write the tree of a folder."""
+    """Draw the sheet of a picture, write the tree of a folder; what is wrong takes one line."""
     args = parse_args(argv)
     args.only = args.only or list(CORRUPTIONS)
-    if args.source.is_dir():
-        write_tree(args)
-    elif args.source.is_file():
-        draw_sheet(args)
-    else:
-        sys.exit(f"no picture and no folder: {args.source}")
+    try:
+        if args.source.is_dir():
+            write_tree(args)
+        elif args.source.is_file():
+            draw_sheet(args)
+        else:
+            raise ValueError(f"{args.source} is no picture and no folder of class folders")
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
 
 
 def load(path: str | Path, size: int) -> Tensor:
@@ -113,7 +117,7 @@ def write_tree(args: argparse.Namespace) -> None:
     suffix = ".png" if args.png else ".JPEG"
     targets = [path.relative_to(args.source).with_suffix(suffix) for path in paths]
     if len(set(targets)) < len(targets):
-        sys.exit(f"two pictures of {args.source} differ in their suffix only; rename one")
+        raise ValueError(f"two pictures of {args.source} differ in their suffix only; rename one")
     check_settings(args)
     with tqdm(total=len(paths) * len(args.only) * len(SEVERITIES), unit="file") as bar:
         for start in range(0, len(paths), _BATCH):
@@ -145,7 +149,7 @@ def check_settings(args: argparse.Namespace) -> None:
     note = args.out / "settings.json"
     if note.exists():
         if (found := json.loads(note.read_text())) != settings:
-            sys.exit(f"{args.out} was begun with {found}, not {settings}; choose another --out")
+            raise ValueError(f"{args.out} was begun with {found}; choose another --out")
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(settings, indent=2) + "\n")
