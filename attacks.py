@@ -262,8 +262,11 @@ def _attacking(model: Model, x: Tensor, y: Tensor) -> Iterator[Pair]:
     try:
         for owner, name, value in state:
             setattr(owner, name, value)
-        with (frozen(model), torch.inference_mode(False), torch.enable_grad(),
-              torch.autocast(x.device.type, enabled=False)):  # fmt: skip
+        with (
+            frozen(model),
+            torch.inference_mode(False),  # which switches gradients on, under no_grad as well
+            torch.autocast(x.device.type, enabled=False),
+        ):
             yield x.detach().clone(), _check_labels("labels", y, x)
     finally:
         for (owner, name, _), value in zip(state, before, strict=True):

@@ -1,7 +1,7 @@
 """The attacks against closed forms, plain per-image loops, and what their docstrings promise."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -106,16 +106,16 @@ def test_pgd_and_mi_fgsm_reach_the_corner_of_the_box(seed: int, epsilon: float) 
     assert_close(pgd(model, x, y, epsilon=epsilon, target=unlikely), corner)
 
 
-def test_default_steps_are_the_papers_or_the_guides() -> None:
+def test_default_steps_are_the_guides_and_the_originals() -> None:
     model, x, y = Linear(), 0.3 + 0.4 * images(0), labels(0, classes=2)
-    for attack, steps, step in ((pgd, 1, 0.01), (pgd, 3, 0.03), (mi_fgsm, 4, 0.016)):
-        moved = attack(model, x, y, steps=10, epsilon=0.04) - x
-        assert_close(moved.abs(), torch.full_like(x, 0.04))
-        short: dict[str, Any] = {"random_start": False} if attack is pgd else {}
-        short |= {"step_size": step / steps, "steps": steps}
-        assert_close(attack(model, x, y, **short), x + step * away(model, y))
-    first = mi_fgsm(model, x, y, steps=1, step_size=0.004)
-    assert_close(first, x + 0.004 * away(model, y))
+    for attack, reach in ((pgd, 2.5), (pgd_ll, 2.5), (mi_fgsm, 1.0)):
+        for epsilon, steps in ((0.04, 10), (0.08, 5)):
+            curved: dict[str, Any] = {} if attack is mi_fgsm else {"random_start": False}
+            default = attack(network(), x, y, epsilon=epsilon, steps=steps, **curved)
+            step = reach * epsilon / steps
+            given = attack(network(), x, y, epsilon=epsilon, steps=steps, step_size=step, **curved)
+            assert torch.equal(default, given)
+    assert_close(mi_fgsm(model, x, y, steps=1, step_size=0.01), x + 0.01 * away(model, y))
 
 
 @pytest.mark.parametrize("confidence", [0.0, 2.0])
@@ -168,9 +168,10 @@ def test_pgd_is_its_formula(epsilon: float) -> None:
     assert_close(pgd_ll(model, x, y, epsilon=epsilon, start=start), expected)
 
 
-@pytest.mark.parametrize("decay", [0.5, 1.0])
-def test_mi_fgsm_is_its_formula(decay: float) -> None:
-    model, x, y = network(), images(4), labels(4)
+@pytest.mark.parametrize(("decay", "gain"), [(0.5, 1.0), (1.0, 1.0), (0.5, 1e-9)])
+def test_mi_fgsm_is_its_formula(decay: float, gain: float) -> None:
+    """However small the gradients are: a floor under their norm would weigh the early ones less."""
+    model, x, y = network(gain=gain), images(4), labels(4)
     expected = reference_linf(model, x, y, 0 * x, 0.3, 0.05, 8, decay)
     found = mi_fgsm(model, x, y, epsilon=0.3, steps=8, step_size=0.05, decay=decay)
     assert_close(found, expected)
@@ -218,24 +219,46 @@ def test_a_round_of_cw2_is_its_formula(const: float) -> None:
     assert const == 0.01 or found.reached.any()
 
 
-def test_cw2_reaches_what_the_originals_search_does_and_no_farther() -> None:
-    """The original climbs by tens from the smallest constant and then bisects."""
+def search(
+    model: nn.Module, image: Tensor, y: int, confidence: float, consts: Generator[float, bool]
+) -> float:
+    """The shortest way found in six rounds with these constants, each of which hears: reached?"""
+    const, nearest = next(consts), math.inf
+    for _ in range(6):
+        _, distance, _ = reference_cw2(model, image, y, confidence, const, 40)
+        nearest = min(nearest, distance)
+        const = consts.send(distance < math.inf)
+    return math.sqrt(nearest)
+
+
+def originals_consts() -> Generator[float, bool]:
+    """From the smallest by tens, then bisected."""
+    low, high, const = 0.0, math.inf, 1e-3
+    while True:
+        low, high = (low, const) if (yield const) else (const, high)
+        const = 10 * const if high == math.inf else (low + high) / 2
+
+
+def our_consts() -> Generator[float, bool]:
+    """The largest, then bisected on a log scale."""
+    low, high, const = 1e-3, 1e2, 1e2
+    while True:
+        low, high = (low, const) if (yield const) else (const, high)
+        const = math.sqrt(low * high)
+
+
+def test_cw2_searches_as_it_says_and_better_than_the_original() -> None:
     model, x, y = network(), images(6, batch=6), labels(6, batch=6)
-    confidence = 5.0
-    found = cw2_result(model, x, y, confidence=confidence)
-    original = []
-    for image, k in zip(x, y, strict=True):
-        low, high, const, nearest = 0.0, math.inf, 1e-3, math.inf
-        for _ in range(9):
-            _, distance, _ = reference_cw2(model, image, int(k), confidence, const, 40)
-            nearest = min(nearest, distance)
-            low, high = (low, const) if distance < math.inf else (const, high)
-            const = 10 * const if high == math.inf else (low + high) / 2
-        original.append(nearest)
-    distances = x.new_tensor(original).sqrt()
-    assert found.reached.tolist() == distances.isfinite().tolist()
+    found = cw2_result(model, x, y, confidence=4.0, rounds=6, const_range=(1e-3, 1e2))
+    ours, originals = (
+        x.new_tensor([search(model, image, int(k), 4.0, consts())
+                      for image, k in zip(x, y, strict=True)])
+        for consts in (our_consts, originals_consts)
+    )  # fmt: skip
+    assert found.reached.tolist() == ours.isfinite().tolist() == originals.isfinite().tolist()
     assert 0 < found.reached.sum() < 6
-    assert found.l2[found.reached].mean() <= 1.001 * distances[found.reached].mean()
+    assert_close(found.l2[found.reached], ours[found.reached], rtol=1e-5, atol=0)
+    assert ours[found.reached].sum() < originals[found.reached].sum()
 
 
 def test_cw2_bisects_the_constant_on_a_log_scale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,6 +241,12 @@ def test_broken_gradients_are_found_and_poison_nothing() -> None:
     assert torch.equal(result.x_adv, x) and not result.reached.any()
 
 
+def test_momentum_outlives_a_gradient_of_zero() -> None:
+    x, y = torch.full((1, 3, 4, 4), 0.26), torch.zeros(1, dtype=torch.int64)
+    assert_close(mi_fgsm(Blind(), x, y), x - 0.04)  # no slope below 0.25
+    assert_close(pgd(Blind(), x, y, step_size=0.004, random_start=False), x - 0.012)
+
+
 # The registry
 
 
