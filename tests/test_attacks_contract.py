@@ -234,6 +234,9 @@ def test_broken_gradients_are_found_and_poison_nothing() -> None:
     x = torch.stack([torch.full((3, 4, 4), value) for value in (0.1, 0.5, 1.0)])
     y = torch.zeros(3, dtype=torch.int64)
     assert broken_gradients(Blind(), x, y).tolist() == [True, False, True]
+    partly = Linear()
+    partly.slope.data[::2] = 0
+    assert not broken_gradients(partly, images(0), labels(0, classes=2)).any()
     for x_adv in (pgd(Blind(), x, y, random_start=False), mi_fgsm(Blind(), x, y)):
         moved = (x_adv - x).abs().flatten(1).amax(1)
         assert_close(moved, torch.tensor([0.0, 0.04, 0.0]))
