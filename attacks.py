@@ -36,7 +36,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtlat import Model, Pair, _check_images, _check_values, attack_loss, frozen
+from mtlat import Model, Pair, attack_loss, check_images, check_values, frozen
 
 __all__ = ["ATTACKS", "Attack", "CW2Result", "broken_gradients", "cw2", "cw2_result"]
 __all__ += ["mi_fgsm", "pgd", "pgd_ll", "sign_noise"]
@@ -253,7 +253,7 @@ def _attacking(model: Model, x: Tensor, y: Tensor) -> Iterator[Pair]:
         raise TypeError(f"images are {x.dtype}; attacks need full precision: x.float(), in [0, 1]")
     if not len(x):
         raise ValueError(f"images have shape {tuple(x.shape)}; attack at least one")
-    _check_images(x)
+    check_images(x)
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     # The flags, not model.eval(): what a model makes of that call could not be taken back.
     state: list[tuple[Any, str, Any]] = [(m, "training", False) for m in modules]
@@ -334,7 +334,7 @@ def _starts(
     if start.shape != (x.shape if restarts == 1 else shape):
         wanted = tuple(x.shape if restarts == 1 else shape)
         raise ValueError(f"start has shape {tuple(start.shape)}; {restarts} runs need {wanted}")
-    _check_values("start", start, -1, 1, "give it in units of epsilon")
+    check_values("start", start, -1, 1, "give it in units of epsilon")
     return start.to(x).reshape(shape)
 
 
@@ -351,7 +351,7 @@ def _logits(model: Model, x: Tensor, labels: Tensor) -> Tensor:
     if logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         found = tuple(logits.shape)
         raise ValueError(f"the model gives shape {found}; logits are ({len(x)}, N), N at least 2")
-    _check_values("class indices", labels, 0, logits.shape[1] - 1, "count the classes from 0")
+    check_values("class indices", labels, 0, logits.shape[1] - 1, "count the classes from 0")
     return logits
 
 

@@ -17,7 +17,7 @@ Bad input raises ValueError or TypeError with the value, the rule and the fix.
 Readings of the paper: what it leaves open, what is done here, how to do otherwise
  1. lambda, epsilon and the target are drawn per image, as Algorithm 1 is written for one set of
     couples. `per_batch=True` draws one pair of lambdas and one epsilon for the minibatch.
- 2. The target is uniform over all N classes, as printed. Otherwise: give `algorithm1` your `Draws`.
+ 2. The target is uniform over all classes, as printed. Otherwise: give `algorithm1` your `Draws`.
  3. `mtlat_loss` makes the four couples of one minibatch: itself and three random permutations.
     Otherwise: give `algorithm1` four independent minibatches.
  4. x_mtlat is not clipped to [0, 1], as Eq. 5 is printed. `clip=True` clips it.
@@ -26,8 +26,7 @@ Readings of the paper: what it leaves open, what is done here, how to do otherwi
  6. Each loss has its own forward pass, so each half its own batch statistics, and the losses are
     summed. Otherwise: concatenate both halves for one forward pass and double its cross-entropy.
  7. x_mtlat is a constant in loss2, since sign has no slope; sign(0) = 0 leaves a pixel alone.
- 8. epsilon is one number for image and label, hence pixels in [0, 1]: a model that expects
-    normalised input normalises inside, with `Normalize` as its first layer.
+ 8. epsilon is one number for image and label: normalise inside the model, by `Normalize`.
 """
 
 import math
@@ -54,7 +53,7 @@ def mixup(
 
     Returns x_mix like x1 and y_mix (B, N). Two labels of class indices need `num_classes`.
     """
-    _check_images(x1, x2)
+    check_images(x1, x2)
     y1, y2 = _distributions(x1, y1, y2, num_classes=num_classes)
     lam_x, lam_y = _per_image("lam", lam, x1), _per_image("lam", lam, y1)
     return lam_x * x1 + (1 - lam_x) * x2, lam_y * y1 + (1 - lam_y) * y2
@@ -71,7 +70,7 @@ def targeted_fgsm(
     into the epsilon-ball. `clip` ends in [0, 1]. Takes `steps` forward and input-only backward
     passes; returns a detached tensor; leaves the model as it was.
     """
-    _check_images(x)
+    check_images(x)
     if steps < 1:
         raise ValueError(f"steps is {steps}; the attack takes at least 1")
     epsilon = _per_image("epsilon", epsilon, x)
@@ -259,10 +258,10 @@ def _distributions(
         if y.dtype != torch.int64 if y.ndim == 1 else not y.is_floating_point():
             raise TypeError(f"labels are {y.dtype}; give int64 indices or float distributions")
         if y.ndim == 1:
-            _check_values("class indices", y, 0, n - 1, "count the classes from 0")
+            check_values("class indices", y, 0, n - 1, "count the classes from 0")
         else:
-            _check_values("label weights", y, 0, 1, "give probabilities, not logits")
-            _check_values("sums of label weights", y.sum(1), 1, 1, "divide each row by its sum")
+            check_values("label weights", y, 0, 1, "give probabilities, not logits")
+            check_values("sums of label weights", y.sum(1), 1, 1, "divide each row by its sum")
     wide = torch.promote_types(x.dtype, torch.float32)
     return [F.one_hot(y, n).to(wide) if y.ndim == 1 else y for y in labels]
 
@@ -272,24 +271,25 @@ def _per_image(name: str, value: Numbers, like: Tensor) -> Tensor:
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     if value.shape not in {(), (len(like),)}:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; give a float or ({len(like)},)")
-    _check_values(name, value, 0, 1, "it is a share of the label and of the pixels' range")
+    check_values(name, value, 0, 1, "it is a share of the label and of the pixels' range")
     return value.view(-1, *[1] * (like.ndim - 1))
 
 
-def _check_images(*images: Tensor) -> None:
+def check_images(*images: Tensor) -> None:
+    """Raise if images (B, ...) are no float pixels in [0, 1], all of one shape."""
     for x in images:
         if not x.is_floating_point():
             raise TypeError(f"images are {x.dtype}; give floating point: x.float() / 255")
         if x.shape != images[0].shape:
             raise ValueError(f"images {tuple(images[0].shape)} do not match {tuple(x.shape)}")
-        _check_values("pixels", x, 0, 1, "normalise inside the model, see Normalize")
+        check_values("pixels", x, 0, 1, "normalise inside the model, see Normalize")
 
 
 _asked: set[str] = set()
 
 
-def _check_values(name: str, values: Tensor, low: int, high: int, fix: str) -> None:
-    """Always on a CPU; on other devices at the first call only, since the answer stalls them."""
+def check_values(name: str, values: Tensor, low: int, high: int, fix: str) -> None:
+    """Raise if values leave [low, high]; off the CPU at the first call only, as it stalls a GPU."""
     place = f"{name} {values.device.type}"
     if values.device.type == "cpu" or place not in _asked:
         _asked.add(place)

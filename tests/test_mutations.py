@@ -53,7 +53,7 @@ MUTATIONS = [
     ("lambda per image", "1 if per_batch else batch_size", "batch_size"),
     ("no permutation", ".argsort().to(x.device)", ".argsort().sort().values"),
     ("sum instead of mean", "F.cross_entropy(logits", "len(y) * F.cross_entropy(logits"),
-    ("pixels unchecked", '_check_values("pixels", x, 0, 1,', '_check_values("pixels", x, -9, 9,'),
+    ("pixels unchecked", 'check_values("pixels", x, 0, 1,', 'check_values("pixels", x, -9, 9,'),
 ]  # fmt: skip
 
 
