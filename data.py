@@ -32,7 +32,7 @@ from tqdm import tqdm
 from common import UserError, replacing
 
 TEST_SHARE = 0.1  # of every class, where a folder has no val/: "ten percent", as in the paper
-SHAPES_NUMBERS = {"train": range(2000), "test": range(1_000_000, 1_000_500)}
+SHAPES_NUMBERS = {"train": range(2000), "test": range(1_000_000, 1_001_000)}
 SIZES = {"shapes": 64, "cifar10": 32, "cifar100": 32}  # default sides; folders: the paper's 224
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 CACHE_VERSION = 1  # change it when the same files would give other pixels
@@ -171,7 +171,9 @@ def _load_cifar(
     return Data(**parts, classes=kept, fingerprint=digest.hexdigest())
 
 
-class _File(NamedTuple):
+class File(NamedTuple):
+    """An image file of a set, and its class."""
+
     path: str  # relative to the set's folder, with forward slashes
     label: int
 
@@ -192,7 +194,7 @@ def _load_folder(
 
 def _list_folder(
     root: Path, num_classes: int | None, seed: int
-) -> tuple[list[str], dict[str, list[_File]]]:
+) -> tuple[list[str], dict[str, list[File]]]:
     """The class names and, for "train" and "test", the files in a fixed order."""
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder, nor one of the sets {', '.join(SIZES)}")
@@ -203,8 +205,8 @@ def _list_folder(
             " every class will be the test set"
         )
     split = (root / "train").is_dir()
-    found = {part: _list_classes(root / part) for part in ("train", "val")} if split else {}
-    by_class = found["train"] if split else _list_classes(root)
+    found = {part: list_classes(root / part) for part in ("train", "val")} if split else {}
+    by_class = found["train"] if split else list_classes(root)
     if split and found["train"].keys() != found["val"].keys():
         odd = sorted(found["train"].keys() ^ found["val"].keys())
         raise UserError(f"{root}: train/ and val/ need the same classes; only one has {odd[0]!r}")
@@ -214,7 +216,7 @@ def _list_folder(
             " train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg)"
         )
     classes = choose_classes(sorted(by_class), num_classes, seed)
-    parts: dict[str, list[_File]] = {"train": [], "test": []}
+    parts: dict[str, list[File]] = {"train": [], "test": []}
     for label, name in enumerate(classes):
         if split:
             lists = {"train": found["train"][name], "test": found["val"][name]}
@@ -226,11 +228,11 @@ def _list_folder(
         for part, files in lists.items():
             if not files:
                 raise UserError(f"{root}: class {name!r} has no image for the {part} part")
-            parts[part] += [_File(Path(file).relative_to(root).as_posix(), label) for file in files]
+            parts[part] += [File(Path(file).relative_to(root).as_posix(), label) for file in files]
     return classes, parts
 
 
-def _list_classes(root: Path) -> dict[str, list[str]]:
+def list_classes(root: Path) -> dict[str, list[str]]:
     """The sorted image files below each class folder."""
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     return {
@@ -246,7 +248,7 @@ def _list_classes(root: Path) -> dict[str, list[str]]:
 
 
 def _decoded(
-    root: Path, files: list[_File], size: int, skip_bad: bool, cache: Path, title: str
+    root: Path, files: list[File], size: int, skip_bad: bool, cache: Path, title: str
 ) -> ImageSet:
     """The files as a memory-mapped image set, decoded now or by an earlier run.
 
@@ -264,7 +266,7 @@ def _decoded(
         skipped: list[str] = []
         with replacing(pixels) as temporary, open(temporary, "wb") as sink:
             for file, image in tqdm(
-                _decode_all(root, files, size), title, len(files), unit="img", disable=None
+                decode_all(root, files, size), title, len(files), unit="img", disable=None
             ):
                 if isinstance(image, str):
                     if not skip_bad:
@@ -297,7 +299,7 @@ def _is_complete(pixels: Path, manifest: Path) -> bool:
         return False
 
 
-def _decode_all(root: Path, files: list[_File], size: int) -> Iterator[tuple[_File, Array | str]]:
+def decode_all(root: Path, files: list[File], size: int) -> Iterator[tuple[File, Array | str]]:
     """Each file with its pixels (3, S, S), or with what is wrong with it, in order.
 
     Threads serve, because Pillow decodes and resizes outside Python's lock; the window keeps only
@@ -305,7 +307,7 @@ def _decode_all(root: Path, files: list[_File], size: int) -> Iterator[tuple[_Fi
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(cores) as pool:
-        window: deque[tuple[_File, Future[Array | str]]] = deque()
+        window: deque[tuple[File, Future[Array | str]]] = deque()
         try:
             for file in files:
                 window.append((file, pool.submit(decode, root / file.path, size)))
