@@ -112,7 +112,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except torch.OutOfMemoryError:
         message = "out of memory on the device: lower --batch-size, or try --amp bf16"
     except OSError as error:
-        message = f"{error.filename or 'writing'}: {error.strerror or error}"
+        message = f"{error.filename or 'the disk'}: {error.strerror or error}"
         if error.errno == errno.ENOSPC:
             message += "; make room and start again, what was finished is kept"
     print(f"error: {message}", file=sys.stderr)
