@@ -1,0 +1,305 @@
+"""The cells of the benchmark: which there are, how one is measured, and the file they are kept in.
+
+A cell is one model under one perturbation at one severity; a `Line` is what came of it. Images are
+corrupted and attacked by the batch, and what does not depend on the model is made once for all.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import data
+from attacks import ATTACKS, Attack, broken_gradients, cw2, cw2_result, pgd_ll
+from common import UserError, write
+from corruptions import CORRUPTIONS, Stream, corrupt
+from report import CHECK, SUPPLEMENT, Line
+from sanity import CHECKS
+
+SAMPLE = 200  # images that the sanity checks and the supplement take
+
+_CW2 = ATTACKS["cw2"]
+# All that takes a model's gradient. For an accuracy, CW2 need not search the nearest image: one
+# round tells whom it reaches.
+GRADIENT: dict[str, Attack] = {
+    **ATTACKS,
+    "cw2": _CW2._replace(keywords=_CW2.keywords | {"rounds": 1}),
+    CHECK + "clean": Attack(broken_gradients, {}, "clean images with their gradients"),
+    **{CHECK + name: attack for name, attack in CHECKS.items()},
+    SUPPLEMENT: _CW2._replace(keywords=_CW2.keywords | {"confidence": 0.0}),
+}
+# What --only and --skip can name, in the order of the work: groups, and the perturbations in them.
+GROUPS: dict[str, list[str]] = defaultdict(list)
+for _name in (*CORRUPTIONS, *ATTACKS):
+    GROUPS[CORRUPTIONS[_name].family if _name in CORRUPTIONS else ATTACKS[_name].box].append(_name)
+GROUPS["checks"] = [name for name in GRADIENT if name.startswith(CHECK)]
+GROUPS["supplement"] = [SUPPLEMENT]
+
+Batch = tuple[Tensor, Tensor, Tensor]  # image numbers, images in [0, 1], classes; on the device
+
+
+class Subject(NamedTuple):
+    """A model, its name in the report, and a hash of all that it computes with."""
+
+    label: str
+    module: nn.Module
+    digest: str
+
+
+@dataclass
+class Run:
+    """Everything that the cells are measured with."""
+
+    args: argparse.Namespace
+    classes: list[str]
+    feed: data.Feed
+    chosen: Tensor  # numbers of the test images that count
+    models: list[Subject]
+    surrogate: Subject | None
+    facts: dict[str, Any]  # what decides every number
+    setup: dict[str, Any]  # what else every line says
+    least_likely: dict[str, Tensor] = field(default_factory=dict)  # by model, of every test image
+
+    def decided_by(self, name: str) -> dict[str, Any]:
+        """What a cell's numbers depend on, besides the model, the perturbation and its severity."""
+        black_box = name in GROUPS["black-box"] and self.surrogate
+        folder = self.official(name)
+        return {
+            **self.facts,
+            "surrogate": black_box.digest if black_box else None,
+            "imagenet_c": str(folder.resolve()) if folder else None,
+        }
+
+    def official(self, name: str) -> Path | None:
+        """DIR/name or DIR/family/name of --imagenet-c DIR, as the published archives unpack."""
+        root = self.args.imagenet_c
+        if root is None or name not in CORRUPTIONS:
+            return None
+        places = (root / name, root / CORRUPTIONS[name].family / name)
+        return next((place for place in places if place.is_dir()), None)
+
+    def images_of(self, name: str) -> Tensor:
+        """The numbers of the test images that a cell takes."""
+        if name not in (*GROUPS["checks"], SUPPLEMENT):
+            return self.chosen
+        return self.pick(SAMPLE)
+
+    def pick(self, count: int) -> Tensor:
+        """The numbers of some of the chosen images, as many of each class."""
+        labels = self.feed.labels.cpu()[self.chosen]
+        return self.chosen[choose_images(labels, count, self.args.seed)]
+
+
+# ---------------------------------------------------------------------------- images
+
+
+def choose_images(labels: Tensor, limit: int | None, seed: int) -> Tensor:
+    """Places of `limit` images, as many of each class as can be, drawn with the seed; sorted.
+
+    All of them for None, or where there are no more.
+    """
+    if limit is None or limit >= len(labels):
+        return torch.arange(len(labels))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order].argsort(stable=True)]  # class by class, at random within
+    counts = torch.bincount(labels)
+    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    tie = torch.rand(len(labels), generator=generator, dtype=torch.float64)
+    return order[(rank + tie).argsort()[:limit]].sort().values
+
+
+def batches(run: Run, name: str, severity: int | None) -> Iterator[Batch]:
+    """The clean images that a cell takes, or the corrupted ones of --imagenet-c."""
+    folder = run.official(name)
+    if folder is not None:
+        yield from _official_batches(run, folder / str(severity))
+    else:
+        for numbers in torch.split(run.images_of(name), run.args.batch_size):
+            yield numbers.to(run.feed.device), *run.feed(numbers)
+
+
+def _official_batches(run: Run, folder: Path) -> Iterator[Batch]:
+    """The files of FOLDER/class/, streamed, for the whole of ImageNet-C fits in no memory."""
+    found = data.list_classes(folder) if folder.is_dir() else {}
+    if lacking := [name for name in run.classes if not found.get(name)]:
+        raise UserError(
+            f"--imagenet-c: {folder} has no images of class {lacking[0]!r}; the layout is"
+            " DIR/corruption/severity/class/file, with the classes of --data"
+        )
+    files = [
+        data.File(os.path.relpath(path, folder), label)
+        for label, name in enumerate(run.classes)
+        for path in found[name]
+    ]
+    labels, device = torch.tensor([file.label for file in files]), run.feed.device
+    chosen = choose_images(labels, run.args.limit, run.args.seed)
+    decoded = data.decode_all(folder, [files[i] for i in chosen.tolist()], run.facts["size"])
+    for numbers in torch.split(chosen, run.args.batch_size):
+        pixels = []
+        for file, image in islice(decoded, len(numbers)):
+            if isinstance(image, str):
+                raise UserError(f"{folder / file.path}: {image}; fetch the file again")
+            pixels.append(image)
+        x = torch.from_numpy(np.stack(pixels)).to(device).float().div_(255)
+        yield numbers.to(device), x, labels[numbers].to(device)
+
+
+def perturb(
+    run: Run, name: str, severity: int | None, victim: Subject | None, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Perturb a batch, and give what there is to report of each image besides.
+
+    victim: whose gradient an attack takes. Every draw is a function of (seed, name, severity, image
+    number): no result depends on the batch, but for rounding.
+    """
+    numbers, x, y = batch
+    if victim is None:
+        if name in CORRUPTIONS and run.official(name) is None:
+            x = corrupt(x, name, severity, seed=run.args.seed, index=numbers)
+        return x, {}
+    function, settings, model = GRADIENT[name].function, GRADIENT[name].keywords, victim.module
+    if function is broken_gradients:
+        return x, {"broken": broken_gradients(model, x, y)}
+    if function is cw2:
+        image, *found = cw2_result(model, x, y, **settings)
+        reached, misclassified, margin, l2 = found
+        l2 = torch.where(reached, l2, torch.nan)
+        names = ("reached", "misclassified", "margin", "l2")
+        return image, dict(zip(names, (reached, misclassified, margin, l2), strict=True))
+    extra: dict[str, Any] = {}
+    if GRADIENT[name].random:
+        shape = (settings.get("restarts", 1), *x.shape[1:])
+        start = Stream(run.args.seed, name, None, numbers).uniform(*shape)
+        extra["start"] = start.mul_(2).sub_(1).transpose(0, 1).squeeze(0)  # one run: x.shape
+    if function is pgd_ll and victim.digest in run.least_likely:
+        extra["target"] = run.least_likely[victim.digest][numbers]
+    return function(model, x, y, **settings, **extra), {}
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+def measure(
+    run: Run, name: str, severity: int | None, models: list[Subject], bar: Any
+) -> list[Line]:
+    """Measure a cell of each of these models; `bar` is told of every image done."""
+    white_box = name in GRADIENT and GRADIENT[name].box == "white-box"
+    maker = run.surrogate if name in GRADIENT else None
+    hits: list[list[Tensor]] = [[] for _ in models]
+    extras: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in models]
+    seconds, making = [0.0] * len(models), 0.0
+    clock = _now(run)
+    for batch in batches(run, name, severity):
+        numbers, _, y = batch
+        if not white_box:
+            images, _ = perturb(run, name, severity, maker, batch)
+        making, clock = making + _now(run) - clock, _now(run)
+        for i, model in enumerate(models):
+            if white_box:
+                images, found = perturb(run, name, severity, model, batch)
+                for key, values in found.items():
+                    extras[i][key].append(values.cpu())
+            with torch.no_grad():
+                logits = model.module(images)
+            if name == "clean":
+                blank = torch.zeros(len(run.feed), dtype=torch.int64, device=y.device)
+                run.least_likely.setdefault(model.digest, blank)[numbers] = logits.argmin(1)
+            hits[i].append((logits.argmax(1) == y).cpu())
+            seconds[i], clock = seconds[i] + _now(run) - clock, _now(run)
+            bar.update(len(y))
+    lines = []
+    for i, model in enumerate(models):
+        right = torch.cat(hits[i])
+        if run.args.save_predictions:
+            _save(prediction_path(run, model, name, severity), right)
+        lines.append({
+            "model": model.digest, "label": model.label, "perturbation": name,
+            "severity": severity, "n": len(right), "correct": int(right.sum()),
+            **{key: _summary(torch.cat(values)) for key, values in extras[i].items()},
+            "seconds": round(seconds[i], 3), "seconds_making": round(making, 3),
+            **run.decided_by(name), **run.setup,
+        })  # fmt: skip
+    return lines
+
+
+def _now(run: Run) -> float:
+    if run.feed.device.type != "cpu":
+        torch.accelerator.synchronize(run.feed.device)
+    return time.perf_counter()
+
+
+def _summary(values: Tensor) -> int | float | None:
+    """How many, or the median of those that have a value."""
+    if values.dtype == torch.bool:
+        return int(values.sum())
+    median = values.nanmedian().item()
+    return None if math.isnan(median) else round(median, 6)
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def prediction_path(run: Run, model: Subject, name: str, severity: int | None) -> Path:
+    """Where --save-predictions keeps which images of a cell were right, bool (n,)."""
+    file = name if severity is None else f"{name}_{severity}"
+    return Path(run.args.output_dir, "predictions", model.digest, f"{file}.npy")
+
+
+def _save(path: Path, right: Tensor) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, right.numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, buffer.getbuffer())
+
+
+def read_cells(path: Path) -> list[Line]:
+    """Read the finished cells; a last line that a crash left unfinished is cut off."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    lines = []
+    for i, line in enumerate(whole.splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}: line {i} is damaged; delete it and start again") from None
+    return lines
+
+
+def append_cells(path: Path, lines: list[Line]) -> None:
+    """Add finished cells, and have them on disk before the next is begun."""
+    with open(path, "ab") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def refuse_others(run: Run, path: Path, lines: list[Line]) -> None:
+    """Stop if a finished cell is of another run than this one."""
+    digests = {model.digest for model in run.models}
+    for line in lines:
+        wanted = run.decided_by(line["perturbation"])
+        other = [f"{k}: {line[k]}, now {v}" for k, v in wanted.items() if line[k] != v]
+        if line["model"] not in digests:
+            other.append(f"model: {line['label']} of weights {line['model']}, now not among them")
+        if other:
+            raise UserError(
+                f"{path} holds results of another run ({other[0]}): choose another --output-dir, or"
+                " delete that file"
+            )

@@ -1,0 +1,115 @@
+"""The figures of a report: robustness as bars, accuracy against severity, and the images."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from common import replacing
+from corruptions import CORRUPTIONS
+from report import COLUMNS, TABLES, Report, wilson
+
+GREY, PALETTE = "#9aa0a6", ("#1f6feb", "#d1495b", "#2a9d63", "#e09f3e", "#7b4ea3", "#17a2b8")
+
+
+class Tile(NamedTuple):
+    """A picture of the contact sheet."""
+
+    title: str
+    image: Tensor  # (3, S, S) in [0, 1]
+    predicted: str
+    right: bool
+
+
+def draw_robustness(report: Report, path: Path) -> None:
+    """Robustness per perturbation as grouped bars, in the tables' order, with 95 % intervals."""
+    places: dict[str, float] = {}
+    for gap, names in enumerate(TABLES.values()):
+        places |= {name: len(places) + i + 0.7 * gap for i, name in enumerate(names)}
+    figure = _figure(13, 4.5)
+    axes = figure.subplots()
+    width, colours = 0.8 / len(report.rows), _colours(report)
+    for i, row in enumerate(report.rows):
+        left = (i - (len(report.rows) - 1) / 2) * width
+        bars = [(places[n] + left, s) for n, s in row.scores.items() if n in places and s.accuracy]
+        x = [place for place, _ in bars]
+        y = [s.robustness for _, s in bars]
+        low = [s.robustness * (1 - s.low / s.accuracy) for _, s in bars]
+        high = [s.robustness * (s.high / s.accuracy - 1) for _, s in bars]
+        axes.bar(x, y, width, color=colours[row.model], label=row.model,
+                 yerr=(low, high), error_kw={"lw": 0.6, "ecolor": "#444444"})  # fmt: skip
+    axes.axhline(1, color="#444444", lw=0.8, ls=":")
+    axes.set_xticks(list(places.values()), [COLUMNS[name] for name in places], rotation=45,
+                    ha="right", rotation_mode="anchor")  # fmt: skip
+    axes.set_xlim(-0.7, max(places.values()) + 0.7)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("R = accuracy / clean accuracy, 95 % intervals")
+    _finish(figure, axes, path)
+
+
+def draw_severities(report: Report, path: Path) -> None:
+    """Accuracy against severity for each corruption, with 95 % intervals; severity 0 is clean."""
+    figure, colours = _figure(11, 8.5), _colours(report)
+    panels = list(figure.subplots(4, 5, sharex=True, sharey=True).flat)
+    for axes, name in zip(panels, CORRUPTIONS, strict=False):
+        axes.set_title(COLUMNS[name], fontsize=10)
+        for row in report.rows:
+            if name in row.scores:
+                score = row.scores[name]
+                y = [row.scores["clean"].accuracy, *score.by_severity]
+                low, high = zip(*(wilson(share * score.n, score.n) for share in y), strict=True)
+                colour = colours[row.model]
+                axes.plot(range(len(y)), y, color=colour, marker="o", ms=3, label=row.model)
+                axes.fill_between(range(len(y)), low, high, color=colour, alpha=0.15, lw=0)
+        axes.set_ylim(0, 1)
+        axes.set_xticks(range(6), ["0", *"12345"])
+        axes.grid(alpha=0.3)
+    panels[-1].axis("off")
+    panels[-6].tick_params(labelbottom=True)  # the lowest of its column
+    figure.supxlabel("severity (0: clean)", fontsize=10)
+    figure.supylabel("accuracy", fontsize=10)
+    _finish(figure, panels[0], path)
+
+
+def draw_images(sheets: Sequence[Sequence[Tile]], path: Path) -> None:
+    """A sheet of five columns for each image: clean, perturbed, and what they are taken for."""
+    columns = min(2, len(sheets))
+    rows = math.ceil(len(sheets) / columns)
+    tall = math.ceil(max(map(len, sheets)) / 5)
+    figure = _figure(6.4 * columns, 1.62 * tall * rows)
+    blocks = figure.subfigures(rows, columns, squeeze=False, wspace=0.04, hspace=0.03).flat
+    for block, sheet in zip(blocks, sheets, strict=False):
+        panels = list(block.subplots(tall, 5, squeeze=False).flat)
+        for axes in panels:
+            axes.axis("off")
+        for axes, tile in zip(panels, sheet, strict=False):
+            axes.imshow(tile.image.permute(1, 2, 0).numpy())
+            axes.set_title(tile.title, fontsize=7, pad=2)
+            colour = "#2a9d63" if tile.right else "#d1495b"
+            axes.text(0.5, -0.03, tile.predicted, color=colour, fontsize=7, ha="center", va="top",
+                      transform=axes.transAxes)  # fmt: skip
+    _finish(figure, None, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure((width, height), dpi=150, layout="constrained")
+
+
+def _colours(report: Report) -> dict[str, str]:
+    """The baseline in grey, the others in colours."""
+    others = [row.model for row in report.rows if row.model != report.baseline]
+    return {
+        report.baseline: GREY,
+        **{name: PALETTE[i % len(PALETTE)] for i, name in enumerate(others)},
+    }
+
+
+def _finish(figure: Figure, labelled: Any, path: Path) -> None:
+    """Write the figure, with a legend of what is labelled in these axes."""
+    if labelled and (found := labelled.get_legend_handles_labels())[0]:
+        figure.legend(*found, loc="outside upper center", ncols=6, frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
