@@ -274,11 +274,13 @@ def read_cells(path: Path) -> list[Line]:
     if len(whole) < len(content):
         os.truncate(path, len(whole))
     lines = []
-    for i, line in enumerate(whole.splitlines(), 1):
+    for i, text in enumerate(whole.splitlines(), 1):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            line = json.loads(text)
+            _ = line["model"], line["label"], line["perturbation"], line["severity"]
+        except (ValueError, TypeError, KeyError):
             raise UserError(f"{path}: line {i} is damaged; delete it and start again") from None
+        lines.append(line)
     return lines
 
 
@@ -295,7 +297,7 @@ def refuse_others(run: Run, path: Path, lines: list[Line]) -> None:
     digests = {model.digest for model in run.models}
     for line in lines:
         wanted = run.decided_by(line["perturbation"])
-        other = [f"{k}: {line[k]}, now {v}" for k, v in wanted.items() if line[k] != v]
+        other = [f"{k}: {line.get(k)}, now {v}" for k, v in wanted.items() if line.get(k) != v]
         if line["model"] not in digests:
             other.append(f"model: {line['label']} of weights {line['model']}, now not among them")
         if other:

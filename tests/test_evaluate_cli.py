@@ -1,0 +1,353 @@
+"""evaluate.py's choices: cells, images, models, options, and what wrong usage says."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from bench import CLASSES, Bench, open_bench
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import cells
+import evaluate
+import figures
+from attacks import ATTACKS, mi_fgsm
+from common import UserError
+from corruptions import CORRUPTIONS, corrupt
+from sanity import CHECKS
+
+
+@pytest.fixture
+def bench(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Bench]:
+    yield from open_bench(tmp_path, tmp_path_factory, monkeypatch)
+
+
+# ---------------------------------------------------------------------------- which cells
+
+
+def test_cells_are_named_by_name_and_by_group() -> None:
+    choose = evaluate.choose_cells
+    every = choose([], [])
+    assert every[0] == "clean" and len(every) == len(set(every)) == 1 + 19 + 5 + 1 + len(CHECKS)
+    assert choose(["blur"], []) == ["clean", *(n for n in CORRUPTIONS if n.endswith("blur"))]
+    assert choose(["pgd_0.04"], ["checks"]) == ["clean", "pgd_0.04"]
+    assert set(choose(["cw2"], [])) == {"clean", "cw2", *cells.GROUPS["checks"]}
+    assert choose(["mi_fgsm_0.08", "fog"], []) == ["clean", "fog", "mi_fgsm_0.08"]
+    others = [group for group in cells.GROUPS if group != "noise"]
+    assert choose([], others) == choose(["noise"], [])
+    assert choose(["noise"], ["shot_noise"]) == ["clean", "gaussian_noise", "impulse_noise"]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 70), st.integers(0, 99))
+def test_the_subset_has_as_many_of_each_class_as_can_be(
+    labels: list[int], limit: int, seed: int
+) -> None:
+    y = torch.tensor(labels)
+    chosen = cells.choose_images(y, limit, seed)
+    assert len(chosen) == min(limit, len(y)) and sorted(set(chosen.tolist())) == chosen.tolist()
+    had, taken = torch.bincount(y, minlength=5), torch.bincount(y[chosen], minlength=5)
+    assert bool((taken <= had).all())
+    most = int(taken.max())
+    assert bool(((taken >= most - 1) | (taken == had)).all())
+    assert torch.equal(chosen, cells.choose_images(y, limit, seed))
+
+
+def test_the_subset_is_drawn_with_the_seed() -> None:
+    y = torch.arange(300) % 3
+    first, second = (cells.choose_images(y, 100, seed) for seed in (0, 1))
+    assert not torch.equal(first, second)
+    # The place that is left over goes to no class in particular.
+    assert (
+        len({int(torch.bincount(y[cells.choose_images(y, 100, s)]).argmax()) for s in range(20)})
+        == 3
+    )
+
+
+def test_a_limited_run_scores_the_same_images_as_the_whole(bench: Bench) -> None:
+    options = ["--only", "gaussian_noise", "pgd_0.04", "--skip", "checks", "--save-predictions"]
+    bench.run(*options, out="whole")
+    lines = bench.run(*options, "--limit", "12", out="few")
+    chosen = cells.choose_images(bench.sets().test.labels, 12, 0).numpy()
+    assert {(x["n"], x["total"], x["limit"]) for x in lines} == {(12, 30, 12)}
+    for x in lines:
+        name = x["perturbation"] + (f"_{x['severity']}" if x["severity"] else "")
+        few, whole = (
+            np.load(bench.root / out / "predictions" / x["model"] / f"{name}.npy")
+            for out in ("few", "whole")
+        )
+        assert few.dtype == bool and few.tolist() == whole[chosen].tolist()
+        assert x["correct"] == few.sum()
+    for file in ("results.json", "results.md", "results.tex"):
+        assert "12 images, as many of each class" in (bench.root / "few" / file).read_text()
+    assert bench.run(*options, "--limit", "30", out="whole")[0]["limit"] is None
+
+
+def test_predictions_asked_for_later_are_made_later(bench: Bench) -> None:
+    once = bench.run("--only", "fog")
+    assert not (bench.root / "out" / "predictions").exists()
+    twice = bench.run("--only", "fog", "--save-predictions")
+    assert twice == 2 * once
+    assert len(list((bench.root / "out" / "predictions").glob("*/*.npy"))) == len(once)
+    assert bench.run("--only", "fog", "--save-predictions") == twice
+
+
+@pytest.mark.parametrize("layout", ["{name}", "noise/{name}"])
+def test_official_files_give_what_was_written(bench: Bench, layout: str) -> None:
+    """The corrupted images as files: the same counts as made by the batch, and only these names."""
+    sets = bench.sets()
+    for severity in range(1, 6):
+        images = corrupt(sets.test.images, "shot_noise", severity, seed=0)
+        folder = bench.root / "c" / layout.format(name="shot_noise") / str(severity)
+        for i, (image, label) in enumerate(zip(images, sets.test.labels, strict=True)):
+            path = folder / CLASSES[label] / f"{i % 10}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        (folder / "purple").mkdir()  # a class that the data has not
+    options = ["--only", "shot_noise", "fog", "--limit", "15", "-b", "4", "--dump-images", "1"]
+    made = bench.run(*options, out="made")
+    official = bench.run(*options, "--imagenet-c", str(bench.root / "c"), out="read")
+    for ours, theirs in zip(made, official, strict=True):
+        none, source = ours.pop("imagenet_c"), theirs.pop("imagenet_c") or ""
+        assert ours == theirs and none is None
+        assert source.endswith("shot_noise") == (ours["perturbation"] == "shot_noise")
+    with pytest.raises(UserError, match=r"imagenet_c: None, now .*shot_noise"):
+        bench.run(*options, "--imagenet-c", str(bench.root / "c"), out="made")
+    last = bench.root / "c" / layout.format(name="shot_noise") / "5"
+    (last / "red" / "0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"red.0.png: not a readable image.*fetch the file again"):
+        bench.run("--only", "shot_noise", "--imagenet-c", str(bench.root / "c"), out="broken")
+    last.rename(last.with_name("6"))
+    with pytest.raises(
+        UserError, match=r"5 has no images of class 'blue'.*DIR/corruption/severity"
+    ):
+        bench.run("--only", "shot_noise", "--imagenet-c", str(bench.root / "c"), out="broken")
+
+
+# ---------------------------------------------------------------------------- models
+
+
+def test_torchvisions_models_with_their_weights(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = torchvision.models.squeezenet1_1().state_dict()
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *_, **__: state)
+    options = ["--data", str(bench.root / "images"), "--size", "32", "--weights", "DEFAULT"]
+    with pytest.raises(UserError, match=r"gives \(16, 1000\); .* data's 3 classes"):
+        bench.run(*options, models="torchvision:squeezenet1_1")
+    with pytest.raises(UserError, match="no such file, nor weights of torchvision's"):
+        bench.run(*options[:-1], "V9", models="torchvision:squeezenet1_1")
+    monkeypatch.setattr(evaluate, "inspect", lambda *_: [])
+    lines = bench.run(
+        *options, "--only", "fog", "--dump-images", "0", models="torchvision:squeezenet1_1"
+    )
+    assert {line["label"] for line in lines} == {"torchvision:squeezenet1_1"}
+
+
+def test_own_models_and_their_normalisation(bench: Bench) -> None:
+    data_of = ["--data", str(bench.root / "images"), "--size", "16", "--only", "brightness"]
+    plain = bench.run(*data_of, models="tinynets:net standard")
+    rows = bench.results()["rows"]
+    assert len(plain) == 6 and rows[0]["scores"] == rows[1]["scores"]  # the same weights: once
+    shift = ["--mean", "0.9", "0.5", "0", "--std", "1", "2", "1"]
+    with pytest.raises(UserError, match="another run"):
+        bench.run(*data_of, *shift, models="tinynets:net mtlat")
+    bench.run(*data_of, *shift, out="shifted", models="tinynets:net standard")
+    shifted = bench.results("shifted")["rows"]
+    accuracy = [row["scores"]["clean"]["accuracy"] for row in (*rows, *shifted)]
+    assert accuracy[0] == accuracy[1] == accuracy[3] != accuracy[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Stuck", "does not obey eval"), ("Noisy", "other logits for the same images again"),
+        ("Broken", "not finite"), ("Two", r"gives \(16, 2\).*data's 3 classes"),
+        ("Pair", "gives tuple; "), ("Big", r"fails on images \(16, 3, 16, 16\)"),
+    ],
+)  # fmt: skip
+def test_models_whose_numbers_would_mean_nothing_are_refused(
+    bench: Bench, name: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=f"^tinynets:{name} .*{message}|^tinynets:{name} {message}"):
+        bench.run(models=f"standard tinynets:{name}")
+    assert not (bench.root / "out").exists()
+
+
+def test_models_that_attacks_may_fail_on_are_marked(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.run("--only", "brightness", models="standard tinynets:Soft tinynets:Flat")
+    said = capsys.readouterr()
+    for text in (said.err, said.out, (bench.root / "out" / "results.md").read_text()):
+        assert "tinynets:Soft gives probabilities, not logits" in text
+        assert "tinynets:Flat: the gradient is zero or NaN for 16 of the first 16 images" in text
+        assert "standard gives" not in text
+
+
+def test_checkpoints_that_may_have_seen_the_test_images_are_marked(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.checkpoint("foreign", "0123", 3, 20.0)
+    bench.checkpoint("larger", bench.sets().fingerprint, 3, 20.0, size=64)
+    bench.run("--only", "brightness", "--size", "16", models="standard foreign larger")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in said] == ["foreign", "larger"]
+    assert all("may have seen test images" in line for line in said)
+    bench.run("--only", "fog", "--surrogate", bench.argv(models="standard")[0], out="same")
+    assert "standard is the surrogate" in capsys.readouterr().err
+
+
+def test_rows_are_named_by_folder_unless_two_share_it(bench: Bench) -> None:
+    label = evaluate.parse_args(bench.argv()).labels
+    assert list(label.values()) == ["standard", "mtlat"]
+    (bench.root / "other").mkdir()
+    (bench.root / "other" / "mtlat").symlink_to(bench.root / "mtlat")
+    label = evaluate.parse_args(bench.argv(models="mtlat other/mtlat tinynets:net")).labels
+    assert list(label) == list(label.values())
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def test_baseline_seed_and_images_change_what_they_say(bench: Bench) -> None:
+    first = bench.run("--only", "gaussian_noise", "pgd_0.04", out="a")
+    bench.run("--only", "gaussian_noise", "pgd_0.04", "--baseline", "mtlat", out="b")
+    signs = {
+        out: [
+            "".join(s["sign"] for s in row["scores"].values()) for row in bench.results(out)["rows"]
+        ]
+        for out in "ab"
+    }
+    assert signs["a"][1] and signs["a"] == ["", signs["b"][0].translate(str.maketrans("+-", "-+"))]
+    other = bench.run("--only", "gaussian_noise", "--seed", "1", "--save-predictions", out="c")
+    assert [x["seed"] for x in other] == [1] * len(other) != [x["seed"] for x in first]
+    bench.run("--only", "gaussian_noise", "--save-predictions", out="a")
+    files = [sorted((bench.root / out / "predictions").glob("*/*.npy")) for out in "ac"]
+    assert any(np.load(p).tolist() != np.load(q).tolist() for p, q in zip(*files, strict=True))
+
+
+def test_pictures_are_drawn_of_every_perturbation(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sheets: list[Any] = []
+    monkeypatch.setattr(figures, "draw_images", lambda drawn, path: sheets.append((drawn, path)))
+    bench.run("--skip", "checks", "--dump-images", "2", *bench.surrogate, models="standard")
+    ((drawn, path),) = sheets
+    assert path == bench.root / "out" / "images.png" and len(drawn) == 2
+    (model, _, vgg), sets = bench.networks(), bench.sets()
+    numbers = cells.choose_images(sets.test.labels, 2, 0)
+    for sheet, number in zip(drawn, numbers.tolist(), strict=True):
+        image, y = sets.test.images[number : number + 1], sets.test.labels[number : number + 1]
+        tiles = dict(zip(["clean", *CORRUPTIONS, *ATTACKS], sheet, strict=True))
+        expected = {
+            "clean": image.float() / 255,
+            "fog": corrupt(image, "fog", 3, index=[number]).float() / 255,
+            "mi_fgsm_0.08": mi_fgsm(vgg, image.float() / 255, y, epsilon=0.08),
+        }
+        for name, picture in expected.items():
+            assert torch.allclose(tiles[name].image, picture[0])
+            guess = int(model(picture).argmax(1))
+            assert tiles[name].predicted == CLASSES[guess] and tiles[name].right == (guess == y)
+        titles = [tiles[name].title for name in ("clean", "fog", "mi_fgsm_0.08")]
+        assert titles == [f"clean: {CLASSES[y]}", "Fog 3", "MI-FGSM 0.08"]
+    bench.run("--skip", "checks", "--dump-images", "0", *bench.surrogate, models="standard")
+    assert len(sheets) == 1
+
+
+def test_without_a_surrogate_black_boxes_are_left_out_and_said_to_be(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = bench.run("--only", "pgd_0.04", "black-box", "--skip", "checks")
+    assert {x["perturbation"] for x in lines} == {"clean", "pgd_0.04"}
+    assert "the black-box attacks are left out: they need --surrogate" in capsys.readouterr().out
+
+
+def test_other_classes_are_refused(bench: Bench) -> None:
+    fingerprint = bench.sets().fingerprint
+    bench.checkpoint("renamed", fingerprint, 0, 20.0, classes=["blue", "green", "pink"])
+    bench.checkpoint("fewer", fingerprint, 0, 20.0, classes=["blue", "green"])
+    for name, count in (("renamed", 3), ("fewer", 2)):
+        other = str(bench.root / name / "last.pt")
+        message = rf"{name}.last.pt was trained on other classes \({count}: blue green"
+        with pytest.raises(UserError, match=message):
+            bench.run(models=f"standard {name}")
+        with pytest.raises(UserError, match=message):
+            bench.run("--surrogate", other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "fogg"], "no perturbation or group is called 'fogg'; close: fog"),
+        (["--skip", "wether"], "close: weather"), (["--only", "zz"], "close: noise, blur, weather"),
+        (["--only", "fog", "--skip", "weather"], "leave nothing to measure"),
+        (["--baseline", "best"], "--baseline best is none of the models: standard, mtlat"),
+        (["--weights", "DEFAULT"], "torchvision:ARCH and --weights NAME need each other"),
+        (["--mean", "0", "0", "0"], "--mean and --std need each other"),
+        (["--mean", "0", "0", "0", "--std", "1", "1", "1"], "are for module:callable"),
+        (["--imagenet-c", "nowhere"], "--imagenet-c nowhere: no such folder"),
+        (["--data", "nowhere"], "--data nowhere: no such folder"),
+        (["--surrogate", "nowhere/last.pt"], "nowhere/last.pt: No such file"),
+        (["--surrogate", __file__], "is no checkpoint of train.py"),
+        (["--device", "abacus"], "--device abacus: "), (["--limit", "0"], "out of range: from 1"),
+        (["--size", "15"], "out of range: from 16"), (["--batch-size", "x"], "'x' is no int"),
+        (["--std", "0", "1", "1"], "out of range: above 0"), (["--dump-images", "-1"], "from 0"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_ends_in_one_line(bench: Bench, options: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        bench.run(*options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (bench.root / "out").exists()
+
+
+def test_more_wrong_usage(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="a model is named twice"):
+        bench.run(models="standard standard")
+    with pytest.raises(UserError, match="--data is missing"):
+        bench.run(models="tinynets:net")
+    with pytest.raises(UserError, match=r"--weights .* name the checkpoint itself as a model"):
+        bench.run("--weights", __file__, models="torchvision:resnet18")
+    with pytest.raises(UserError, match="need each other"):
+        bench.run(models="torchvision:resnet18")
+    small = bench.checkpoint("small", "0", 0, 20.0, size=12)
+    with pytest.raises(UserError, match="--size 12: the corruptions need images of 16 px or more"):
+        evaluate.main([small, *bench.argv(models="")])
+    empty = bench.root / "empty"
+    for part in ("train", "val"):
+        for name in CLASSES:
+            (empty / part / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="has no image for the train part"):
+        bench.run("--data", str(empty))
+    monkeypatch.setenv("MTLAT_FROST_DIR", str(bench.root / "empty"))
+    with pytest.raises(UserError, match=r"^frost: "):
+        bench.run()
+
+
+def test_the_script_prints_one_line_and_exits_with_2(bench: Bench) -> None:
+    script = [sys.executable, str(Path(evaluate.__file__)), "nowhere.pt"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: nowhere.pt: No such file or directory\n"
+
+
+def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = evaluate.build_parser()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = capsys.readouterr().out
+    for action in parser._actions:
+        assert action.dest in text.replace("-", "_")
+    args = parser.parse_args(["model"])
+    for name, value in vars(args).items():
+        if isinstance(value, int | str) and name != "cache_dir":
+            assert f"(default: {value})" in text, name
