@@ -165,6 +165,14 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
                 f"{subjects[spec].label} was trained on another image set, or at another size: it"
                 " may have seen test images"
             )
+    if args.imagenet_c:
+        there = [name for name in args.cells if run.official(name)]
+        if not there:
+            raise UserError(
+                f"--imagenet-c {args.imagenet_c} has no folder of a corruption to score"
+            )
+        if made := [name for name in args.cells if name in CORRUPTIONS and name not in there]:
+            warnings.append(f"not in --imagenet-c, and made here: {', '.join(made)}")
     if run.surrogate is None and set(args.cells) & set(GROUPS["black-box"]):
         warnings.append("the black-box attacks are left out: they need --surrogate")
     for model in run.models:
@@ -317,10 +325,10 @@ def build_parser() -> Parser:
         " DIR/family/corruption/..., instead of making them")
 
     add = parser.add_argument_group("perturbations").add_argument
-    add("--only", nargs="+", default=[], metavar="NAME",
+    add("--only", nargs="+", metavar="NAME",
         help=f"measure these; by name, or by group: {', '.join(GROUPS)} (default: all but the"
         " supplement, which is CW2 at confidence 0 and takes long)")
-    add("--skip", nargs="+", default=[], metavar="NAME", help="leave these out")
+    add("--skip", nargs="+", metavar="NAME", help="leave these out")
 
     add = parser.add_argument_group("running").add_argument
     add("-b", "--batch-size", type=number(int, 1), default=100,
@@ -340,7 +348,7 @@ def build_parser() -> Parser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read and check the command line; adds the rows' labels and the perturbations to measure."""
     args = build_parser().parse_args(argv)
-    args.cells = choose_cells(args.only, args.skip)
+    args.cells = choose_cells(args.only or [], args.skip or [])
     if len(set(args.models)) < len(args.models):
         raise UserError("a model is named twice")
     labels = [Path(s).resolve().parent.name if is_file(s) else s for s in args.models]

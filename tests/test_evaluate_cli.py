@@ -101,7 +101,9 @@ def test_predictions_asked_for_later_are_made_later(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("layout", ["{name}", "noise/{name}"])
-def test_official_files_give_what_was_written(bench: Bench, layout: str) -> None:
+def test_official_files_give_what_was_written(
+    bench: Bench, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The corrupted images as files: the same counts as made by the batch, and only these names."""
     sets = bench.sets()
     for severity in range(1, 6):
@@ -119,6 +121,9 @@ def test_official_files_give_what_was_written(bench: Bench, layout: str) -> None
         none, source = ours.pop("imagenet_c"), theirs.pop("imagenet_c") or ""
         assert ours == theirs and none is None
         assert source.endswith("shot_noise") == (ours["perturbation"] == "shot_noise")
+    assert "not in --imagenet-c, and made here: fog" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has no folder of a corruption to score"):
+        bench.run("--only", "fog", "--imagenet-c", str(bench.root / "c"), out="none")
     with pytest.raises(UserError, match=r"imagenet_c: None, now .*shot_noise"):
         bench.run(*options, "--imagenet-c", str(bench.root / "c"), out="made")
     last = bench.root / "c" / layout.format(name="shot_noise") / "5"
