@@ -25,7 +25,7 @@ import data
 from attacks import ATTACKS, Attack, broken_gradients, cw2, cw2_result, pgd_ll
 from common import UserError, write
 from corruptions import CORRUPTIONS, Stream, corrupt
-from report import CHECK, SUPPLEMENT, Line
+from report import CHECK, SUPPLEMENT, Line, severities
 from sanity import CHECKS
 
 SAMPLE = 200  # images that the sanity checks and the supplement take
@@ -85,7 +85,7 @@ class Run:
     def official(self, name: str) -> Path | None:
         """DIR/name or DIR/family/name of --imagenet-c DIR, as the published archives unpack."""
         root = self.args.imagenet_c
-        if root is None or name not in CORRUPTIONS:
+        if root is None or len(severities(name)) == 1:
             return None
         places = (root / name, root / CORRUPTIONS[name].family / name)
         return next((place for place in places if place.is_dir()), None)

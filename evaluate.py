@@ -250,15 +250,15 @@ def contact_sheet(run: Run) -> list[list[figures.Tile]]:
     batch, model = (numbers.to(run.feed.device), *run.feed(numbers)), run.models[0]
     sheets: list[list[figures.Tile]] = [[] for _ in numbers]
     for name in ("clean", *(n for n in report.COLUMNS if n in run.args.cells)):
-        black_box, made = name in GROUPS["black-box"], name in CORRUPTIONS
+        black_box = name in GROUPS["black-box"]
         if run.official(name) or (black_box and not run.surrogate):
             continue
         victim = run.surrogate if black_box else model if name in GROUPS["white-box"] else None
-        severity = SHEET_SEVERITY if made else None
+        severity = SHEET_SEVERITY if len(report.severities(name)) > 1 else None
         images, _ = perturb(run, name, severity, victim, batch)
         with torch.no_grad():
             guesses = model.module(images).argmax(1)
-        title = f"{report.COLUMNS.get(name, name)}{f' {severity}' if made else ''}"
+        title = f"{report.COLUMNS.get(name, name)} {severity or ''}".strip()
         for sheet, image, guess, y in zip(sheets, images, guesses, batch[2], strict=True):
             title = f"clean: {run.classes[y]}" if name == "clean" else title
             sheet.append(figures.Tile(title, image.cpu(), run.classes[guess], bool(guess == y)))

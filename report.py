@@ -99,8 +99,12 @@ def aggregate(lines: Iterable[Line], models: Mapping[str, str], baseline: str) -
 
 
 def severities(name: str) -> tuple[int | None, ...]:
-    """The severities that a perturbation has cells for: (None,) if it knows none."""
-    return CORRUPTIONS[name].severities if name in CORRUPTIONS else (None,)
+    """The severities that a perturbation has cells for.
+
+    (None,) for attacks, and for the paper's four, whose strength the paper draws for every image.
+    """
+    graded = name in CORRUPTIONS and CORRUPTIONS[name].family != "paper"
+    return CORRUPTIONS[name].severities if graded else (None,)
 
 
 def _scores(cells: Mapping[tuple[str, str, int | None], Line], digest: str) -> dict[str, Score]:
@@ -240,7 +244,8 @@ def caption(report: Report, title: str) -> str:
     images = " or ".join(map(str, counts))
     if counts[-1] < report.total:
         images += f" of {report.total}"
-    mean = ", mean of five severities" if title != "Adversarial attacks" else ""
+    graded = any(len(severities(name)) > 1 for name in TABLES[title])
+    mean = ", mean of five severities" if graded else ""
     return (
         f"{title}: R = accuracy / clean accuracy{mean}; n = {images} test images; + and - against"
         f" {report.baseline}"
