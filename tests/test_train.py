@@ -144,7 +144,8 @@ def test_each_method_trains(go, method, tmp_path):
 # ---------------------------------------------------------------- settings
 
 
-def test_the_defaults_are_the_papers():
+def test_the_defaults_are_the_papers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no earlier run lies in runs/
     args, checkpoint = train.parse_args(["--data", "somewhere"])
     assert checkpoint is None
     assert (args.method, args.arch, args.opt) == ("mtlat", "resnet50", "adam")
