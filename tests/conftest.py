@@ -12,6 +12,8 @@ for name, examples in {"dev": 20, "ci": 100, "thorough": 1000}.items():
     hypothesis.settings.register_profile(
         name, max_examples=examples, deadline=None, derandomize=name != "thorough"
     )
+# The tensors are small: a second thread gains nothing, and loses much where the cores are shared.
+torch.set_num_threads(1)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
