@@ -134,7 +134,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
         raise UserError("--data is missing: only a checkpoint of train.py knows its images")
     sets = data.load(
         args.data or trained["data"], size=args.size or first.get("size"),
-        num_classes=trained.get("classes"), seed=trained.get("seed", args.seed),
+        num_classes=trained.get("classes"), seed=trained.get("data_seed", args.seed),
         cache_dir=args.cache_dir, skip_bad_images=trained.get("skip_bad_images", False),
     )  # fmt: skip
     side, count = sets.test.images.shape[-1], len(sets.test.labels)

@@ -15,14 +15,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import data
@@ -40,92 +40,13 @@ from common import (
     versions,
     write,
 )
-from mtlat import Draws, Model, Pair, cross_entropy, draw, mixup, targeted_fgsm, tlat
+from methods import METHODS
+from mtlat import Pair, draw
 
 # The paper's recipe, and the one for the embedded set, whose network must learn on two CPU cores
 # in minutes and so keeps its first learning rate for longer.
 PAPER = {"epochs": 90, "batch_size": 256, "lr": 0.002, "milestones": (30, 60, 80)}
 SHAPES = {"epochs": 3, "batch_size": 32, "lr": 0.0007, "milestones": (2, 2.67)}
-
-# ---------------------------------------------------------------------------- the eight trainings
-# Each takes minibatches (x, y), y as distributions, and the step's draws, and yields its losses one
-# after the other, so that the first one's activations are gone before the second one's are made.
-
-
-def standard(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[Tensor]:
-    ((x, y),) = pairs
-    yield cross_entropy(model(x), y)
-
-
-def mixup_only(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[Tensor]:
-    x_mix, y_mix = mixup(*pairs[0], *pairs[1], draws.lam1)
-    yield cross_entropy(model(x_mix), y_mix)
-
-
-def tlat_only(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[Tensor]:
-    yield from standard(model, pairs[:1], draws, steps)
-    x_tlat, y_tlat = tlat(model, *pairs[1], draws.target, draws.epsilon, steps=steps)
-    yield cross_entropy(model(x_tlat), y_tlat)
-
-
-def mtlat(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[Tensor]:
-    x_mix1, y_mix1 = mixup(*pairs[0], *pairs[1], draws.lam1)
-    yield cross_entropy(model(x_mix1), y_mix1)
-    x_mix2, y_mix2 = mixup(*pairs[2], *pairs[3], draws.lam2)
-    x_mtlat, y_mtlat = tlat(model, x_mix2, y_mix2, draws.target, draws.epsilon, steps=steps)
-    yield cross_entropy(model(x_mtlat), y_mtlat)
-
-
-def iat(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[Tensor]:
-    """Interpolated Adversarial Training (Lamb et al., 2019), with this paper's FGSM as attack."""
-    x_mix, y_mix = mixup(*pairs[0], *pairs[1], draws.lam1)
-    yield cross_entropy(model(x_mix), y_mix) / 2
-    x, y = pairs[2]
-    x_adv = targeted_fgsm(model, x, y, draws.epsilon, away=True, steps=steps, clip=True)
-    x_mix, y_mix = mixup(x_adv, y, x_adv.roll(1, 0), y.roll(1, 0), draws.lam2)
-    yield cross_entropy(model(x_mix), y_mix) / 2
-
-
-def fgsm(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[Tensor]:
-    yield from standard(model, pairs[:1], draws, steps)
-    x, y = pairs[1]
-    x_adv = targeted_fgsm(model, x, y, draws.epsilon, away=True, steps=steps)
-    yield cross_entropy(model(x_adv), y)
-
-
-def target_fgsm(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[Tensor]:
-    yield from standard(model, pairs[:1], draws, steps)
-    x, y = pairs[1]
-    x_adv = targeted_fgsm(model, x, draws.target, draws.epsilon, steps=steps)
-    yield cross_entropy(model(x_adv), y)
-
-
-def label_smoothing(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[Tensor]:
-    """As printed: 1 - epsilon on the true class, epsilon / N elsewhere; sums to 1 - epsilon / N."""
-    yield from standard(model, pairs[:1], draws, steps)
-    x, y = pairs[1]
-    x_adv = targeted_fgsm(model, x, draws.target, draws.epsilon, steps=steps)
-    epsilon = draws.epsilon[:, None]
-    yield cross_entropy(model(x_adv), (1 - epsilon) * y + epsilon / y.shape[1] * (1 - y))
-
-
-class Method(NamedTuple):
-    losses: Callable[[Model, list[Pair], Draws, int], Iterator[Tensor]]
-    couples: int  # minibatches that a step draws
-    terms: int  # losses that a step sums
-    description: str
-
-
-METHODS = {
-    "standard": Method(standard, 1, 1, "cross-entropy"),
-    "mixup": Method(mixup_only, 2, 1, "mixed images"),
-    "tlat": Method(tlat_only, 2, 2, "clean, and attacked towards a target that is in the label"),
-    "mtlat": Method(mtlat, 4, 2, "mixed, and mixed then attacked as tlat: Algorithm 1"),
-    "iat": Method(iat, 3, 2, "mixed, and attacked then mixed"),
-    "fgsm": Method(fgsm, 2, 2, "clean, and attacked away from the true class"),
-    "target-fgsm": Method(target_fgsm, 2, 2, "clean, and attacked towards a target, true label"),
-    "ls": Method(label_smoothing, 2, 2, "as target-fgsm, labels smoothed by epsilon"),
-}
 
 # ---------------------------------------------------------------------------- the training
 
@@ -172,8 +93,8 @@ def prepare(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Run:
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
     sets = data.load(
-        args.data, size=args.size, num_classes=args.classes, seed=args.seed, download=args.download,
-        skip_bad_images=args.skip_bad_images, cache_dir=args.cache_dir,
+        args.data, size=args.size, num_classes=args.classes, seed=args.data_seed,
+        download=args.download, skip_bad_images=args.skip_bad_images, cache_dir=args.cache_dir,
     )  # fmt: skip
     count, size = len(sets.train.labels), minibatch_size(args)
     if not 0 < size <= count:
@@ -342,13 +263,15 @@ MAY_MOVE = {"data", "cache_dir", "output_dir"}
 MAY_CHANGE = MAY_MOVE | {"resume", "device", "print_freq", "download"}
 
 
-def build_parser() -> Parser:
-    parser = Parser(__doc__)
-    on_off = argparse.BooleanOptionalAction
+on_off = argparse.BooleanOptionalAction
 
-    def both(name: str) -> str:
-        return f"(default: {PAPER[name]}, the paper's; for shapes {SHAPES[name]})"
 
+def both(name: str) -> str:
+    return f"(default: {PAPER[name]}, the paper's; for shapes {SHAPES[name]})"
+
+
+def add_experiment_flags(parser: Parser) -> None:
+    """What is trained on what."""
     # fmt: off
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="mtlat",
@@ -368,7 +291,10 @@ def build_parser() -> Parser:
         help="side of the square that images are resized to (default: 224, the paper's; for shapes"
         " 64, for CIFAR 32)")
     add("--classes", type=number(int, 2), metavar="K",
-        help="keep K classes, drawn with --seed (default: all)")
+        help="keep K classes, drawn with --data-seed (default: all)")
+    add("--data-seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
+        help="of the classes kept, the test part of CLASS/*.jpg, and the shapes; apart from --seed,"
+        " so that several trainings can see the same images")
     add("--download", action=on_off, default=False, help="fetch CIFAR if it is not there")
     add("--skip-bad-images", action=on_off, default=False,
         help="leave out and count the files that are no images, instead of stopping")
@@ -381,7 +307,12 @@ def build_parser() -> Parser:
     add("--weights", metavar="NAME_OR_PATH",
         help="start from a checkpoint, or from torchvision's weights of that name (downloaded), the"
         " head being new if the number of classes differs (default: random weights)")
+    # fmt: on
 
+
+def add_training_flags(parser: Parser) -> None:
+    """How it is trained, and where."""
+    # fmt: off
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=number(int, 1), help=f"passes over the training set {both('epochs')}")
     add("-b", "--batch-size", type=number(int, 1),
@@ -401,7 +332,7 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("running").add_argument
     add("--seed", type=number(int, 0, 2**32 - 1), default=0,
-        help="of the weights, the orders, the draws, the classes, the split and the shapes")
+        help="of the weights, the orders and the draws")
     add("--deterministic", action=on_off, default=False,
         help="the same bits on a GPU too, but slower (a CPU repeats itself anyway)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
@@ -414,6 +345,12 @@ def build_parser() -> Parser:
     add("-p", "--print-freq", type=number(int, 1), default=10, metavar="STEPS",
         help="how often the losses are read and shown")
     # fmt: on
+
+
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
+    add_experiment_flags(parser)
+    add_training_flags(parser)
     return parser
 
 

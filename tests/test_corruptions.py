@@ -15,7 +15,7 @@ from corruptions import CORRUPTIONS, MIN_SIDE, corrupt
 
 NAMES = list(CORRUPTIONS)
 IMAGENET_C = """gaussian_noise shot_noise impulse_noise defocus_blur glass_blur motion_blur
-zoom_blur snow frost fog brightness contrast elastic_transform pixelate jpeg_compression""".split()
+zoom_blur snow fog frost brightness contrast elastic_transform pixelate jpeg_compression""".split()
 PAPER = ["occlusion", "color_distortion", "translation", "rotation"]
 RANDOM = [name for name, entry in CORRUPTIONS.items() if entry.draw]
 

@@ -22,6 +22,7 @@ import common
 import data
 import train
 from common import UserError
+from methods import METHODS
 from mtlat import Draws, algorithm1
 
 ROOT = Path(train.__file__).parent
@@ -92,7 +93,7 @@ def numpy_losses(method, weight, bias, pairs, draws, classes):
     }[method]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_method_is_the_numpy_one(method):
     generator = np.random.default_rng(0)
     linear = nn.Linear(6, 4, dtype=torch.float64)
@@ -101,7 +102,7 @@ def test_method_is_the_numpy_one(method):
     ]
     lam1, lam2, epsilon = torch.tensor(generator.uniform(size=(3, 5)))
     draws = Draws(lam1, lam2, epsilon, torch.tensor([0, 1, 2, 3, 1]))
-    entry = train.METHODS[method]
+    entry = METHODS[method]
     tensors = [(torch.tensor(x), torch.tensor(y)) for x, y in pairs[: entry.couples]]
     losses = [loss.item() for loss in entry.losses(linear, tensors, draws, 1)]
     weights = [p.detach().numpy() for p in linear.parameters()]
@@ -118,7 +119,7 @@ def test_losses_one_after_the_other_have_the_gradient_of_algorithm1():
         model = convnet(3)
         model[5].p = 0.0
         if sequential:
-            for loss in train.METHODS["mtlat"].losses(model, pairs, draws, 1):
+            for loss in METHODS["mtlat"].losses(model, pairs, draws, 1):
                 loss.backward()
         else:
             losses = algorithm1(model, *pairs, draws)
@@ -127,7 +128,7 @@ def test_losses_one_after_the_other_have_the_gradient_of_algorithm1():
     assert_close(*gradients)
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains(go, method, tmp_path):
     first = go(method=method)
     assert len(first["log"]) == 2 and first["settings"]["method"] == method
@@ -170,8 +171,8 @@ CHANGES = [
     "--alpha 3", "--epsilon-max 0.5", "--eps-max 0.5", "--attack-steps 3", "--size 9",
     "--classes 2", "--arch tiny:linear", "--epochs 1", "--batch-size 12", "-b 12",
     "--whole-batches", "--opt sgd", "--opt adamw --wd 9", "--opt sgd --momentum 0.1", "--lr 0.1",
-    "--wd 1", "--milestones 1", "--milestones 1 --gamma 0.5", "--seed 3", "--amp bf16",
-    "--method tlat",
+    "--wd 1", "--milestones 1", "--milestones 1 --gamma 0.5", "--seed 3", "--data-seed 3",
+    "--amp bf16", "--method tlat",
 ]  # fmt: skip
 
 
