@@ -57,9 +57,11 @@ def pgd(
         Drawn uniformly if None, where `generator` lives; then an image's start depends on its place
         in the batch. Give the starts where a result must not.
     target: classes (B,) int64 to approach, down L(x_t, target), in place of leaving y.
-    restarts: each image keeps the run that ends with the largest margin of a wrong class over y.
+    restarts: runs from other starts, for the images that none has yet led to a wrong class; an
+        image keeps the run that ends with the largest margin of a wrong class over y.
 
-    Returns the last iterate. Takes `steps` F and B a run, and with restarts one F more for each.
+    Returns the last iterate. Takes `steps` F and B a run, and with restarts one F more for each, of
+    the images that are still in it.
     """
     step = _check_steps(epsilon, steps, step_size, 2.5)
     _check_number("restarts", restarts, 1, "1 is a single run", whole=True)
@@ -69,12 +71,19 @@ def pgd(
         aim = y if target is None else _check_labels("target", target, x)
         offsets = epsilon * _starts(x, restarts, random_start, start, generator)
         step = step if target is None else -step
-        ends = [_climb(model, x, aim, offset, epsilon, steps, step) for offset in offsets]
+        x_adv = _climb(model, x, aim, offsets[0], epsilon, steps, step)
         if restarts == 1:
-            return ends[0]
-        with torch.no_grad():
-            margins = torch.stack([_margin(_logits(model, end, y), y) for end in ends])
-        return torch.stack(ends)[margins.argmax(0), torch.arange(len(x), device=x.device)]
+            return x_adv
+        margin = _final_margin(model, x_adv, y)
+        for offset in offsets[1:]:
+            left = (margin <= 0).nonzero().squeeze(1)
+            if not len(left):
+                break
+            end = _climb(model, x[left], aim[left], offset[left], epsilon, steps, step)
+            found = _final_margin(model, end, y[left])
+            better = found > margin[left]
+            x_adv[left[better]], margin[left[better]] = end[better], found[better]
+        return x_adv
 
 
 def pgd_ll(
@@ -359,6 +368,11 @@ def _margin(logits: Tensor, y: Tensor) -> Tensor:
     """By how much the best wrong class leads y, (B,); above 0 is misclassified."""
     own = y[:, None]
     return logits.scatter(1, own, -math.inf).amax(1) - logits.gather(1, own).squeeze(1)
+
+
+@torch.no_grad()
+def _final_margin(model: Model, x_adv: Tensor, y: Tensor) -> Tensor:
+    return _margin(_logits(model, x_adv, y), y)
 
 
 def _pixels(w: Tensor) -> Tensor:

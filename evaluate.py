@@ -30,6 +30,7 @@ from cells import (
     Subject,
     append_cells,
     choose_images,
+    fold_batchnorm,
     measure,
     perturb,
     prediction_path,
@@ -159,6 +160,11 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
     )  # fmt: skip
     few = run.feed(run.pick(16))
     warnings = [w for s in subjects.values() for w in inspect(s, *few, len(run.classes))]
+    run.models = [
+        model._replace(module=fold_batchnorm(model.module, few[0])) for model in run.models
+    ]
+    if run.surrogate:
+        run.surrogate = run.surrogate._replace(module=fold_batchnorm(run.surrogate.module, few[0]))
     for spec, checkpoint in checkpoints.items():
         if checkpoint["fingerprint"] != sets.fingerprint or checkpoint["size"] != side:
             warnings.append(

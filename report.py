@@ -53,7 +53,7 @@ class Row(NamedTuple):
     scores: dict[str, Score]  # "clean" and every perturbation that is complete
     means: dict[str, float]  # of R, by title of TABLES and "All corruptions", where complete
     relative_mce: float  # in per cent of the baseline's, NaN if there is none
-    smallest_step: float | None  # median L2 of CW2 at confidence 0
+    smallest_step: float | None  # median L2 of CW2 at confidence 0, of the images that are right
     findings: dict[str, list[str]]  # by perturbation: why its score may mean something else
 
 
@@ -169,12 +169,12 @@ def _findings(cells: Mapping[str, Line]) -> dict[str, list[str]]:
         said.append(f"the gradient is zero or NaN for {few['broken']} of {few['n']} images")
     if said:
         found["pgd_0.04"] = said
-    if (line := cells.get("cw2")) and line["reached"] < line["n"]:
-        gave_up, wrong = 1 - line["reached"] / line["n"], line["misclassified"] / line["n"]
+    if (line := cells.get("cw2")) and (right := line["right"]) and line["reached"] < right:
+        gave_up, wrong = 1 - line["reached"] / right, line["misclassified"] / right
         found["cw2"] = [
-            f"gave up on {100 * gave_up:.1f} % of the images, which count as they are; fooled, if"
-            f" by less than its confidence, on {100 * wrong:.1f} % (median margin"
-            f" {line['margin']:.1f})"
+            f"gave up on {100 * gave_up:.1f} % of the images that are right without it, which count"
+            f" as they are; fooled, if by less than its confidence, on {100 * wrong:.1f} % (median"
+            f" margin {line['margin']:.1f})"
         ]
     return found
 
@@ -193,9 +193,11 @@ def _notes(rows: Sequence[Row], lines: Sequence[Line]) -> list[str]:
         limit, seed = min(limits)
         notes.append(f"tested on {limit} images, as many of each class, drawn with seed {seed}")
     notes += [
-        f"{row.model}: the smallest adversarial step (CW2 at confidence 0) has a median length of"
-        f" {row.smallest_step:.3f} (L2)" for row in rows if row.smallest_step is not None
-    ]  # fmt: skip
+        f"{row.model}: the smallest adversarial step (CW2 at confidence 0), of the images that are"
+        f" right, has a median length of {row.smallest_step:.3f} (L2)"
+        for row in rows
+        if row.smallest_step is not None
+    ]
     if len({str((line.get("device"), line.get("versions"))) for line in lines}) > 1:
         notes.append("the cells come from several devices or versions: see cells.jsonl")
     return notes

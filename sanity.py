@@ -11,13 +11,34 @@ from collections.abc import Mapping
 from itertools import pairwise
 from types import MappingProxyType
 
+import torch
+from torch import Tensor
+
 from attacks import Attack, pgd, sign_noise
+from mtlat import Model
 
 __all__ = ["CHECKS", "doubts"]
 
 EPSILONS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.5)
 
-# 167 F and 162 B per image: for a few hundred images, the same for all.
+
+def pgd_longer(
+    model: Model, x: Tensor, y: Tensor, *, epsilon: float, steps: int, start: Tensor | None = None
+) -> Tensor:
+    """Attack by PGD in a fifth of the steps, then in all of them the images it leaves right.
+
+    So an image counts as fooled if either run fools it. The model must be in eval mode.
+    """
+    x_adv = pgd(model, x, y, epsilon=epsilon, steps=steps // 5, start=start)
+    with torch.no_grad():
+        left = model(x_adv).argmax(1) == y
+    if left.any():
+        again = None if start is None else start[left]
+        x_adv[left] = pgd(model, x[left], y[left], epsilon=epsilon, steps=steps, start=again)
+    return x_adv
+
+
+# 84 F and 82 B per image, and 91 and 90 more for what PGD leaves right: for a few hundred images.
 CHECKS: Mapping[str, Attack] = MappingProxyType(
     {
         "pgd_0": Attack(pgd, {"epsilon": 0.0, "steps": 1}, "PGD in a ball of no size"),
@@ -27,10 +48,10 @@ CHECKS: Mapping[str, Attack] = MappingProxyType(
         ),
         **{f"pgd_{e}": Attack(pgd, {"epsilon": e}, "PGD in a ball of this size") for e in EPSILONS},
         "pgd_0.04_50_steps": Attack(
-            pgd, {"epsilon": 0.04, "steps": 50}, "PGD in five times the steps"
+            pgd_longer, {"epsilon": 0.04, "steps": 50}, "PGD, then in five times the steps"
         ),
         "pgd_0.04_5_restarts": Attack(
-            pgd, {"epsilon": 0.04, "restarts": 5}, "PGD from five starts, the best for each image"
+            pgd, {"epsilon": 0.04, "restarts": 5}, "PGD from five starts, till one fools"
         ),
     }
 )

@@ -187,17 +187,19 @@ def test_a_given_start_is_taken_in_units_of_epsilon() -> None:
         assert torch.equal(attack(network(), x, y, random_start=False, **still), x)
 
 
-def test_the_best_restart_is_kept_image_by_image() -> None:
-    model, x, y = network(), images(3, batch=12), labels(3, batch=12)
+def test_a_restart_is_for_images_that_no_run_has_fooled_yet() -> None:
+    model, x = network(), images(3, batch=12)
+    y = model(x).argmax(1)
     starts = torch.stack([2 * images(seed, batch=12) - 1 for seed in (10, 11, 12)])
+    size = {"epsilon": 0.05, "steps": 1, "step_size": 0.02}
     for attack in (pgd, pgd_ll):
-        best = attack(model, x, y, epsilon=0.2, steps=3, restarts=3, start=starts)
-        runs = [attack(model, x, y, epsilon=0.2, steps=3, start=start) for start in starts]
+        best = attack(model, x, y, **size, restarts=3, start=starts)
+        runs = [attack(model, x, y, **size, start=start) for start in starts]
         margins = torch.stack([lead(model, run, y) for run in runs])
-        assert_close(lead(model, best, y), margins.amax(0))
-        winners = margins.argmax(0).tolist()
-        assert len(set(winners)) > 1
-        assert all(torch.equal(best[i], runs[w][i]) for i, w in enumerate(winners))
+        fooled = margins > 0
+        kept = torch.where(fooled.any(0), fooled.int().argmax(0), margins.argmax(0)).tolist()
+        assert len(set(kept)) == 3 and 0 < fooled.any(0).sum() < 12
+        assert all(torch.equal(best[i], runs[k][i]) for i, k in enumerate(kept))
 
 
 # Numbers

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from bench import SIDE, Bench, open_bench
-from torch import Tensor
+from torch import Tensor, nn
+from torch.testing import assert_close
 
 import cells
 import evaluate
@@ -99,7 +100,7 @@ def test_checks_take_a_few_images_and_their_own_attacks(bench: Bench) -> None:
 
     trials: list[tuple[str, dict[str, Any]]] = [
         ("pgd_0.02", {"epsilon": 0.02}), ("fgsm_0.04", {"steps": 1, "random_start": False}),
-        ("pgd_0.04_50_steps", {"steps": 50}), ("pgd_0.04_5_restarts", {"restarts": 5}),
+        ("pgd_0.04_5_restarts", {"restarts": 5}),
     ]  # fmt: skip
     for name, settings in trials:
         runs = settings.get("restarts", 1)
@@ -107,6 +108,10 @@ def test_checks_take_a_few_images_and_their_own_attacks(bench: Bench) -> None:
             settings["start"] = start(name, runs).squeeze(0)
         x_adv = pgd(model, x, y, **settings)
         assert table[f"check_{name}", None]["correct"] == int((model(x_adv).argmax(1) == y).sum())
+    begin = start("pgd_0.04_50_steps", 1).squeeze(0)
+    runs = [pgd(model, x, y, steps=steps, start=begin) for steps in (10, 50)]
+    right = [model(x_adv).argmax(1) == y for x_adv in runs]
+    assert table["check_pgd_0.04_50_steps", None]["correct"] == int((right[0] & right[1]).sum())
     assert table["check_clean", None]["broken"] == 0
     assert table["check_pgd_0", None]["correct"] == table["check_clean", None]["correct"]
 
@@ -143,7 +148,10 @@ def test_cw2_in_one_round_reaches_whom_nine_rounds_reach(bench: Bench) -> None:
         assert torch.equal(nine.reached, one.reached)
         assert torch.equal(model(nine.x_adv).argmax(1) == y, model(one.x_adv).argmax(1) == y)
         assert 0 < int(one.reached.sum()) or confidence == 50
-    one = cw2_result(model, x, y, rounds=1)
+    right = model(x).argmax(1) == y
+    one = cw2_result(model, x[right], y[right], rounds=1)
+    assert line["right"] == int(right.sum()) and 0 < line["right"] < line["n"]
+    assert line["correct"] == int((model(one.x_adv).argmax(1) == y[right]).sum())
     assert line["reached"] == int(one.reached.sum())
     assert line["misclassified"] == int(one.misclassified.sum())
     assert line["margin"] == pytest.approx(one.margin.median().item(), abs=1e-4)
@@ -154,7 +162,8 @@ def test_the_supplement_is_the_smallest_adversarial_step(bench: Bench) -> None:
     (model, _, _), sets = bench.networks(), bench.sets()
     few = cells.choose_images(sets.test.labels, 6, 0)
     x, y = sets.test.images[few].float() / 255, sets.test.labels[few]
-    result = cw2_result(model, x, y, confidence=0.0)
+    right = model(x).argmax(1) == y
+    result = cw2_result(model, x[right], y[right], confidence=0.0)
     assert table["cw2_0", None]["l2"] == pytest.approx(result.l2[result.reached].median().item())
     assert "cw2_0" not in evaluate.choose_cells([], [])
 
@@ -272,3 +281,27 @@ def test_other_weights_frost_or_models_are_another_run(
     monkeypatch.setattr(evaluate, "frost_source", lambda: "/elsewhere")
     with pytest.raises(UserError, match="frost: procedural, now /elsewhere"):
         bench.run("--only", "frost", models="standard vgg")
+
+
+class Branching(nn.Sequential):
+    """A forward pass that torch.fx cannot follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_folding_batchnorm_leaves_the_logits_and_spares_the_layer() -> None:
+    def layers() -> list[nn.Module]:
+        return [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)]
+
+    x = torch.rand(5, 3, 8, 8)
+    for kind in (nn.Sequential, Branching):
+        model = kind(*layers())
+        for _ in range(3):
+            model(x + 1)  # for statistics that are not the identity
+        model.eval()
+        folded = cells.fold_batchnorm(model, x)
+        assert_close(folded(x), model(x))
+        left = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert (folded is model) == (kind is Branching) == bool(left)
+        assert kind is Branching or not any(p.requires_grad for p in folded.parameters())
