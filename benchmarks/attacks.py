@@ -14,7 +14,6 @@ import argparse
 import importlib
 import importlib.util
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import torchvision
+from timing import seconds
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -54,19 +54,6 @@ def ours(name: str, model: nn.Module, x: Tensor, y: Tensor) -> Run:
     entry = ATTACKS[name]
     once: dict[str, Any] = {"rounds": 1} if name == "cw2" else {}
     return lambda: entry.function(model, x, y, **entry.keywords, **once)
-
-
-def seconds(work: Run, device: torch.device) -> float:
-    """Time one call: CPU time on a CPU, wall time between synchronisations on a GPU."""
-    if device.type == "cpu":
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-    torch.accelerator.synchronize()
-    start = time.perf_counter()
-    work()
-    torch.accelerator.synchronize()
-    return time.perf_counter() - start
 
 
 def passes(work: Run, model: nn.Module, batch: int) -> float:

@@ -15,8 +15,6 @@ measured against the real library.
 import argparse
 import resource
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -26,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timing import seconds
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,19 +43,6 @@ def pictures(batch: int, size: int, device: torch.device) -> Tensor:
     grain = 0.05 * torch.randn(8, 3, size, size, generator=generator)
     eight = ((soft + grain) * 255).clamp_(0, 255).byte()
     return eight.repeat(-(-batch // 8), 1, 1, 1)[:batch].to(device)
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Time one call: CPU time on a CPU, wall time between synchronisations on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def load_original(size: int, device: torch.device) -> Any:

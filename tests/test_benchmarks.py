@@ -1,0 +1,80 @@
+"""The benchmarks: what they count is what is done, and they run."""
+
+import pytest
+import step
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class Operations(TorchDispatchMode):
+    """Adds up what PyTorch's table of operations says of each multiplication that is run."""
+
+    total = 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        out = call(*args, **(kwargs or {}))
+        if count := flop_registry.get(call.overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def parse(*flags: str) -> object:
+    return step.build_parser().parse_args(["--batch", "2", "--size", "8", "--classes", "5", *flags])
+
+
+@pytest.mark.parametrize("name", step.TRAININGS)
+def test_a_step_does_the_arithmetic_that_is_counted_and_no_more(name: str) -> None:
+    """By PyTorch's own count of operations; the first layer's share of them is small here."""
+    middle = [layer for _ in range(6) for layer in (nn.Conv2d(48, 48, 3, padding=1), nn.ReLU())]
+    ends = nn.Conv2d(3, 48, 1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(ends[0], *middle, ends[1], nn.Linear(48, 5))
+    args = parse()
+    forward = 2 * 64 * 6 * 48 * 48 * 9 * 2  # of the six layers, on two images
+    with Operations() as operations:
+        step.make_step(args, name, model)()
+    passes = operations.total / forward
+    assert step.counted_passes(name) == pytest.approx(passes, rel=0.01)
+
+
+def test_kept_memory_is_that_of_the_largest_backward_pass() -> None:
+    """Two layers keep their inputs and, of a ReLU, the output, which is the next one's input."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 40), nn.ReLU(), nn.Linear(40, 5))
+    images, hidden, logits = 2 * 192, 2 * 40, 2 * 5
+    least = 4 * (images + hidden)
+    kept = {
+        name: step.kept_bytes(step.make_step(parse(), name, model), model)
+        for name in ("standard", "mtlat", "mtlat joined")
+    }
+    # Beside the layers': labels, log-probabilities and single numbers of the loss.
+    assert least < kept["standard"] <= least + 4 * (4 * logits + 16)
+    assert kept["mtlat"] == pytest.approx(kept["standard"], abs=4 * 4 * logits)
+    assert kept["mtlat joined"] == pytest.approx(2 * kept["standard"], abs=4 * 8 * logits)
+
+
+def test_step_prints_each_method_beside_the_plain_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = {"standard": 3.0, "mtlat": 8.5}
+    order: list[float] = []
+    make = step.make_step
+
+    def make_timed(args: object, name: str, model: nn.Module) -> object:
+        work = make(args, name, model)
+        work.seconds = ticks[name]
+        return work
+
+    def clock(work: object, *_: object) -> float:
+        order.append(work.seconds)
+        return work.seconds
+
+    monkeypatch.setattr(step, "make_step", make_timed)
+    monkeypatch.setattr(step, "seconds", clock)
+    flags = "--arch squeezenet1_1 --size 32 --batch 2 --only mtlat --repeats 2"
+    step.main(flags.split())
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert order == [3.0, 8.5] * 4
+    assert rows["standard"][:5] == ["3000.0", "0.7", "1.00", "1.00", "1.00"]
+    assert rows["mtlat"][:5] == ["8500.0", "0.5", "2.83", "2.67", "1.06"]
+    assert torch.tensor(float(rows["mtlat"][5])) > 0
