@@ -25,7 +25,7 @@ from torch.fx.experimental.optimization import fuse
 
 import data
 from attacks import ATTACKS, Attack, broken_gradients, cw2, cw2_result, pgd_ll
-from common import UserError, write
+from common import UserError, checksum, write
 from corruptions import CORRUPTIONS, Stream, corrupt
 from report import CHECK, SUPPLEMENT, Line, severities
 from sanity import CHECKS
@@ -297,8 +297,9 @@ def read_cells(path: Path) -> list[Line]:
     for i, text in enumerate(whole.splitlines(), 1):
         try:
             line = json.loads(text)
-            _ = line["model"], line["label"], line["perturbation"], line["severity"]
-        except (ValueError, TypeError, KeyError):
+            if line.pop("crc") != checksum(line):
+                raise ValueError
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"{path}: line {i} is damaged; delete it and start again") from None
         lines.append(line)
     return lines
@@ -307,7 +308,8 @@ def read_cells(path: Path) -> list[Line]:
 def append_cells(path: Path, lines: list[Line]) -> None:
     """Add finished cells, and have them on disk before the next is begun."""
     with open(path, "ab") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        for line in lines:
+            file.write(json.dumps({**line, "crc": checksum(line)}).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -4,12 +4,17 @@ import argparse
 import difflib
 import errno
 import importlib
+import inspect
 import io
+import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +24,17 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from mtlat import Normalize
+from mtlat import Normalize, frozen
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing tells that a folder is in use
+    fcntl = None  # type: ignore[assignment]
 
 CHECKPOINT_FORMAT = "mtlat checkpoint 1"
 CHECKPOINT_FIELDS = {
     "arch": str, "classes": list, "size": int, "fingerprint": str, "model": dict, "log": list,
-    "settings": dict,
+    "settings": dict, "optimizer": dict, "scaler": dict, "normalize": tuple | list | None,
 }  # fmt: skip
 
 
@@ -38,7 +48,7 @@ class UserError(Exception):
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write to a temporary file that takes the path's place only when it is whole and on disk."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -52,6 +62,47 @@ def write(path: Path, content: bytes | memoryview | str) -> None:
     """Replace a file by this content, or leave it as it was."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Make the folder, and keep every other run out of it until the end of this one, however ended.
+
+    The system takes the lock back from a process that dies. What such a one left unfinished is
+    removed. wait: for the other run's end, instead of raising UserError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "wb") as file:
+        if _lock(file, folder, wait):
+            for stale in folder.glob(".*.unfinished"):
+                stale.unlink()
+        yield
+
+
+def _lock(file: Any, folder: Path, wait: bool) -> bool:
+    """Lock the file; False where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise UserError(
+                f"another run is writing into {folder}: wait for its end, or choose another"
+                " --output-dir"
+            ) from None
+        print(f"waiting for another run, which writes into {folder}", file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
+
+
+def checksum(record: dict[str, Any], before: int = 0) -> int:
+    """CRC-32 of plain values, after that of other bytes: tells damage, not a forgery."""
+    return zlib.crc32(json.dumps(record).encode(), before)
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -93,29 +144,50 @@ def find_device(name: str) -> str:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found.type if found else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return name
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main function; a mistake of the user's ends in one line and exit code 2."""
+def printable(text: str) -> str:
+    """The text in one line: what has no glyph as its escape; names of files may hold it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _stop(number: int, _: Any) -> NoReturn:
+    raise KeyboardInterrupt(number)
+
+
+def run(main: Callable[[], None], go_on: str = "start again to go on") -> NoReturn:
+    """Run a script's main function; a mistake of the user's ends in one line and exit code 2.
+
+    SIGTERM and Ctrl-C end in one line as well, with 143 and 130. go_on: how to take up what was
+    interrupted.
+    """
+    signal.signal(signal.SIGTERM, _stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # no name of a file shall end the run
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
         sys.exit(0)
-    except KeyboardInterrupt:
-        print("\nstopped; what was finished is kept, start again to go on", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped; what was finished is kept, {go_on}", file=sys.stderr)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     except UserError as error:
         message = str(error)
-    except torch.OutOfMemoryError:
-        message = "out of memory on the device: lower --batch-size, or try --amp bf16"
+    except (torch.OutOfMemoryError, MemoryError):
+        message = "out of memory: lower --batch-size or --size, or try --amp bf16"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest goes nowhere
+        message = f"nobody reads the output any more; what was finished is kept, {go_on}"
     except OSError as error:
         message = f"{error.filename or 'the disk'}: {error.strerror or error}"
-        if error.errno == errno.ENOSPC:
-            message += "; make room and start again, what was finished is kept"
-    print(f"error: {message}", file=sys.stderr)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            message += f"; make room, what was finished is kept, {go_on}"
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -154,9 +226,12 @@ def build_model(
             sys.path.insert(0, "")  # modules in the current folder, as with python -m
         try:
             make = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
+            inspect.signature(make).bind(num_classes=num_classes)
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise UserError(f"--arch {arch}: {error}") from None
         model: nn.Module = make(num_classes=num_classes)
+        if not isinstance(model, nn.Module):
+            raise UserError(f"--arch {arch} made a {type(model).__name__}; give a torch.nn.Module")
     else:
         known = torchvision.models.list_models(module=torchvision.models)
         if arch not in known:
@@ -215,19 +290,29 @@ def save_checkpoint(paths: list[Path], **content: Any) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of train.py, to the CPU; nothing in it is ever executed."""
+    """Read a checkpoint of train.py, to the CPU; nothing in it is ever executed.
+
+    The file is a zip archive, whose checksums PyTorch writes but does not compare.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            if damaged := zipfile.ZipFile(file).testzip():
+                raise ValueError(f"checksum of {damaged}")
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # torch raises nearly every kind on a damaged file
         reason = str(error).split("\n")[0][:80] or type(error).__name__
-        raise UserError(f"{path} is no checkpoint of train.py, or damaged ({reason})") from None
+        raise UserError(
+            f"{path} is no checkpoint of train.py, or damaged ({reason}): restore or remove it"
+        ) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of train.py")
     for name, kind in CHECKPOINT_FIELDS.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise UserError(f"{path} is damaged: its {name} is no {kind.__name__}")
+        if not isinstance(checkpoint.get(name, ...), kind):
+            found = type(checkpoint[name]).__name__ if name in checkpoint else "missing"
+            raise UserError(f"{path} is not a checkpoint of train.py: its {name} is {found}")
     return checkpoint
 
 
@@ -247,3 +332,22 @@ def count_correct(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) ->
     model.eval()
     with torch.no_grad():
         return int(torch.stack([(model(x).argmax(1) == y).sum() for x, y in batches]).sum())
+
+
+def check_logits(name: str, model: nn.Module, x: Tensor, classes: int) -> Tensor:
+    """The model's logits for images x; UserError if it makes none, or they mean nothing."""
+    try:
+        with torch.no_grad(), frozen(model):
+            logits: Tensor = model(x)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name} fails on images {tuple(x.shape)}: {reason}") from None
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (len(x), classes):
+        raise UserError(
+            f"{name} gives {shape}; for {len(x)} images of the data's {classes} classes it must"
+            f" give logits {(len(x), classes)}"
+        )
+    if not logits.isfinite().all():
+        raise UserError(f"{name} gives logits that are not finite")
+    return logits

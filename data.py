@@ -15,6 +15,7 @@ import math
 import os
 import random
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,13 +30,14 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import UserError, replacing
+from common import UserError, checksum, locked, replacing, write
 
 TEST_SHARE = 0.1  # of every class, where a folder has no val/: "ten percent", as in the paper
 SHAPES_NUMBERS = {"train": range(2000), "test": range(1_000_000, 1_001_000)}
 SIZES = {"shapes": 64, "cifar10": 32, "cifar100": 32}  # default sides; folders: the paper's 224
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
-CACHE_VERSION = 1  # change it when the same files would give other pixels
+MAX_SIDE = 4096  # of the images that are fed: beyond it nothing trains, and memory ends
+CACHE_VERSION = 2  # change it when the same files would give other pixels
 
 
 Array = np.ndarray[Any, Any]  # float64 in the shapes, uint8 when decoded
@@ -182,13 +184,14 @@ def _load_folder(
     root: Path, size: int, num_classes: int | None, seed: int, skip_bad: bool, cache: Path
 ) -> Data:
     classes, parts = _list_folder(root, num_classes, seed)
-    listing = [f"{part}\t{file.path}" for part in parts for file in parts[part]]
-    fingerprint = hashlib.sha256("\n".join(listing).encode(errors="surrogateescape")).hexdigest()
     sets: dict[str, ImageSet] = {}
+    facts: list[Any] = [classes]
     for part, files in parts.items():
-        sets[part] = _decoded(root, files, size, skip_bad, cache, f"decoding {part}")
+        sets[part], content = _decoded(root, files, size, skip_bad, cache, f"decoding {part}")
         if not len(sets[part].labels):
             raise UserError(f"{root}: no readable image in the {part} part; see --data in --help")
+        facts += [part, [file.path for file in files], content]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return Data(**sets, classes=classes, fingerprint=fingerprint)
 
 
@@ -249,64 +252,95 @@ def list_classes(root: Path) -> dict[str, list[str]]:
 
 def _decoded(
     root: Path, files: list[File], size: int, skip_bad: bool, cache: Path, title: str
-) -> ImageSet:
-    """The files as a memory-mapped image set, decoded now or by an earlier run.
+) -> tuple[ImageSet, int]:
+    """The files as a memory-mapped image set, decoded now or by an earlier run; and its checksum.
 
     The cache is named by a hash of everything that decides its pixels, so what changed makes a new
-    one. Its manifest is written last: without it, or with pixels of another length, there is none.
+    one. Its manifest is written last: without it, or if its checksum is wrong, there is none.
     """
-    stats = [os.stat(root / file.path) for file in files]
+    stamps = [_stamp(root / file.path) for file in files]
     facts = [CACHE_VERSION, str(root.resolve()), size, skip_bad]
-    facts += [(*file, s.st_size, s.st_mtime_ns) for file, s in zip(files, stats, strict=True)]
+    facts += [(*file, *stamp) for file, stamp in zip(files, stamps, strict=True)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     pixels, manifest = cache / f"{key}.u8", cache / f"{key}.json"
-    if not _is_complete(pixels, manifest):
-        cache.mkdir(parents=True, exist_ok=True)
-        labels: list[int] = []
-        skipped: list[str] = []
-        with replacing(pixels) as temporary, open(temporary, "wb") as sink:
-            for file, image in tqdm(
-                decode_all(root, files, size), title, len(files), unit="img", disable=None
-            ):
-                if isinstance(image, str):
-                    if not skip_bad:
-                        raise UserError(
-                            f"{root / file.path}: {image}; mend or remove the file, or add"
-                            " --skip-bad-images"
-                        )
-                    skipped.append(file.path)
-                else:
-                    sink.write(image.tobytes())
-                    labels.append(file.label)
-        record = {"shape": [len(labels), 3, size, size], "labels": labels, "skipped": skipped}
-        with replacing(manifest) as temporary:
-            temporary.write_text(json.dumps(record))
-    record = json.loads(manifest.read_text())
+    if (found := _read_cache(pixels, manifest)) is None:
+        with locked(cache, wait=True):
+            if _read_cache(pixels, manifest) is None:  # nobody made it meanwhile
+                record = _write_pixels(pixels, root, files, size, skip_bad, title)
+                if stamps != [_stamp(root / file.path) for file in files]:
+                    raise UserError(f"{root} changed while it was read; start again")
+                write(manifest, json.dumps(record))
+            found = _read_cache(pixels, manifest)
+        if found is None:
+            raise UserError(f"{pixels} is not what was written: is there room on a sound disk?")
+    images, record = found
     if record["skipped"]:
         tqdm.write(f"{title}: {len(record['skipped'])} bad images skipped, listed in {manifest}")
-    if not record["labels"]:
-        return ImageSet(torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0).long())
-    images = np.memmap(pixels, np.uint8, "r", shape=tuple(record["shape"]))
-    with warnings.catch_warnings(action="ignore"):  # torch has no read-only tensors, and says so
-        return ImageSet(torch.from_numpy(images), torch.tensor(record["labels"]))
+    return ImageSet(images, torch.tensor(record["labels"], dtype=torch.int64)), record["crc"]
 
 
-def _is_complete(pixels: Path, manifest: Path) -> bool:
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file does: bytes and time; what cannot be read is decode's to tell."""
     try:
-        shape = json.loads(manifest.read_text())["shape"]
-        return bool(pixels.stat().st_size == math.prod(shape))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        stat = os.stat(path)
+    except OSError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _write_pixels(
+    pixels: Path, root: Path, files: list[File], size: int, skip_bad: bool, title: str
+) -> dict[str, Any]:
+    """Decode the files into one; give the manifest, whose checksum is that of both."""
+    labels: list[int] = []
+    skipped: list[str] = []
+    crc = 0
+    with replacing(pixels) as temporary, open(temporary, "wb") as sink:
+        for file, image in tqdm(
+            decode_all(root, files, size), title, len(files), unit="img", disable=None
+        ):
+            if isinstance(image, str):
+                if not skip_bad:
+                    raise UserError(
+                        f"{root / file.path}: {image}; mend or remove the file, or add"
+                        " --skip-bad-images"
+                    )
+                skipped.append(file.path)
+            else:
+                sink.write(image)
+                crc = zlib.crc32(image, crc)
+                labels.append(file.label)
+    record = {"shape": [len(labels), 3, size, size], "labels": labels, "skipped": skipped}
+    return {**record, "crc": checksum(record, crc)}
+
+
+def _read_cache(pixels: Path, manifest: Path) -> tuple[Tensor, dict[str, Any]] | None:
+    """The images, mapped, and their manifest; None if there are none, or they are damaged."""
+    try:
+        record = json.loads(manifest.read_bytes())
+        crc = record.pop("crc")
+        shape = tuple(record["shape"])
+        if pixels.stat().st_size != math.prod(shape):
+            return None
+        images = np.memmap(pixels, np.uint8, "r", shape=shape) if shape[0] else np.empty(shape)
+        if checksum(record, zlib.crc32(images)) != crc:
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    with warnings.catch_warnings(action="ignore"):  # torch has no read-only tensors, and says so
+        return torch.from_numpy(images), {**record, "crc": crc}
 
 
 def decode_all(root: Path, files: list[File], size: int) -> Iterator[tuple[File, Array | str]]:
     """Each file with its pixels (3, S, S), or with what is wrong with it, in order.
 
     Threads serve, because Pillow decodes and resizes outside Python's lock; the window keeps only
-    a few images per core in memory.
+    a few images per core in memory. What Pillow warns of is no error here; the filter is set before
+    the threads start, as it is the process's.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(cores) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(cores) as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\b")
         window: deque[tuple[File, Future[Array | str]]] = deque()
         try:
             for file in files:
@@ -323,16 +357,21 @@ def decode_all(root: Path, files: list[File], size: int) -> Iterator[tuple[File,
 def decode(path: Path, size: int) -> Array | str:
     """One file as upright RGB uint8 (3, size, size), or a line that says what is wrong with it.
 
-    The whole image is resized to the square, bilinear and antialiased, as in Pillow.
+    The whole image is resized to the square, bilinear and antialiased, as in Pillow. One above
+    Pillow's limit of pixels is taken for an attack on memory, as Pillow advises.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with Image.open(path) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                return f"has {image.width} x {image.height} pixels, too many to be safe: shrink it"
             upright: Image.Image = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             upright = upright.convert("RGB")
             resized = upright.resize((size, size), Image.Resampling.BILINEAR)
             return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+    except MemoryError:
+        raise  # no fault of the file's
     except Exception as error:  # Pillow raises nearly every kind on a broken file
         return f"not a readable image ({str(error) or type(error).__name__})"
 

@@ -41,10 +41,13 @@ from common import (
     Parser,
     UserError,
     build_model,
+    check_logits,
     find_device,
     load_checkpoint,
     load_model,
+    locked,
     number,
+    printable,
     run,
     start_model,
     versions,
@@ -97,20 +100,7 @@ def inspect(subject: Subject, x: Tensor, y: Tensor, classes: int) -> list[str]:
     label, _, _ = subject
     if any(module.training for module in subject.module.modules()):
         raise UserError(f"{label} does not obey eval(): its modules must take over train(False)")
-    with torch.no_grad():
-        try:
-            first, second = subject.module(x), subject.module(x)
-        except (RuntimeError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{label} fails on images {tuple(x.shape)}: {reason}") from None
-    shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
-    if shape != (len(x), classes):
-        raise UserError(
-            f"{label} gives {shape}; for {len(x)} images of the data's {classes} classes it must"
-            f" give logits {(len(x), classes)}"
-        )
-    if not first.isfinite().all():
-        raise UserError(f"{label} gives logits that are not finite")
+    first, second = (check_logits(label, subject.module, x, classes) for _ in range(2))
     if not torch.allclose(first, second, 1e-4, 1e-4):
         raise UserError(f"{label} gives other logits for the same images again: it must not draw")
     warnings = []
@@ -148,7 +138,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
         raise UserError(f"frost: {error}") from None
     subjects = load_subjects(args, sets.classes, checkpoints)
     facts = {
-        "data": sets.fingerprint, "size": side, "frost": frost_source(), "seed": args.seed,
+        "size": side, "data": sets.fingerprint, "frost": frost_source(), "seed": args.seed,
         "limit": args.limit if args.limit and args.limit < count else None,
     }  # fmt: skip
     run = Run(
@@ -193,13 +183,17 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
 def evaluate(args: argparse.Namespace) -> None:
     """Measure every cell that is not finished yet, then report on all that are."""
     run, warnings = prepare(args)
-    out = Path(args.output_dir)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    with locked(Path(args.output_dir)):
+        measure_all(run, warnings)
+
+
+def measure_all(run: Run, warnings: list[str]) -> None:
+    out = Path(run.args.output_dir)
     path = out / "cells.jsonl"
     lines = read_cells(path)
     refuse_others(run, path, lines)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    out.mkdir(parents=True, exist_ok=True)
     work = unfinished(run, lines)
     total = sum(len(run.images_of(name)) * len(models) for name, _, models in work)
     with tqdm(total=total, unit="img", disable=None) as bar:
@@ -320,7 +314,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("images").add_argument
     add("--data", "--data-dir", metavar="SET",
         help="as in train.py (default: what the first checkpoint was trained on)")
-    add("--size", type=number(int, MIN_SIDE),
+    add("--size", type=number(int, MIN_SIDE, data.MAX_SIDE),
         help="side of the square that images are resized to (default: the first checkpoint's)")
     add("--cache-dir", default=str(data.default_cache_dir()), metavar="DIR",
         help="where decoded folders are kept, and CIFAR")
@@ -345,7 +339,7 @@ def build_parser() -> Parser:
         help="for the finished cells, with which an interrupted run goes on, tables and figures")
     add("--save-predictions", action=argparse.BooleanOptionalAction, default=False,
         help="keep for each cell which images were right, as predictions/MODEL/CELL.npy")
-    add("--dump-images", type=number(int, 0), default=4, metavar="N",
+    add("--dump-images", type=number(int, 0, 100), default=4, metavar="N",
         help="draw N images under every perturbation, with what the first model takes them for")
     # fmt: on
     return parser
@@ -359,6 +353,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("a model is named twice")
     labels = [Path(s).resolve().parent.name if is_file(s) else s for s in args.models]
     labels = labels if len(set(labels)) == len(labels) else args.models
+    labels = [printable(label) for label in labels]
     args.labels = dict(zip(args.models, labels, strict=True))
     args.baseline = args.labels.get(args.baseline or args.models[0], args.baseline)
     if args.baseline not in labels:

@@ -29,10 +29,12 @@ import data
 from common import (
     Parser,
     UserError,
+    check_logits,
     count_correct,
     find_device,
     load_checkpoint,
     load_model,
+    locked,
     number,
     run,
     save_checkpoint,
@@ -105,12 +107,19 @@ def prepare(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Run:
         model, normalize = start_model(args.arch, len(sets.classes), args.weights)
     else:
         if checkpoint["fingerprint"] != sets.fingerprint:
-            raise UserError(f"--data {args.data} is not the set that {args.resume} was trained on")
+            raise UserError(
+                f"--data {args.data} is not the set that {args.resume} was trained on, or has other"
+                " pixels now: restore it, or start anew in another --output-dir"
+            )
         model, normalize = load_model(checkpoint), checkpoint["normalize"]
     device = torch.device(args.device)
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
+    feeds = data.Feed(sets.train, device), data.Feed(sets.test, device)
+    if checkpoint is None:  # not again, as a look changes what some layers remember
+        check_logits(f"--arch {args.arch}", model, feeds[0](torch.arange(size))[0],
+                     len(sets.classes))  # fmt: skip
     optimizer = make_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log = []
@@ -120,7 +129,6 @@ def prepare(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Run:
         log = checkpoint["log"]
     if args.compile:
         model.compile()
-    feeds = data.Feed(sets.train, device), data.Feed(sets.test, device)
     return Run(
         args, sets.classes, sets.fingerprint, *feeds, model, normalize, optimizer, scaler, log
     )
@@ -186,8 +194,14 @@ def train_epoch(run: Run, epoch: int) -> list[float]:
 def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
     """Train from the checkpoint, or from the start, to the last epoch."""
     run = prepare(args, checkpoint)
-    out, log = Path(args.output_dir), run.log
-    out.mkdir(parents=True, exist_ok=True)
+    with locked(Path(args.output_dir)):
+        refuse_overwriting(args, checkpoint)  # another run may have ended meanwhile
+        train_epochs(run)
+
+
+def train_epochs(run: Run) -> None:
+    """Do what is left to do, and keep a checkpoint after every epoch."""
+    args, out, log = run.args, Path(run.args.output_dir), run.log
     settings = {**vars(args), **versions(args.device), "command": " ".join(sys.argv)}
     write(out / "args.json", json.dumps(settings, indent=2) + "\n")
     print(describe(run), flush=True)
@@ -287,7 +301,7 @@ def add_experiment_flags(parser: Parser) -> None:
     add("--data", "--data-dir", default="shapes", metavar="SET",
         help="shapes (embedded), cifar10, cifar100, or a folder with train/CLASS/*.jpg and"
         " val/CLASS/*.jpg; of one with CLASS/*.jpg alone ten percent are held out as test set")
-    add("--size", type=number(int, 8),
+    add("--size", type=number(int, 8, data.MAX_SIDE),
         help="side of the square that images are resized to (default: 224, the paper's; for shapes"
         " 64, for CIFAR 32)")
     add("--classes", type=number(int, 2), metavar="K",
@@ -374,6 +388,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                     f" {saved.get(name)}: leave it out, or start anew in another --output-dir"
                 )
         kept = (vars(args).keys() - MAY_CHANGE) | (MAY_MOVE - given.keys())
+        if lacking := sorted(kept - saved.keys()):
+            raise UserError(f"{path} says nothing of {lacking[0]}: another version of train.py made"
+                            " it, and can go on with it")  # fmt: skip
         vars(args).update({name: saved[name] for name in kept})
         args.output_dir = args.output_dir if "output_dir" in given else str(path.parent)
         args.resume = str(path)
@@ -388,14 +405,18 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
             args.milestones = [args.epochs * share for share in shares]
         args.size = args.size or data.SIZES.get(args.data, 224)
         args.output_dir = args.output_dir or f"runs/{args.method}"
+    refuse_overwriting(args, checkpoint)
+    args.device = find_device(args.device)
+    return args, checkpoint
+
+
+def refuse_overwriting(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
     last = Path(args.output_dir) / "last.pt"
-    if last.exists() and not (checkpoint and last.samefile(path)):
+    if last.exists() and not (checkpoint and last.samefile(args.resume)):
         raise UserError(
             f"{args.output_dir} holds an earlier run: add --resume auto to go on with it, or choose"
             " another --output-dir"
         )
-    args.device = find_device(args.device)
-    return args, checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -403,4 +424,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "add --resume auto to go on")

@@ -133,7 +133,7 @@ def test_each_method_trains(go, method, tmp_path):
     first = go(method=method)
     assert len(first["log"]) == 2 and first["settings"]["method"] == method
     assert [p.name for p in sorted((tmp_path / "out").iterdir())] == [
-        "args.json", "best.pt", "last.pt", "log.csv",
+        ".lock", "args.json", "best.pt", "last.pt", "log.csv",
     ]  # fmt: skip
     rows = read_log(tmp_path / "out")
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -401,9 +401,9 @@ def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(go, tmp_path, monkeyp
     with pytest.raises(SystemExit) as exit_info:
         common.run(lambda: common.save_checkpoint([tmp_path / "out" / "last.pt"], model={}))
     assert exit_info.value.code == 2
-    assert "No space left on device; make room and start again" in capsys.readouterr().err
+    assert "No space left on device; make room, what was finished" in capsys.readouterr().err
     assert (tmp_path / "out" / "last.pt").read_bytes() == before
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert not list((tmp_path / "out").glob(".*.unfinished"))
 
 
 def test_the_plain_command_as_a_process(tmp_path):
