@@ -118,7 +118,7 @@ def _table(table: Table) -> str:
     notes = "".join(f"<li>{escape(note)}</li>\n" for note in table.notes)
     return (
         f'<div class="box" tabindex="0" role="region" aria-label="{caption}">\n<table>\n'
-        f"<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n"
+        f"<caption><span>{caption}</span></caption>\n<thead><tr>{head}</tr></thead>\n"
         f"<tbody>\n{body}</tbody>\n</table>\n</div>\n"
         + (f'<ul class="notes">\n{notes}</ul>\n' if notes else "")
     )
@@ -146,11 +146,11 @@ POLICY = (  # the browser's word for it: nothing is fetched, nothing runs
 STYLE = """
 :root { --ground: #fff; --ink: #1f2328; --dim: #57606a; --line: #d0d7de; --tint: #f6f8fa;
   --link: #0550ae; --better: #116329; --worse: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ground: #0d1117; --ink: #e6edf3; --dim: #9ea7b3;
-  --line: #30363d; --tint: #161b22; --link: #79c0ff; --better: #56d364; --worse: #ff8f85; } }
+@media screen and (prefers-color-scheme: dark) { :root { --ground: #0d1117; --ink: #e6edf3;
+  --dim: #9ea7b3; --line: #30363d; --tint: #161b22; --link: #79c0ff; --better: #56d364;
+  --worse: #ff8f85; } }
 * { box-sizing: border-box; }
-html { scroll-behavior: smooth; }
-body { margin: 0 auto; padding: 2rem clamp(1rem, 3vw, 2.5rem) 4rem; max-width: 86rem;
+body { margin: 0 auto; padding: 2rem clamp(1rem, 2vw, 2.5rem) 4rem; max-width: 86rem;
   background: var(--ground); color: var(--ink); overflow-wrap: break-word;
   font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
 h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); line-height: 1.25; margin: 0 0 .5rem; }
@@ -170,14 +170,16 @@ img { display: block; height: auto; max-width: 100%; width: calc(var(--inches) *
 figcaption, .notes { color: var(--dim); font-size: .9rem; max-width: 46rem; margin-top: .5rem; }
 .notes { padding-left: 1.2rem; }
 .box:has(table) { margin-top: 1.5rem; width: fit-content; max-width: 100%; }
-table { border-collapse: separate; border-spacing: 0; font-size: .88rem; line-height: 1.4;
+table { border-collapse: separate; border-spacing: 0; font-size: .8rem; line-height: 1.4;
   font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .6rem .8rem; font-weight: 600; }
-th, td { padding: .35rem .8rem; text-align: left; border-top: 1px solid var(--line);
+caption { text-align: left; padding: .6rem; font-weight: 600; font-size: .88rem; }
+caption span { position: sticky; left: .6rem; display: inline-block;
+  max-width: min(46rem, 100vw - 4.5rem); }
+th, td { padding: .35rem .6rem; text-align: left; border-top: 1px solid var(--line);
   white-space: nowrap; }
 thead th { background: var(--tint); }
 tbody tr:hover > * { background: var(--tint); }
-.number { text-align: right; padding-right: 1.1rem; padding-left: .3rem; }
+.number { text-align: right; padding-right: .8rem; padding-left: .25rem; }
 th:first-child { position: sticky; left: 0; background: var(--ground);
   border-right: 1px solid var(--line); }
 thead th:first-child { background: var(--tint); }
@@ -186,18 +188,18 @@ thead th:first-child { background: var(--tint); }
 .hang { display: inline-block; width: 0; white-space: nowrap; }
 @media (max-width: 45rem) {
   img { max-width: none; width: max(100%, calc(var(--inches) * 66px)); }
-  th:first-child { max-width: 7.5rem; overflow-wrap: anywhere; white-space: normal; }
+  th:first-child { min-width: 6rem; max-width: 9rem; overflow-wrap: anywhere;
+    white-space: normal; }
 }
 @media print {
-  :root { --ground: #fff; --ink: #000; --dim: #444; --line: #bbb; --tint: #f2f2f2; }
   @page { size: landscape; margin: 12mm; }
   body { padding: 0; max-width: none; font-size: 10pt; }
   nav { display: none; }
   .box, pre { overflow: visible; border: 0; }
   pre { white-space: pre-wrap; }
-  table { font-size: 7.5pt; }
-  th, td { padding: .2rem .3rem; }
-  .number { padding-right: .8rem; }
+  table { font-size: 6.8pt; }
+  th, td { padding: .2em .5em .2em .3em; }
+  .number { padding-right: 1.1em; }
   tr, figure, pre { break-inside: avoid; }
   h2, caption { break-after: avoid; }
 }
