@@ -280,6 +280,8 @@ def named(args: argparse.Namespace) -> list[str]:
 def choose_cells(only: list[str], skip: list[str]) -> list[str]:
     """The perturbations of the run, in order; clean is always the first."""
     known = {**GROUPS, **{name: [name] for names in GROUPS.values() for name in names}}
+    if only == ["clean"]:
+        return only
     for word in [*only, *skip]:
         if word not in known:
             close = ", ".join(difflib.get_close_matches(word, known, 3)) or ", ".join(GROUPS)
@@ -326,8 +328,8 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("perturbations").add_argument
     add("--only", nargs="+", metavar="NAME",
-        help=f"measure these; by name, or by group: {', '.join(GROUPS)} (default: all but the"
-        " supplement, which is CW2 at confidence 0 and takes long)")
+        help=f"measure these; by name, or by group: {', '.join(GROUPS)}; clean: nothing else"
+        " (default: all but the supplement, which is CW2 at confidence 0 and takes long)")
     add("--skip", nargs="+", metavar="NAME", help="leave these out")
 
     add = parser.add_argument_group("running").add_argument

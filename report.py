@@ -87,7 +87,9 @@ def aggregate(lines: Iterable[Line], models: Mapping[str, str], baseline: str) -
     for name, digest in models.items():
         own, other = measured[name], measured[baseline]
         signed = {
-            key: score._replace(sign="" if name == baseline else _sign(key, score, other.get(key)))
+            key: score._replace(sign=sign(key, printed(key, score), printed(key, other[key])))
+            if name != baseline and key in other
+            else score
             for key, score in own.items()
         }
         by_name = {line["perturbation"]: line for line in cells.values() if line["model"] == digest}
@@ -124,13 +126,14 @@ def _ratio(accuracy: float, clean: float) -> float:
     return accuracy / clean if clean else math.nan
 
 
-def _sign(key: str, score: Score, other: Score | None) -> str:
-    if other is None:
-        return ""
-    if key == "clean":  # as printed: 73.3 %
-        own, base = (round(100 * s.accuracy, 1) for s in (score, other))
-    else:
-        own, base = (round(s.robustness, 2) for s in (score, other))
+def printed(name: str, score: Score) -> float:
+    """The number that the tables show: clean accuracy in per cent, otherwise R."""
+    return 100 * score.accuracy if name == "clean" else score.robustness
+
+
+def sign(name: str, own: float, base: float) -> str:
+    """+ or - or nothing: whether a number of the tables is above the baseline's, as printed."""
+    own, base = (round(value, 1 if name == "clean" else 2) for value in (own, base))
     return "+" if own > base else "-" if own < base else ""
 
 
@@ -264,19 +267,30 @@ def remarks(report: Report, title: str) -> list[str]:
     ]
 
 
+def aligned(table: list[list[str]]) -> list[str]:
+    """The lines of a table for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+
+
+def piped(table: list[list[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    header, *rows = table
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
+
+
 def text(report: Report) -> str:
     """The tables for a terminal."""
     blocks = []
     for title in shown(report):
-        table = grid(report, title)
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        rows = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
+        rows = aligned(grid(report, title))
         blocks.append("\n".join([caption(report, title), *rows, *remarks(report, title)]))
     return "\n\n".join(blocks + [f"note: {note}" for note in report.notes]) + "\n"
 
@@ -285,9 +299,7 @@ def markdown(report: Report) -> str:
     """The tables in Markdown."""
     blocks = []
     for title in shown(report):
-        header, *rows = grid(report, title)
-        rule = ["---", *["---:"] * (len(header) - 1)]
-        table = [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
+        table = piped(grid(report, title))
         said = [f"- {line}" for line in remarks(report, title)]
         blocks.append("\n".join([f"**{caption(report, title)}**", "", *table, "", *said]).rstrip())
     return "\n\n".join(blocks + [f"*{note}*" for note in report.notes]) + "\n"

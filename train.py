@@ -88,16 +88,20 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     return kind(model.parameters(), **common)
 
 
-def prepare(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Run:
-    """Load the images, and make or restore the model and its optimizer."""
+def load_images(args: argparse.Namespace) -> data.Data:
+    """Load the images that these settings name."""
+    return data.load(
+        args.data, size=args.size, num_classes=args.classes, seed=args.data_seed,
+        download=args.download, skip_bad_images=args.skip_bad_images, cache_dir=args.cache_dir,
+    )  # fmt: skip
+
+
+def prepare(args: argparse.Namespace, checkpoint: dict[str, Any] | None, sets: data.Data) -> Run:
+    """Make or restore the model and its optimizer, for these images."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
-    sets = data.load(
-        args.data, size=args.size, num_classes=args.classes, seed=args.data_seed,
-        download=args.download, skip_bad_images=args.skip_bad_images, cache_dir=args.cache_dir,
-    )  # fmt: skip
     count, size = len(sets.train.labels), minibatch_size(args)
     if not 0 < size <= count:
         raise UserError(f"--batch-size {args.batch_size} makes minibatches of {size}, and there are"
@@ -193,7 +197,7 @@ def train_epoch(run: Run, epoch: int) -> list[float]:
 
 def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
     """Train from the checkpoint, or from the start, to the last epoch."""
-    run = prepare(args, checkpoint)
+    run = prepare(args, checkpoint, load_images(args))
     with locked(Path(args.output_dir)):
         refuse_overwriting(args, checkpoint)  # another run may have ended meanwhile
         train_epochs(run)
