@@ -40,9 +40,12 @@ class Code(NamedTuple):
     text: str
 
 
+Block = Figure | Table | Text | Code
+
+
 class Section(NamedTuple):
     title: str
-    blocks: list[Figure | Table | Text | Code]
+    blocks: list[Block]
 
 
 def page(title: str, lead: str, sections: list[Section]) -> str:
@@ -71,7 +74,7 @@ def page(title: str, lead: str, sections: list[Section]) -> str:
     )
 
 
-def _block(block: Figure | Table | Text | Code) -> str:
+def _block(block: Block) -> str:
     if isinstance(block, Figure):
         return _figure(block)
     if isinstance(block, Table):

@@ -1,7 +1,7 @@
 """The paper's numbers, which paper.json holds, and ours beside them.
 
     rows = compare(1, "resnet18", {"standard": [row], "iat": [row], "mtlat": [row]})
-    print(caption(rows), *aligned(grid(rows)), summary(rows), sep="\\n")
+    print(caption(rows), *aligned(grid(rows)), conclusion(rows), sep="\\n")
 
 A row is one `report.Row` for each seed. Clean accuracies are in per cent, all else is R.
 """
@@ -255,7 +255,7 @@ def claims_grid(found: Sequence[Claim]) -> list[list[str]]:
     return table
 
 
-def summary(rows: Sequence[Compared]) -> str:
+def conclusion(rows: Sequence[Compared]) -> str:
     """How far our numbers and the paper's agree, in a sentence."""
     agree, total = agreement(rows)
     decided = [claim.holds for claim in claims(rows) if claim.holds is not None]

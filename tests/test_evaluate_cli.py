@@ -38,6 +38,7 @@ def test_cells_are_named_by_name_and_by_group() -> None:
     choose = evaluate.choose_cells
     every = choose([], [])
     assert every[0] == "clean" and len(every) == len(set(every)) == 1 + 19 + 5 + 1 + len(CHECKS)
+    assert choose(["clean"], []) == ["clean"]
     assert choose(["blur"], []) == ["clean", *(n for n in CORRUPTIONS if n.endswith("blur"))]
     assert choose(["pgd_0.04"], ["checks"]) == ["clean", "pgd_0.04"]
     assert set(choose(["cw2"], [])) == {"clean", "cw2", *cells.GROUPS["checks"]}

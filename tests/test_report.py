@@ -18,6 +18,7 @@ import figures
 import report
 from attacks import ATTACKS
 from corruptions import CORRUPTIONS
+from paper import PAPER
 from report import Line
 
 FIFTEEN, FOUR, FIVE = report.TABLES.values()
@@ -201,55 +202,27 @@ def test_all_formats_hold_the_same_numbers() -> None:
     assert tree["rows"][1]["scores"]["rotation"]["robustness"] == pytest.approx(0.74)
 
 
-# Table 1 of the paper (arXiv:2008.08384): robustness scores with their signs against the standard
-# model of the same architecture, in the order of its columns.
-PAPER_COLUMNS = [
-    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur",
-    "zoom_blur", "snow", "fog", "frost", "brightness", "contrast", "elastic_transform", "pixelate",
-    "jpeg_compression", *FOUR, *FIVE,
-]  # fmt: skip
-PAPER = {
-    "resnet50": {
-        "standard": "73.3 .17 .17 .12 .25 .35 .41 .47 .31 .48 .34 .78 .34 .73 .65 .80"
-        " .74 .76 .78 .68 0 0 0 .58 .34",
-        "iat": "73.2- .47+ .46+ .42+ .51+ .65+ .58+ .68+ .49+ .78+ .66+ .79+ .78+ .84+ .82+ .63-"
-        " .71- .89+ .75- .72+ .01+ .08+ .84+ .87+ .78+",
-        "mtlat": "73.9+ .56+ .54+ .52+ .41+ .61+ .58+ .63+ .49+ .59+ .61+ .82+ .58+ .85+ .94+ .95+"
-        " .75+ .86+ .79+ .74+ .08+ .45+ 1+ .96+ .87+",
-    },
-    "resnext50": {
-        "standard": "76.4 .25 .25 .20 .28 .37 .44 .48 .36 .53 .37 .79 .36 .75 .72 .74"
-        " .75 .82 .82 .72 0 0 0 .58 .33",
-        "iat": "74.7- .46+ .44+ .43+ .53+ .67+ .62+ .70+ .51+ .73+ .69+ .81+ .80+ .85+ .83+ .59-"
-        " .72- .90+ .77- .71- .01+ .11+ .95+ .87+ .81+",
-        "mtlat": "76.5+ .57+ .55+ .54+ .44+ .64+ .60+ .66+ .52+ .68+ .67+ .86+ .70+ .85+ .95+ .95+"
-        " .76+ .89+ .82 .74+ .09+ .38+ .99+ .95+ .87+",
-    },
-}
-
-
-@pytest.mark.parametrize("arch", PAPER)
-def test_the_papers_signs_follow_from_its_scores(arch: str) -> None:
-    assert sorted(PAPER_COLUMNS) == sorted(report.COLUMNS)
-    n, lines, expected, printed = 10**6, [], {}, {}
-    for model, numbers in PAPER[arch].items():
-        clean, *scores = re.findall(r"([\d.]+)([+-]?)", numbers)
-        named = dict(zip(PAPER_COLUMNS, scores, strict=True))
-        accuracy = float(clean[0]) / 100
-        printed[model] = [f"{float(score):.2f}{sign}" for score, sign in scores]
-        expected[model] = {"clean": clean[1]} | {name: sign for name, (_, sign) in named.items()}
+@pytest.mark.parametrize("arch", ["resnet50", "resnext50_32x4d"])
+def test_cells_with_the_papers_scores_give_the_papers_table(arch: str) -> None:
+    rows = {row.method: row.scores for row in PAPER if (row.table, row.arch) == (1, arch)}
+    n, lines = 10**6, []
+    for model, scores in rows.items():
+        accuracy = scores["clean"].value / 100
         lines.append(line(model, "clean", round(n * accuracy), n=n))
-        for name, (score, _) in named.items():
-            correct = round(n * accuracy * float(score))
+        for name in report.COLUMNS:
+            correct = round(n * accuracy * scores[name].value)
             lines += [line(model, name, correct, s, n=n, right=n, reached=n)
                       for s in report.severities(name)]  # fmt: skip
-    made = report.aggregate(lines, {model: model for model in PAPER[arch]}, "standard")
+    made = report.aggregate(lines, {model: model for model in rows}, "standard")
     for row in made.rows:
-        assert {name: score.sign for name, score in row.scores.items()} == expected[row.model]
+        assert {k: s.sign for k, s in row.scores.items()} == {
+            k: rows[row.model][k].sign or "" for k in ("clean", *report.COLUMNS)
+        }
     for title, names in report.TABLES.items():
         for model, _, _, *cells in report.grid(made, title)[1:]:
-            expected_cells = [printed[model][PAPER_COLUMNS.index(name)] for name in names]
-            assert [cell.rstrip("!") for cell in cells[: len(names)]] == expected_cells
+            printed = [rows[model][name] for name in names]
+            expected = [f"{score.value:.2f}{score.sign or ''}" for score in printed]
+            assert [cell.rstrip("!") for cell in cells[: len(names)]] == expected
 
 
 def test_attacks_without_a_cell_leave_their_mean_open() -> None:

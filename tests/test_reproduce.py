@@ -1,0 +1,364 @@
+"""reproduce.py: what it plans, what it does again, what it says; on networks that take no time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny import image_folder
+
+import cells
+import estimate
+import evaluate
+import figures
+import reproduce
+import summary
+import train
+from common import UserError
+from methods import METHODS
+from reproduce import Evaluation, Training
+
+CALLS: list[str] = []
+
+
+def in_process(task: Training | Evaluation) -> None:
+    CALLS.append(task.folder.name)
+    {"train.py": train.main, "evaluate.py": evaluate.main}[task.script](task.argv)
+
+
+def draw_nothing(*given: Any) -> None:
+    (path,) = (g for g in given if isinstance(g, Path))
+    Image.new("RGB", (2, 2)).save(path, format="PNG")
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of images; the scripts run in this process, and draw nothing."""
+    monkeypatch.setattr(reproduce, "call", in_process)
+    monkeypatch.setattr(cells, "SAMPLE", 3)
+    for name in ("robustness", "severities", "images", "curves", "step"):
+        monkeypatch.setattr(figures, f"draw_{name}", draw_nothing)
+    CALLS.clear()
+    yield image_folder(tmp_path / "images", each=20, side=16)
+
+
+def argv(images: Path, *more: str) -> list[str]:
+    return [
+        *("--scale", "small", "--data", str(images), "--size", "16", "--archs", "tiny:convnet"),
+        *("--surrogate", "tiny:linear", "--epochs", "1", "--batch-size", "8", "--device", "cpu"),
+        *("--cache-dir", str(images.parent / "cache"), "--output-dir", str(images.parent / "out")),
+        *("--methods", "mtlat", *more),
+    ]
+
+
+def tables(images: Path) -> Any:
+    return json.loads((images.parent / "out" / "tables.json").read_text())
+
+
+# ---------------------------------------------------------------------------- the plan
+
+
+def planned(*options: str) -> list[Training | Evaluation]:
+    return list(reproduce.plan(reproduce.parse_args([*options, "--output-dir", "out"])))
+
+
+def names(tasks: list[Training | Evaluation]) -> list[str]:
+    return [task.folder.name for task in tasks]
+
+
+def test_the_demo_is_standard_and_mtlat_and_their_surrogate() -> None:
+    tasks = planned()
+    assert names(tasks) == [
+        "vgg11_bn-standard-seed0", "resnet18-standard-seed0", "resnet18-mtlat-seed0",
+        "evaluation-resnet18-seed0",
+    ]  # fmt: skip
+    surrogate, standard = (train.build_parser().parse_args(task.argv) for task in tasks[:2])
+    assert (surrogate.arch, surrogate.lr, surrogate.epochs) == ("vgg11_bn", 1e-4, 3)
+    assert (standard.arch, standard.lr, standard.size) == ("resnet18", 1e-3, 32)
+    assert tasks[-1].argv[-1] == "out/evaluation-resnet18-seed0"
+
+
+def test_the_paper_scale_is_the_papers_experiment() -> None:
+    tasks = planned("--scale", "paper", "--data", "imagenet")
+    assert names(tasks) == [
+        "vgg16_bn-standard-seed0", *(f"resnet50-{method}-seed0" for method in METHODS),
+        "evaluation-resnet50-seed0", "clean-resnet50-seed0",
+        *(f"resnext50_32x4d-{method}-seed0" for method in ("standard", "mtlat", "iat")),
+        "evaluation-resnext50_32x4d-seed0",
+    ]  # fmt: skip
+    settings, _ = train.parse_args(tasks[4].argv)
+    assert (settings.method, settings.lr, settings.milestones) == ("mtlat", 0.002, [30, 60, 80])
+    assert (settings.epochs, settings.batch_size, settings.size) == (90, 256, 224)
+    assert (settings.classes, settings.amp, settings.channels_last) == (100, "bf16", True)
+    first, clean, second = (task for task in tasks if isinstance(task, Evaluation))
+    assert list(first.models) == ["standard", "mixup", "tlat", "mtlat", "iat"]
+    assert list(clean.models) == ["standard", "tlat", "fgsm", "target-fgsm", "ls"]
+    assert list(second.models) == ["standard", "mtlat", "iat"]
+    assert "vgg16_bn" in first.argv[first.argv.index("--surrogate") + 1]
+    assert "--surrogate" not in clean.argv and "clean" in clean.argv
+
+
+def test_flags_override_the_recipe_but_not_the_surrogates_rate() -> None:
+    options = "--lr 0.5 --epochs 7 --seeds 2 --tables 2 --limit 0 --train-flags=--whole-batches"
+    tasks = planned("--scale", "small", "--data", "x", *options.split())
+    runs = [train.build_parser().parse_args(t.argv) for t in tasks if isinstance(t, Training)]
+    assert [(r.arch, r.method, r.seed) for r in runs] == [
+        ("vgg11_bn", "standard", 0),
+        *(("resnet18", method, n) for n in (0, 1) for method in ("standard", "mixup", "tlat")),
+    ]  # fmt: skip
+    assert {(r.epochs, r.whole_batches, r.data) for r in runs} == {(7, True, "x")}
+    assert [r.lr for r in runs] == [1e-4] + 6 * [0.5]
+    assert not any("--limit" in t.argv for t in tasks)
+    assert names(planned("--tables", "all")) == [
+        "vgg11_bn-standard-seed0", *(f"resnet18-{method}-seed0" for method in METHODS),
+        "evaluation-resnet18-seed0", "clean-resnet18-seed0",
+    ]  # fmt: skip
+    assert "resnet18-mixup-seed0" in names(planned("--methods", "mixup"))
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reproduce.main(argv(images, "--tables", "1"))
+    said = capsys.readouterr().out
+    out = images.parent / "out"
+    trained = [
+        "tiny-linear-standard-seed0", "tiny-convnet-standard-seed0", "tiny-convnet-mtlat-seed0"
+    ]  # fmt: skip
+    evaluation = "evaluation-tiny-convnet-seed0"
+    assert [*trained, evaluation] == CALLS
+    results = json.loads((out / evaluation / "results.json").read_text())
+    for row, theirs in zip(tables(images)["rows"], results["rows"], strict=True):
+        assert row["paper_arch"] == "resnet50" and theirs["model"].endswith(
+            f"{row['method']}-seed0"
+        )
+        for name, score in theirs["scores"].items():
+            number = score["accuracy"] * 100 if name == "clean" else score["robustness"]
+            assert row["entries"][name]["values"] == [pytest.approx(number)]
+            assert row["entries"][name]["sign"] == score["sign"]
+        assert len(row["entries"]) == 1 + 24 + 2
+    agree, total = tables(images)["signs"].values()
+    assert total == 25 and f"{agree} of 25 signs agree" in said and str(out / "report.html") in said
+    assert "Table 1, tiny:convnet beside the paper's resnet50" in (out / "tables.md").read_text()
+    html = (out / "report.html").read_text()
+    assert all(name in html for name in [*trained, evaluation])
+    assert results["weights"]["tiny-convnet-mtlat-seed0"] in html
+
+    # Again: the trainings are finished. Then some cells and one training are lost, and made again.
+    before = (out / "tables.json").read_bytes()
+    CALLS.clear()
+    reproduce.main(argv(images, "--tables", "1"))
+    assert CALLS == [evaluation] and (out / "tables.json").read_bytes() == before
+    path = out / evaluation / "cells.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: len(lines) // 2]) + "{")
+    (out / trained[2] / "last.pt").unlink()
+    CALLS.clear()
+    reproduce.main(argv(images, "--tables", "1"))
+    assert CALLS == [trained[2], evaluation] and (out / "tables.json").read_bytes() == before
+
+    # Another seed changes the rows; more tables add rows; fewer leave the folder's others alone.
+    reproduce.main(argv(images, "tlat", "--tables", "all"))
+    both = [(row["table"], row["method"]) for row in tables(images)["rows"]]
+    assert both == [(1, "standard"), (1, "mtlat"), (2, "standard"), (2, "tlat"),
+                    (3, "standard"), (3, "tlat")]  # fmt: skip
+    (clean,) = tables(images)["rows"][5]["entries"].values()
+    assert clean["mean"] == pytest.approx(tables(images)["rows"][3]["entries"]["clean"]["mean"])
+    reproduce.main(argv(images, "--tables", "1"))
+    assert (out / "tables.json").read_bytes() == before
+
+
+def test_seeds_train_on_the_same_images_and_are_averaged(images: Path) -> None:
+    reproduce.main(argv(images, "--tables", "3", "--methods", "tlat", "--seeds", "2"))
+    assert len(CALLS) == 1 + 2 * (2 + 1)
+    settings = [json.loads((images.parent / "out" / name / "args.json").read_text())
+                for name in ("tiny-convnet-tlat-seed0", "tiny-convnet-tlat-seed1")]  # fmt: skip
+    assert [s["seed"] for s in settings] == [0, 1] and {s["data_seed"] for s in settings} == {0}
+    standard, tlat = (row["entries"]["clean"] for row in tables(images)["rows"])
+    assert len(standard["values"]) == len(tlat["values"]) == 2
+    assert tlat["mean"] == pytest.approx(sum(tlat["values"]) / 2) and tlat["spread"] is not None
+
+
+def test_runs_of_other_settings_or_images_are_refused_in_a_line(images: Path) -> None:
+    folder = images.parent / "out" / "tiny-linear-standard-seed0"
+    train.main([
+        *("--data", str(images), "--size", "16", "--epochs", "1", "--batch-size", "8"),
+        *("--arch", "tiny:linear", "--method", "standard", "--device", "cpu", "--lr", "1e-4"),
+        *("--cache-dir", str(images.parent / "cache"), "--output-dir", str(folder)),
+    ])  # fmt: skip
+    with pytest.raises(UserError, match=r"--lr is 0\.5, but .*tiny-linear.* was trained with"):
+        reproduce.main(argv(images, "--surrogate-lr", "0.5"))
+    other = image_folder(images.parent / "other", each=21, side=16)
+    with pytest.raises(UserError, match=r"tiny-linear.*was trained on other images than"):
+        reproduce.main([*argv(images), "--data", str(other)])
+    assert CALLS == []
+    reproduce.main(argv(images, "--tables", "3", "--methods", "standard"))
+    assert CALLS == ["tiny-convnet-standard-seed0", "clean-tiny-convnet-seed0"]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--scale", "small"], "--scale small needs --data DIR"),
+        (["--scale", "large"], "invalid choice: 'large'"),
+        (["--tables", "4"], "invalid choice: '4'"),
+        (["--methods", "pgd"], "invalid choice: 'pgd'"),
+        (["--seeds", "0"], "0 is out of range: from 1 up"),
+        (["--size", "8"], "8 is out of range: from 16 up"),
+        (["--archs", "vgg11_bn"], "--surrogate vgg11_bn is one of --archs"),
+        (["--archs", "resnet19"], "--arch resnet19: torchvision has no such classifier"),
+        (["--data", "nowhere"], "--data nowhere: no such folder"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--train-flags=--colour red"], "unrecognized arguments: --colour red"),
+    ],
+)
+def test_wrong_usage_ends_in_a_line_before_anything_is_trained(
+    options: list[str], said: str, images: Path
+) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        reproduce.main(["--output-dir", str(images.parent / "out"), *options])
+    assert "\n" not in str(caught.value)
+    assert CALLS == [] and not (images.parent / "out").exists()
+
+
+# ---------------------------------------------------------------------------- the children
+
+
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Training:
+    """A training whose script is this code."""
+    monkeypatch.setattr(reproduce, "__file__", str(tmp_path / "reproduce.py"))
+    monkeypatch.setattr(reproduce, "GRACE", 0.3)
+    (tmp_path / "train.py").write_text(f"import os, signal, sys, time\n{code}\n")
+    return Training(tmp_path / "run", ["--lr", "0.1"])
+
+
+def test_a_child_is_run_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reproduce.call(child(tmp_path, monkeypatch, "print(sys.argv[1:])"))
+    said = capfd.readouterr()
+    assert (
+        said.out == f"\n$ python {os.path.relpath(tmp_path)}/train.py --lr 0.1\n['--lr', '0.1']\n"
+    )
+    assert said.err == ""
+
+
+@pytest.mark.parametrize(
+    "code, ends, told",
+    [
+        ("sys.exit(2)", 2, "error: exit code 2 of: python "),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "error: exit code -9 of: python "),
+        ("sys.exit(130)", 130, ""),
+        ("os.kill(os.getppid(), signal.SIGINT); time.sleep(0.1); sys.exit(130)", 130, ""),
+    ],
+)
+def test_a_childs_end_is_that_of_the_run(
+    code: str, ends: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit) as caught:
+        reproduce.call(child(tmp_path, monkeypatch, code))
+    said = capfd.readouterr().err
+    assert (
+        caught.value.code == ends and said.startswith(told) and len(said.splitlines()) == bool(told)
+    )
+
+
+def test_a_child_that_has_not_heard_of_the_interrupt_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "print('up'); os.kill(os.getppid(), signal.SIGINT); time.sleep(60); open('late', 'w')"
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.call(child(tmp_path, monkeypatch, code))
+
+
+# ---------------------------------------------------------------------------- the estimates
+
+
+def test_a_dry_run_writes_nothing_and_knows_what_is_finished(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reproduce.main(argv(images, "--dry-run"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 + 1 + 1 + 1 and CALLS == [] and not (images.parent / "out").exists()
+    assert all("python" in line for line in lines[:-1]) and "in all, on cpu" in lines[-1]
+    surrogate = next(reproduce.plan(reproduce.parse_args(argv(images))))
+    in_process(surrogate)
+    capsys.readouterr()
+    reproduce.main(argv(images, "--dry-run"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("   0:00:00") and lines[0].endswith("# finished")
+    assert not any(line.endswith("finished") for line in lines[1:])
+
+
+def test_the_passes_are_those_that_the_attacks_say() -> None:
+    expected = {
+        "pgd_0.04": 10, "pgd_ll_0.04": 10, "mi_fgsm_0.04": 10, "mi_fgsm_0.08": 10,
+        "check_clean": 1, "check_pgd_0": 1, "check_fgsm_0.04": 1, "check_sign_noise_0.04": 0,
+        "check_pgd_0.16": 10, "check_pgd_0.04_50_steps": 60,  # ten, and fifty for who is left
+    }  # fmt: skip
+    assert {name: estimate.passes(name) for name in expected} == expected
+    assert estimate.passes("cw2") == 40
+
+
+def test_estimates_are_the_measured_passes_times_their_number(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "SAMPLE", 3)
+    args = reproduce.parse_args(argv(images))
+    settings, _ = train.parse_args(next(reproduce.plan(args)).argv)
+    meter = estimate.Meter(train.load_images(settings), "cpu")
+    assert len(meter.sets.test.labels) == 6
+    meter.known = {("forward", "a"): 1.0, ("gradient", "a"): 100.0, ("gradient", "s"): 1e4}
+    meter.known |= {("fog", severity): 1e6 for severity in range(1, 6)}
+    cost = meter.evaluation({"x": "a", "y": "a"}, "s", ["fog"], None, set())
+    assert cost == 6 * 5 * (2 * 1 + 1e6)
+    done = {("x", "fog", s) for s in (1, 2, 3, 4, 5)} | {("y", "fog", s) for s in (1, 2)}
+    assert meter.evaluation({"x": "a", "y": "a"}, "s", ["fog"], 4, done) == 4 * 3 * (1 + 1e6)
+    assert meter.evaluation({"x": "a"}, "s", ["pgd_0.04"], None, set()) == 6 * (1 + 10 * 100)
+    assert meter.evaluation({"x": "a"}, "s", ["mi_fgsm_0.04"], None, set()) == 6 * (1 + 10 * 1e4)
+    assert meter.evaluation({"x": "a"}, "s", ["check_pgd_0"], None, set()) == 3 * (1 + 100)
+    assert meter.evaluation({"x": "a"}, "s", ["pgd_0.04"], None, {("x", "pgd_0.04", None)}) == 0
+    meter.known["tiny:linear", "standard", 8] = 7.0
+    assert meter.training(settings, 3) == 21.0
+    assert reproduce.spell(3 * 3600 + 62.4) == "   3:01:02"
+
+
+def test_the_times_of_a_training_follow_from_its_log() -> None:
+    # 64 images by 2 x 8 at 16 images a second: 64 // 8 * 8 * 2 / 16 = 8 s an epoch.
+    settings = {"batch_size": 16, "whole_batches": False, "method": "mtlat"}
+    log = [{"images_per_second": 16.0}, {"images_per_second": 16.0}]
+    assert summary.Trained(log, settings).minutes(67) == pytest.approx(16 / 60)
+
+
+@pytest.mark.slow
+def test_the_command_itself(tmp_path: Path) -> None:
+    """The scripts as processes, with their figures, from an interrupt in the middle."""
+    folder = image_folder(tmp_path / "images", each=20, side=16)
+    command = [sys.executable, reproduce.__file__, *argv(folder, "--tables", "1")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    cells_file = tmp_path / "out" / "evaluation-tiny-convnet-seed0" / "cells.jsonl"
+    while not cells_file.exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and err.count("stopped") == 1 and "Traceback" not in err
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    first = (tmp_path / "out" / "tables.json").read_bytes()
+    os.rename(tmp_path / "out", tmp_path / "interrupted")
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert (tmp_path / "out" / "tables.json").read_bytes() == first
+    assert torch.load(tmp_path / "out" / "tiny-convnet-mtlat-seed0" / "last.pt", weights_only=True)
