@@ -24,6 +24,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+import parallel
 from mtlat import Normalize, frozen
 
 try:
@@ -139,11 +140,20 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
 
 
 def find_device(name: str) -> str:
-    """Turn "auto" into the accelerator there is, or the CPU; check any other name."""
+    """Turn "auto" into the accelerator there is, or the CPU; check any other name.
+
+    Of several processes, each gets a GPU of its own.
+    """
+    processes = parallel.world()
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        return found.type if found else "cpu"
+        name = found.type if found and (processes == 1 or found.type == "cuda") else "cpu"
+    if processes > 1 and name not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: {processes} processes run on cuda, one GPU each, or cpu")
     try:
+        if processes > 1 and name == "cuda":
+            name = f"cuda:{parallel.local_rank()}"
+            torch.cuda.set_device(name)
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
@@ -169,13 +179,18 @@ def run(main: Callable[[], None], go_on: str = "start again to go on") -> NoRetu
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # no name of a file shall end the run
             stream.reconfigure(errors="backslashreplace")
+    code = 2
     try:
-        main()
-        sys.stdout.flush()
+        with parallel.job():
+            main()
+            sys.stdout.flush()
         sys.exit(0)
     except KeyboardInterrupt as stop:
-        print(f"\nstopped; what was finished is kept, {go_on}", file=sys.stderr)
-        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        message = f"stopped; what was finished is kept, {go_on}"
+    except parallel.PeerLost as lost:
+        message = f"another process of the job has ended or hangs ({lost}); what was finished is"
+        message += f" kept, {go_on}"
     except UserError as error:
         message = str(error)
     except (torch.OutOfMemoryError, MemoryError):
@@ -187,8 +202,9 @@ def run(main: Callable[[], None], go_on: str = "start again to go on") -> NoRetu
         message = f"{error.filename or 'the disk'}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message += f"; make room, what was finished is kept, {go_on}"
-    print(f"error: {printable(message)}", file=sys.stderr)
-    sys.exit(2)
+    if parallel.first_complaint():
+        print(("error: " if code == 2 else "\n") + printable(message), file=sys.stderr)
+    sys.exit(code)
 
 
 def versions(device: str) -> dict[str, str]:
@@ -331,7 +347,8 @@ def count_correct(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) ->
     """How many images' largest logit is their class; the model is put into eval mode."""
     model.eval()
     with torch.no_grad():
-        return int(torch.stack([(model(x).argmax(1) == y).sum() for x, y in batches]).sum())
+        hits = [(model(x).argmax(1) == y).sum() for x, y in batches]
+    return int(torch.stack(hits).sum()) if hits else 0
 
 
 def check_logits(name: str, model: nn.Module, x: Tensor, classes: int) -> Tensor:

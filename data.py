@@ -1,6 +1,6 @@
 """Image sets as tensors: decoded once, resized to a square, kept as uint8 (N, 3, S, S).
 
-    data = load("shapes")                                  # drawn by this file, no download
+    data = load("shapes")                                  # drawn by shapes.py, no download
     data = load("imagenet", num_classes=100, size=224)     # folders; cached after the first time
     data = load("cifar10", download=True)
 
@@ -8,7 +8,6 @@ A resize to a square is the paper's only pre-processing, so there is nothing lef
 but to slice: `Feed` hands out minibatches in [0, 1] on the device.
 """
 
-import colorsys
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ import random
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,17 +29,18 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import parallel
+import shapes
 from common import UserError, checksum, locked, replacing, write
 
 TEST_SHARE = 0.1  # of every class, where a folder has no val/: "ten percent", as in the paper
-SHAPES_NUMBERS = {"train": range(2000), "test": range(1_000_000, 1_001_000)}
 SIZES = {"shapes": 64, "cifar10": 32, "cifar100": 32}  # default sides; folders: the paper's 224
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 MAX_SIDE = 4096  # of the images that are fed: beyond it nothing trains, and memory ends
 CACHE_VERSION = 2  # change it when the same files would give other pixels
+AHEAD = 8  # minibatches that a thread gathers before they are asked for: two steps of four
 
-
-Array = np.ndarray[Any, Any]  # float64 in the shapes, uint8 when decoded
+Array = np.ndarray[Any, Any]
 
 
 class ImageSet(NamedTuple):
@@ -94,7 +94,7 @@ class Feed:
     """Minibatches of an image set: uint8 where the set lies, float in [0, 1] on the device.
 
     The set moves to the device whole if it takes at most half of the free memory there; otherwise
-    each minibatch goes through pinned memory.
+    a thread gathers each minibatch into pinned memory while the device computes.
     """
 
     def __init__(self, images: ImageSet, device: torch.device) -> None:
@@ -109,17 +109,52 @@ class Feed:
 
     def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Images float32 (B, 3, S, S) in [0, 1] and class indices int64 (B,) of these numbers."""
-        index = index.to(self.images.device)
+        return self._send(self._gather(index))
+
+    def ahead(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What a call gives for each of these indices, gathered before it is asked for."""
+        if self.device.type != "cuda" or self.images.device.type == "cuda":
+            yield from map(self, indices)  # a second thread would only compete with the step's
+        else:
+            yield from map(self._send, _ahead(self._gather, indices, threads=1, window=AHEAD))
+
+    def _gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        index = send(index, self.images.device)
         x, y = self.images[index], self.labels[index]
         if self.device.type == "cuda" and x.device.type == "cpu":
             x, y = x.pin_memory(), y.pin_memory()
-        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        return x, y
+
+    def _send(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, y = (send(tensor, self.device) for tensor in batch)
         return x.float().div_(255), y
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images once, in order; the last minibatch may be smaller."""
-        for start in range(0, len(self), batch_size):
-            yield self(torch.arange(start, min(start + batch_size, len(self))))
+        """All images once, in order; of several processes, each takes its share of the batches."""
+        starts = parallel.mine(range(0, len(self), batch_size))
+        return self.ahead(torch.arange(i, min(i + batch_size, len(self))) for i in starts)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device, where that is CUDA without waiting for what it still computes."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def _ahead(
+    function: Callable[[Any], Any], items: Iterable[Any], *, threads: int, window: int
+) -> Iterator[Any]:
+    """Map in threads, in order, at most `window` results ahead of what is asked for."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Any]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > window:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def choose_classes(names: list[str], num_classes: int | None, seed: int) -> list[str]:
@@ -140,11 +175,11 @@ def _keep_classes(images: Tensor, labels: Tensor, names: list[str], kept: list[s
 
 
 def _load_shapes(size: int, num_classes: int | None, seed: int) -> Data:
-    kept = choose_classes(list(SHAPES), num_classes, seed)
+    kept = choose_classes(list(shapes.NAMES), num_classes, seed)
     parts: dict[str, ImageSet] = {}
-    for part, numbers in SHAPES_NUMBERS.items():
-        images, labels = draw_shapes(numbers, size, seed)
-        parts[part] = _keep_classes(images, labels, list(SHAPES), kept)
+    for part, numbers in shapes.NUMBERS.items():
+        images, labels = shapes.draw_shapes(numbers, size, seed)
+        parts[part] = _keep_classes(images, labels, list(shapes.NAMES), kept)
     digest = hashlib.sha256()
     for images, labels in parts.values():
         digest.update(images.numpy().tobytes() + labels.numpy().tobytes())
@@ -338,20 +373,13 @@ def decode_all(root: Path, files: list[File], size: int) -> Iterator[tuple[File,
     a few images per core in memory. What Pillow warns of is no error here; the filter is set before
     the threads start, as it is the process's.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with warnings.catch_warnings(), ThreadPoolExecutor(cores) as pool:
+    limited = hasattr(os, "sched_getaffinity")  # to some of the machine's cores
+    cores = len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\b")
-        window: deque[tuple[File, Future[Array | str]]] = deque()
-        try:
-            for file in files:
-                window.append((file, pool.submit(decode, root / file.path, size)))
-                if len(window) > 16 * (cores or 1):
-                    done, pixels = window.popleft()
-                    yield done, pixels.result()
-            for done, pixels in window:
-                yield done, pixels.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        paths = (root / file.path for file in files)
+        pixels = _ahead(lambda path: decode(path, size), paths, threads=cores, window=16 * cores)
+        yield from zip(files, pixels, strict=True)
 
 
 def decode(path: Path, size: int) -> Array | str:
@@ -374,82 +402,3 @@ def decode(path: Path, size: int) -> Array | str:
         raise  # no fault of the file's
     except Exception as error:  # Pillow raises nearly every kind on a broken file
         return f"not a readable image ({str(error) or type(error).__name__})"
-
-
-# The embedded set: one coloured shape on clutter. A class has a shape, and a range of hues that
-# overlaps with two others', so that a network finds a first hold soon and then must learn shapes.
-# A shape is the region where a function of its own coordinates (u, v), with unit radius, is
-# positive; near the edge the function is the distance to it.
-
-SHAPES = ("bar", "crescent", "disc", "flower", "half", "plus", "ring", "square", "star", "triangle")
-SHAPES_CLUTTER, SHAPES_HUE, SHAPES_RADIUS = 0.12, 0.07, (0.33, 0.45)
-
-
-def _inside(name: str, u: Array, v: Array) -> Array:
-    r, angle = np.hypot(u, v), np.arctan2(v, u)
-    match name:
-        case "bar":
-            return np.minimum(1 - abs(u), 0.3 - abs(v))
-        case "crescent":
-            return np.minimum(0.95 - r, np.hypot(u - 0.45, v) - 0.7)
-        case "disc":
-            return 0.85 - r
-        case "flower":
-            return 0.68 + 0.3 * np.cos(5 * angle) - r
-        case "half":
-            return np.minimum(1 - r, u + 0.15)
-        case "plus":
-            short, long = np.minimum(abs(u), abs(v)), np.maximum(abs(u), abs(v))
-            return np.minimum(0.28 - short, 0.95 - long)
-        case "ring":
-            return np.minimum(0.95 - r, r - 0.55)
-        case "square":
-            return 0.72 - np.maximum(abs(u), abs(v))
-        case "star":  # five tips at radius 1, five notches at radius 0.4
-            fifth = 2 * np.pi / 5
-            to_tip = abs((angle + fifth / 2) % fifth - fifth / 2)
-            notch = 0.4 * np.exp(0.5j * fifth)
-            edge = (1 - notch) / abs(1 - notch)
-            return ((r * np.exp(1j * to_tip) - 1) * 1j / edge).real
-        case _:  # triangle
-            third = 2 * np.pi / 3
-            return 0.5 - r * np.cos(angle % third - third / 2)
-
-
-def _clutter(random: np.random.RandomState, count: int, size: int) -> Array:
-    """Fields (count, size, size) of unit variance with amplitudes 1/f, as natural images have."""
-    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
-    frequency[0, 0] = np.inf
-    noise = np.fft.rfft2(random.standard_normal((count, size, size)))
-    fields = np.fft.irfft2(noise / frequency, s=(size, size))
-    return fields / fields.std(axis=(1, 2), keepdims=True)
-
-
-def _draw_shape(name: str, size: int, random: np.random.RandomState) -> Array:
-    """One shape, uint8 (3, size, size): place, size, angle and colours at random."""
-    clutter, *tint = _clutter(random, 4, size)
-    ground = random.uniform(0.3, 0.7) + random.uniform(-0.1, 0.1, 3)
-    hue = 0.3 * SHAPES.index(name) + random.uniform(-SHAPES_HUE, SHAPES_HUE)
-    colour = np.array(colorsys.hsv_to_rgb(hue % 1, *random.uniform(0.5, 1, 2)))
-    radius = random.uniform(*SHAPES_RADIUS) * size
-    x, y = random.uniform(0.9 * radius, size - 0.9 * radius, 2)
-    turn = np.exp(-2j * np.pi * random.uniform())
-    row, column = np.mgrid[:size, :size] + 0.5
-    place = turn * (column - x + 1j * (row - y)) / radius
-    cover = np.clip(0.5 + radius * _inside(name, place.real, place.imag), 0, 1)
-    pixels = ground[:, None, None] + SHAPES_CLUTTER * clutter * (1 - cover)
-    pixels += (colour - ground)[:, None, None] * cover + 0.05 * np.stack(tint)
-    return np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
-
-
-def draw_shapes(numbers: range, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Draw the images of these numbers: uint8 (N, 3, size, size), labels int64 (N,) of SHAPES.
-
-    An image is a function of (seed, number, size) alone, and of no library's version: the legacy
-    generator's stream is frozen, and rounding hides how float64 differs between machines.
-    """
-    images = [
-        _draw_shape(SHAPES[n % len(SHAPES)], size, np.random.RandomState([seed, n]))
-        for n in numbers
-    ]
-    return torch.from_numpy(np.stack(images)), torch.tensor(numbers) % len(SHAPES)

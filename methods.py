@@ -11,6 +11,7 @@ are made:
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mtlat import Draws, Model, Pair, cross_entropy, mixup, targeted_fgsm, tlat
@@ -41,12 +42,18 @@ def mtlat(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator
 
 
 def iat(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[Tensor]:
-    """Interpolated Adversarial Training (Lamb et al., 2019), with this paper's FGSM as attack."""
+    """Interpolated Adversarial Training (Lamb et al., 2019), with this paper's FGSM as attack.
+
+    An attacked image is mixed with its neighbour, 0 with 1, 2 with 3, ...: minibatches are drawn in
+    random order, and several processes share one by the pair. An odd last one takes the one before.
+    """
     x_mix, y_mix = mixup(*pairs[0], *pairs[1], draws.lam1)
     yield cross_entropy(model(x_mix), y_mix) / 2
     x, y = pairs[2]
     x_adv = targeted_fgsm(model, x, y, draws.epsilon, away=True, steps=steps, clip=True)
-    x_mix, y_mix = mixup(x_adv, y, x_adv.roll(1, 0), y.roll(1, 0), draws.lam2)
+    i = torch.arange(len(x), device=x.device)
+    neighbour = torch.where(i ^ 1 < len(x), i ^ 1, i - 1)
+    x_mix, y_mix = mixup(x_adv, y, x_adv[neighbour], y[neighbour], draws.lam2)
     yield cross_entropy(model(x_mix), y_mix) / 2
 
 

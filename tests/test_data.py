@@ -14,6 +14,7 @@ from tiny import image_folder, states_equal
 from torch.testing import assert_close
 
 import data
+import shapes
 from common import UserError
 
 
@@ -30,14 +31,14 @@ def load(source: Path, tmp_path: Path, **options) -> data.Data:
 
 
 def test_shapes_are_the_same_pixels_on_every_machine():
-    images, labels = data.draw_shapes(range(20), 64)
+    images, labels = shapes.draw_shapes(range(20), 64)
     assert images.shape == (20, 3, 64, 64) and images.dtype == torch.uint8
     assert labels.tolist() == [*range(10)] * 2
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     assert digest[:16] == "0b5121af3b41ed17"
-    alone = data.draw_shapes(range(13, 14), 64)[0]
+    alone = shapes.draw_shapes(range(13, 14), 64)[0]
     assert torch.equal(alone[0], images[13])
-    other = data.draw_shapes(range(20), 64, seed=1)[0]
+    other = shapes.draw_shapes(range(20), 64, seed=1)[0]
     assert (other != images).flatten(1).any(1).all()
 
 
@@ -54,8 +55,8 @@ def test_shapes_lie_where_their_function_is_positive():
         "star": 10 * 0.5 * 1 * 0.4 * np.sin(np.pi / 5),
         "triangle": 3 * np.sqrt(3) / 4,
     }
-    for name in data.SHAPES:
-        inside = data._inside(name, u, v) > 0
+    for name in shapes.NAMES:
+        inside = shapes._inside(name, u, v) > 0
         area = inside.mean() * 2.4**2
         assert 0.5 < area < 2.5
         if name in areas:
@@ -64,7 +65,7 @@ def test_shapes_lie_where_their_function_is_positive():
 
 
 def test_clutter_has_the_spectrum_of_natural_images():
-    field = data._clutter(np.random.RandomState(0), 40, 64)
+    field = shapes._clutter(np.random.RandomState(0), 40, 64)
     power = (abs(np.fft.fft2(field)) ** 2).mean(0)
     slope = np.polyfit(np.log(np.arange(2, 30)), np.log(power[0, 2:30]), 1)[0]
     assert slope == pytest.approx(-2, abs=0.15)
@@ -73,9 +74,9 @@ def test_clutter_has_the_spectrum_of_natural_images():
 
 def test_shapes_set(monkeypatch):
     parts = {"train": range(40), "test": range(1_000_000, 1_000_020)}
-    monkeypatch.setattr(data, "SHAPES_NUMBERS", parts)
+    monkeypatch.setattr(shapes, "NUMBERS", parts)
     sets = data.load("shapes", size=16)
-    assert sets.classes == list(data.SHAPES)
+    assert sets.classes == list(shapes.NAMES)
     assert len(sets.train.labels) == 40 and len(sets.test.labels) == 20
     assert sets.train.images.shape == (40, 3, 16, 16)
     some = data.load("shapes", size=16, num_classes=3, seed=5)

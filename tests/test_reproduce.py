@@ -25,6 +25,7 @@ import train
 from common import UserError
 from methods import METHODS
 from reproduce import Evaluation, Training
+from settings import build_parser
 
 CALLS: list[str] = []
 
@@ -80,7 +81,7 @@ def test_the_demo_is_standard_and_mtlat_and_their_surrogate() -> None:
         "vgg11_bn-standard-seed0", "resnet18-standard-seed0", "resnet18-mtlat-seed0",
         "evaluation-resnet18-seed0",
     ]  # fmt: skip
-    surrogate, standard = (train.build_parser().parse_args(task.argv) for task in tasks[:2])
+    surrogate, standard = (build_parser().parse_args(task.argv) for task in tasks[:2])
     assert (surrogate.arch, surrogate.lr, surrogate.epochs) == ("vgg11_bn", 1e-4, 3)
     assert (standard.arch, standard.lr, standard.size) == ("resnet18", 1e-3, 32)
     assert tasks[-1].argv[-1] == "out/evaluation-resnet18-seed0"
@@ -109,7 +110,7 @@ def test_the_paper_scale_is_the_papers_experiment() -> None:
 def test_flags_override_the_recipe_but_not_the_surrogates_rate() -> None:
     options = "--lr 0.5 --epochs 7 --seeds 2 --tables 2 --limit 0 --train-flags=--whole-batches"
     tasks = planned("--scale", "small", "--data", "x", *options.split())
-    runs = [train.build_parser().parse_args(t.argv) for t in tasks if isinstance(t, Training)]
+    runs = [build_parser().parse_args(t.argv) for t in tasks if isinstance(t, Training)]
     assert [(r.arch, r.method, r.seed) for r in runs] == [
         ("vgg11_bn", "standard", 0),
         *(("resnet18", method, n) for n in (0, 1) for method in ("standard", "mixup", "tlat")),

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 
 import common
 import data
+import settings
 import train
 from common import UserError
 from methods import METHODS
@@ -71,6 +72,7 @@ def numpy_losses(method, weight, bias, pairs, draws, classes):
     x12, y12 = lam1 * x1 + (1 - lam1) * x2, lam1 * y1 + (1 - lam1) * y2
     x34, y34 = lam2 * x3 + (1 - lam2) * x4, lam2 * y3 + (1 - lam2) * y4
     x_iat = np.clip(x3 + step(x3, y3), 0, 1)
+    swap = [1, 0, 3, 2, 3]
     smooth = np.where(y2 == 1, 1 - epsilon, epsilon / classes)
     return {
         "standard": [loss(x1, y1)],
@@ -83,8 +85,8 @@ def numpy_losses(method, weight, bias, pairs, draws, classes):
         "iat": [
             loss(x12, y12) / 2,
             loss(
-                lam2 * x_iat + (1 - lam2) * np.roll(x_iat, 1, 0),
-                lam2 * y3 + (1 - lam2) * np.roll(y3, 1, 0),
+                lam2 * x_iat + (1 - lam2) * x_iat[swap],
+                lam2 * y3 + (1 - lam2) * y3[swap],
             ) / 2,
         ],
         "fgsm": [loss(x1, y1), loss(x2 + step(x2, y2), y2)],
@@ -216,9 +218,9 @@ def test_help_shows_every_option_with_its_default(capsys):
         train.main(["--help"])
     assert exit_info.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for action in train.build_parser()._actions[1:]:
+    for action in settings.build_parser()._actions[1:]:
         assert action.option_strings[-1] in text
-    assert text.count("(default: ") == len(train.build_parser()._actions) - 2  # --help, --resume
+    assert text.count("(default: ") == len(settings.build_parser()._actions) - 2  # --help, --resume
     assert "(default: 90, the paper's; for shapes" in text and "256 + 256" in text
 
 
@@ -419,4 +421,4 @@ def test_the_plain_command_as_a_process(tmp_path):
 
 
 def test_all_data_names_are_offered():
-    assert all(name in train.build_parser().format_help() for name in data.SIZES)
+    assert all(name in settings.build_parser().format_help() for name in data.SIZES)
