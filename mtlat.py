@@ -143,11 +143,12 @@ def algorithm1(
     asked for N, with two images.
     """
     (x1, y1), (x2, y2), (x3, y3), (x4, y4) = pair1, pair2, pair3, pair4
+    lam1, lam2, epsilon, target = draws
     y1, y2, y3, y4 = _distributions(x1, y1, y2, y3, y4, model=model)
-    x_mix1, y_mix1 = mixup(x1, y1, x2, y2, draws.lam1)
-    x_mix2, y_mix2 = mixup(x3, y3, x4, y4, draws.lam2)
-    x_mtlat, y_mtlat = tlat(model, x_mix2, y_mix2, draws.target, draws.epsilon, **attack)
+    x_mix1, y_mix1 = mixup(x1, y1, x2, y2, lam1)
     loss1 = cross_entropy(model(x_mix1), y_mix1)
+    x_mix2, y_mix2 = mixup(x3, y3, x4, y4, lam2)
+    x_mtlat, y_mtlat = tlat(model, x_mix2, y_mix2, target, epsilon, **attack)
     loss2 = cross_entropy(model(x_mtlat), y_mtlat)
     return Losses(loss1, loss2)
 

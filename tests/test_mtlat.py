@@ -116,7 +116,7 @@ def test_mtlat_loss_takes_the_four_couples_from_the_minibatch():
 
     options = {"num_classes": n, "alpha": 0.7, "epsilon_max": 0.2}
     loss = mtlat.mtlat_loss(model, torch.eye(n), torch.arange(n), generator=seeded(3), **options)
-    x_mix2, x_mix1, x_mtlat = seen
+    x_mix1, x_mix2, x_mtlat = seen
     draws = mtlat.draw(n, n, alpha=0.7, epsilon_max=0.2, generator=seeded(3))
     for x_mix, lam in ((x_mix1, draws.lam1), (x_mix2, draws.lam2)):
         assert_close(x_mix.sum(1), torch.ones(n))

@@ -28,7 +28,7 @@ MUTATIONS = [
     ("target not in the label", "+ epsilon * y_target", "+ epsilon * y"),
     ("gradient flows through x_mtlat", "x_adv = x = x.detach()", "x_adv = x"),
     ("labels of the wrong pair", "mixup(x3, y3, x4, y4,", "mixup(x3, y1, x4, y2,"),
-    ("one lambda for both pairs", "x4, y4, draws.lam2", "x4, y4, draws.lam1"),
+    ("one lambda for both pairs", "x4, y4, lam2", "x4, y4, lam1"),
     ("attacked the unmixed image", "tlat(model, x_mix2,", "tlat(model, x3,"),
     ("loss of the clean mix", "cross_entropy(model(x_mtlat)", "cross_entropy(model(x_mix2)"),
     ("loss1 twice", "return Losses(loss1, loss2)", "return Losses(loss1, loss1)"),
