@@ -48,8 +48,8 @@ class Evaluated(NamedTuple):
     seed: int
     tables: list[int]
     models: dict[str, Path]  # the trainings' folders, by method
-    weights: dict[str, str]  # hashes of the networks, by label
-    report: report.Report  # a row for each of the models
+    weights: dict[str, str]  # hashes of the networks, by method
+    report: report.Report  # a row for each method
     minutes: float
 
 
@@ -57,10 +57,10 @@ def read_evaluation(
     folder: Path, arch: str, seed: int, tables: list[int], models: dict[str, Path]
 ) -> Evaluated:
     """Read what evaluate.py has left in its folder; models: the trainings' folders by method."""
-    weights = json.loads((folder / "results.json").read_text())["weights"]
+    known = json.loads((folder / "results.json").read_text())["weights"]
+    weights = {method: known[path.name] for method, path in models.items()}
     lines = read_cells(folder / "cells.jsonl")
-    named = {path.name: weights[path.name] for path in models.values()}
-    made = report.aggregate(lines, named, models[paper.BASELINE].name)
+    made = report.aggregate(lines, weights, paper.BASELINE)
     making = {(x["perturbation"], x["severity"]): x["seconds_making"] for x in lines}
     seconds = sum(making.values()) + sum(line["seconds"] for line in lines)
     return Evaluated(folder, arch, seed, tables, models, weights, made, seconds / 60)
@@ -73,7 +73,7 @@ def compare_all(found: Sequence[Evaluated]) -> list[list[paper.Compared]]:
     for table, arch in tables:
         seeds = [one for one in found if table in one.tables and one.arch == arch]
         rows = {
-            method: [one.report.rows[list(one.models).index(method)] for one in seeds]
+            method: [row for one in seeds for row in one.report.rows if row.model == method]
             for method in paper.methods_of(table)
             if method in seeds[0].models
         }
@@ -129,7 +129,9 @@ def markdown(
     for table in tables:
         blocks += [f"**{paper.caption(table)}**", "\n".join(report.piped(paper.grid(table)))]
     blocks += ["\n".join(report.piped(paper.claims_grid(claims)))]
-    blocks += [report.markdown(one.report).rstrip() for one in found if one.tables != [3]]
+    for one in found:
+        if one.tables != [3]:
+            blocks += [f"## {one.arch}, seed {one.seed}", report.markdown(one.report).rstrip()]
     return "\n\n".join([*blocks, "```\n" + "\n".join(commands) + "\n```"]) + "\n"
 
 
@@ -149,13 +151,13 @@ def make_sections(
     beside.append(page.Table("Orders that the paper argues with", paper.claims_grid(claims)))
     curves: list[page.Block] = []
     for arch in args.archs:
-        names = {p.name: None for one in first if one.arch == arch for p in one.models.values()}
+        folders = {m: path for one in first if one.arch == arch for m, path in one.models.items()}
         path = out / f"curves-{arch.replace(':', '-')}.png"
-        figures.draw_curves({name: trained[name].log for name in names}, path)
+        figures.draw_curves({m: trained[folder.name].log for m, folder in folders.items()}, path)
         curves.append(page.Figure(path, f"{arch}, seed 0: losses and clean accuracy by epoch"))
     return [
         page.Section("Beside the paper", beside),
-        *(page.Section(f"{one.arch}, seed 0", list(measured(one))) for one in full),
+        *(page.Section(f"{one.arch}, seed 0", list(measured(one, out))) for one in full),
         page.Section("Training curves", curves),
         page.Section("One step of M-TLAT", [step(trainings, sets, out / "step.png")]),
         page.Section("Images", [
@@ -167,14 +169,19 @@ def make_sections(
     ]  # fmt: skip
 
 
-def measured(one: Evaluated) -> Iterator[page.Block]:
+def measured(one: Evaluated, out: Path) -> Iterator[page.Block]:
     """The tables and the figures of an evaluation."""
     for title in report.shown(one.report):
         notes = report.remarks(one.report, title)
         yield page.Table(report.caption(one.report, title), report.grid(one.report, title), notes)
-    yield page.Text("\n\n".join(one.report.notes))
-    yield page.Figure(one.folder / "robustness.png", "Robustness with 95 % intervals")
-    yield page.Figure(one.folder / "severities.png", "Accuracy against severity; 0 is clean")
+    if one.report.notes:
+        yield page.Text("\n\n".join(one.report.notes))
+    arch = one.arch.replace(":", "-")
+    bars, lines = out / f"robustness-{arch}.png", out / f"severities-{arch}.png"
+    figures.draw_robustness(one.report, bars)
+    yield page.Figure(bars, "Robustness with 95 % intervals")
+    figures.draw_severities(one.report, lines)
+    yield page.Figure(lines, "Accuracy against severity; 0 is clean")
 
 
 def step(trainings: Sequence[Path], sets: data.Data, path: Path) -> page.Block:
@@ -192,7 +199,7 @@ def provenance(
 ) -> Iterator[page.Block]:  # fmt: skip
     """Commands, versions, hashes and times."""
     yield page.Code("\n".join(commands))
-    weights = {row.model: one.weights[row.model] for one in found for row in one.report.rows}
+    weights = {one.models[m].name: digest for one in found for m, digest in one.weights.items()}
     rows = [["training", "epochs", "clean %", "minutes", "weights", *VERSIONS]]
     for name, run in trained.items():
         clean, size = 100 * run.log[-1]["clean_accuracy"], len(sets.train.labels)

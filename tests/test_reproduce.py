@@ -155,6 +155,10 @@ def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
     html = (out / "report.html").read_text()
     assert all(name in html for name in [*trained, evaluation])
     assert results["weights"]["tiny-convnet-mtlat-seed0"] in html
+    assert [path.name for path in sorted(out.glob("*.png"))] == [
+        "curves-tiny-convnet.png", "robustness-tiny-convnet.png", "severities-tiny-convnet.png",
+        "step.png",
+    ]  # fmt: skip
 
     # Again: the trainings are finished. Then some cells and one training are lost, and made again.
     before = (out / "tables.json").read_bytes()
