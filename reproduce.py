@@ -29,6 +29,7 @@ from common import Parser, UserError, build_model, find_device, number, run
 from corruptions import MIN_SIDE
 from evaluate import choose_cells
 from methods import METHODS
+from settings import parse_args as training_args
 
 # What each scale runs. None leaves it to train.py, whose defaults for folders are the paper's:
 # learning rate 0.002, divided by 10 after 30, 60 and 80 of 90 epochs. With Adam, the surrogate, a
@@ -170,7 +171,7 @@ def epochs_done(task: Training, sets: data.Data) -> tuple[int, argparse.Namespac
 
     What is there under other settings or on other images is refused, as train.py does.
     """
-    settings, checkpoint = train.parse_args(task.argv)
+    settings, checkpoint = training_args(task.argv)
     if checkpoint and checkpoint["fingerprint"] != sets.fingerprint:
         raise UserError(
             f"{task.folder} was trained on other images than those of --data {settings.data}:"
@@ -207,7 +208,7 @@ def reproduce(args: argparse.Namespace) -> None:
     tasks = list(plan(args))
     trainings = [task for task in tasks if isinstance(task, Training)]
     evaluations = [task for task in tasks if isinstance(task, Evaluation)]
-    sets = train.load_images(train.parse_args(trainings[0].argv)[0])
+    sets = train.load_images(training_args(trainings[0].argv)[0])
     state = {task.folder: epochs_done(task, sets) for task in trainings}
     for arch in [args.surrogate, *args.archs]:  # a wrong name ends it now, not after hours
         with torch.device("cpu" if ":" in arch else "meta"):  # where weights cost nothing

@@ -25,6 +25,7 @@ import train
 from common import UserError
 from methods import METHODS
 from reproduce import Evaluation, Training
+from settings import build_parser, parse_args
 from settings import build_parser
 
 CALLS: list[str] = []
@@ -95,7 +96,7 @@ def test_the_paper_scale_is_the_papers_experiment() -> None:
         *(f"resnext50_32x4d-{method}-seed0" for method in ("standard", "mtlat", "iat")),
         "evaluation-resnext50_32x4d-seed0",
     ]  # fmt: skip
-    settings, _ = train.parse_args(tasks[4].argv)
+    settings, _ = parse_args(tasks[4].argv)
     assert (settings.method, settings.lr, settings.milestones) == ("mtlat", 0.002, [30, 60, 80])
     assert (settings.epochs, settings.batch_size, settings.size) == (90, 256, 224)
     assert (settings.classes, settings.amp, settings.channels_last) == (100, "bf16", True)
@@ -322,7 +323,7 @@ def test_estimates_are_the_measured_passes_times_their_number(
 ) -> None:
     monkeypatch.setattr(estimate, "SAMPLE", 3)
     args = reproduce.parse_args(argv(images))
-    settings, _ = train.parse_args(next(reproduce.plan(args)).argv)
+    settings, _ = parse_args(next(reproduce.plan(args)).argv)
     meter = estimate.Meter(train.load_images(settings), "cpu")
     assert len(meter.sets.test.labels) == 6
     meter.known = {("forward", "a"): 1.0, ("gradient", "a"): 100.0, ("gradient", "s"): 1e4}
