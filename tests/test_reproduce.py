@@ -26,7 +26,6 @@ from common import UserError
 from methods import METHODS
 from reproduce import Evaluation, Training
 from settings import build_parser, parse_args
-from settings import build_parser
 
 CALLS: list[str] = []
 
