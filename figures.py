@@ -101,6 +101,7 @@ def draw_curves(logs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     accuracy.set_ylabel("clean accuracy, %")
     for axes in (losses, accuracy):
         axes.set_xlabel("epoch")
+        axes.set_xlim(left=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     _finish(figure, path)

@@ -105,8 +105,7 @@ def _figure(figure: Figure) -> str:
 def _table(table: Table) -> str:
     header, *rows = table.rows
     columns = list(zip(header, *rows, strict=True))
-    numeric = [all(NUMBER.fullmatch(cell) for cell in column[1:]) for column in columns]
-    kinds = [' class="number"' if right else "" for right in numeric]
+    kinds = [_kind(column[1:]) for column in columns]
     head = "".join(
         f'<th scope="col"{kind}>{escape(cell)}</th>'
         for cell, kind in zip(header, kinds, strict=True)
@@ -125,6 +124,13 @@ def _table(table: Table) -> str:
         f"<tbody>\n{body}</tbody>\n</table>\n</div>\n"
         + (f'<ul class="notes">\n{notes}</ul>\n' if notes else "")
     )
+
+
+def _kind(cells: Sequence[str]) -> str:
+    """How a column is set: numbers to the right, long text in several lines."""
+    if all(NUMBER.fullmatch(cell) for cell in cells):
+        return ' class="number"'
+    return ' class="long"' if max(map(len, cells)) > 30 else ""
 
 
 def _cell(content: str) -> str:
@@ -183,6 +189,7 @@ th, td { padding: .35rem .6rem; text-align: left; border-top: 1px solid var(--li
 thead th { background: var(--tint); }
 tbody tr:hover > * { background: var(--tint); }
 .number { text-align: right; padding-right: .8rem; padding-left: .25rem; }
+.long { white-space: normal; min-width: 14rem; }
 th:first-child { position: sticky; left: 0; background: var(--ground);
   border-right: 1px solid var(--line); }
 thead th:first-child { background: var(--tint); }
@@ -191,7 +198,7 @@ thead th:first-child { background: var(--tint); }
 .hang { display: inline-block; width: 0; white-space: nowrap; }
 @media (max-width: 45rem) {
   img { max-width: none; width: max(100%, calc(var(--inches) * 66px)); }
-  th:first-child { min-width: 6rem; max-width: 9rem; overflow-wrap: anywhere;
+  th:first-child { min-width: 7rem; max-width: 9rem; overflow-wrap: anywhere;
     white-space: normal; }
 }
 @media print {

@@ -122,14 +122,15 @@ def test_signs_are_marked_and_numbers_aligned() -> None:
         ["d", "-", "z"],
         ["e", "0.7+ (0.81-)", "5"],
     ]
+    rows = [[*row, "long " * 7 * (row[0] == "d")] for row in rows]
     content = page("t", "l", [Section("s", [Table("c", rows)])])
     read = Reader(content)
     assert [(a["class"], t) for a, t in zip(read.all("b"), read.text("b"), strict=True)] == [
         ("better hang", "+"), ("worse hang", "−!"), ("doubt hang", "!"),  # noqa: RUF001
         ("better", "+"), ("worse", "−"),  # noqa: RUF001
     ]  # fmt: skip
-    assert [a.get("class") for a in read.all("td")] == ["number", None] * 5
-    assert read.text("th")[3:] == [row[0] for row in rows[1:]]  # names are no scores
+    assert [a.get("class") for a in read.all("td")] == ["number", None, "long"] * 5
+    assert read.text("th")[4:] == [row[0] for row in rows[1:]]  # names are no scores
 
 
 def test_what_is_no_figure_or_no_table_is_refused(tmp_path: Path) -> None:
