@@ -120,14 +120,18 @@ class Feed:
 
     def _gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
         index = send(index, self.images.device)
-        x, y = self.images[index], self.labels[index]
+        x, y = self.images.index_select(0, index), self.labels[index]
         if self.device.type == "cuda" and x.device.type == "cpu":
             x, y = x.pin_memory(), y.pin_memory()
         return x, y
 
     def _send(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, y = (send(tensor, self.device) for tensor in batch)
-        return x.float().div_(255), y
+        if self.device.type != "cpu":
+            return x.float().div_(255), y
+        # NumPy asks for huge pages: to touch fresh small ones takes longer than to fill them.
+        floats = torch.from_numpy(np.empty(x.shape, np.float32))
+        return floats.copy_(x).div_(255), y
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order; of several processes, each takes its share of the batches."""
