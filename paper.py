@@ -211,11 +211,14 @@ def grid(rows: Sequence[Compared]) -> list[list[str]]:
 def caption(rows: Sequence[Compared]) -> str:
     """What the numbers of `grid` are."""
     first = rows[0]
-    seeds = max(len(entry.values) for row in rows for entry in row.entries.values())
+    entries = [entry for row in rows for entry in row.entries.values()]
+    seeds = max(len(entry.values) for entry in entries)
     spread = f"; mean ± sample standard deviation of {seeds} seeds" if seeds > 1 else ""
+    doubt = "; !: a check speaks against it" if any(entry.doubted for entry in entries) else ""
     means = "clean accuracy" if first.table == 3 else "clean accuracy, then R"
     return (
-        f"Table {first.table}, {first.arch} beside the paper's {first.paper_arch}: {means}{spread}"
+        f"Table {first.table}, {first.arch} beside the paper's {first.paper_arch}: {means}"
+        f"{spread}{doubt}"
     )
 
 

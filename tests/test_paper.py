@@ -136,13 +136,16 @@ def test_seeds_are_averaged_and_signs_are_those_of_the_means() -> None:
     assert table[0] == ["", "standard", "paper", "mtlat", "paper", "agrees"]
     assert table[2] == ["Fog", "0.41 ± 0.01", "0.48", "0.55 ± 0.07+!", "0.59+", "yes"]
     assert table[3] == ["Occlu", "0.70 ± 0.00", "0.74", "0.70 ± 0.00", "0.75+", "NO"]
-    assert "2 seeds" in paper.caption([base, row]) and "resnet50" in paper.caption([base, row])
+    assert paper.caption([base, row]) == (
+        "Table 1, tiny beside the paper's resnet50: clean accuracy, then R; mean ± sample standard"
+        " deviation of 2 seeds; !: a check speaks against it"
+    )
 
 
 def test_one_seed_has_no_spread() -> None:
     (row,) = paper.compare(1, "resnet50", {"standard": STANDARD[:1]})
     assert paper.shown("clean", row.entries["clean"]) == "80.0"
-    assert "seeds" not in paper.caption([row])
+    assert paper.caption([row]).endswith("resnet50: clean accuracy, then R")
     assert report.plain(row.entries["clean"])["spread"] is None
 
 
