@@ -155,7 +155,7 @@ def find_device(name: str) -> str:
             name = f"cuda:{parallel.local_rank()}"
             torch.cuda.set_device(name)
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return name
 

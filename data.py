@@ -77,6 +77,8 @@ def load(
     Raises UserError for anything that the user can mend.
     """
     size = size or SIZES.get(source, 224)
+    if not 1 <= size <= MAX_SIDE:
+        raise UserError(f"--size {size} is out of range: from 1 to {MAX_SIDE}")
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
     if source == "shapes":
         return _load_shapes(size, num_classes, seed)
@@ -264,7 +266,8 @@ def _list_folder(
             lists = {"train": found["train"][name], "test": found["val"][name]}
         else:
             files = list(by_class[name])
-            random.Random(f"split {seed} {name}").shuffle(files)
+            word = f"split {seed} {name}".encode(errors="surrogateescape")
+            random.Random(word).shuffle(files)
             cut = max(1, round(TEST_SHARE * len(files)))
             lists = {"train": sorted(files[cut:]), "test": sorted(files[:cut])}
         for part, files in lists.items():
@@ -276,7 +279,8 @@ def _list_folder(
 
 def list_classes(root: Path) -> dict[str, list[str]]:
     """The sorted image files below each class folder."""
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    with os.scandir(root) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir())
     return {
         name: sorted(
             os.path.join(folder, file)

@@ -121,7 +121,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
     checkpoints = {s: load_checkpoint(s) for s in named(args) if is_file(s)}
     first: dict[str, Any] = next(iter(checkpoints.values()), {})
     trained = first.get("settings", {})
-    if not (args.data or trained):
+    if not (args.data or trained.get("data")):
         raise UserError("--data is missing: only a checkpoint of train.py knows its images")
     sets = data.load(
         args.data or trained["data"], size=args.size or first.get("size"),

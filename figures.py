@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor, nn
 
-from common import replacing
+from common import printable, replacing
 from corruptions import CORRUPTIONS
 from mtlat import draw, frozen, mixup, tlat
 from page import DPI
@@ -199,6 +199,7 @@ def _colours(names: Sequence[str], baseline: str | None = None) -> dict[str, str
 
 
 def _short(name: str, most: int) -> str:
+    name = printable(name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 

@@ -180,7 +180,7 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if len(mean) != len(std) or min(std, default=0) <= 0:
+        if not (len(mean) == len(std) > 0 and all(s > 0 for s in std)):
             raise ValueError(f"mean {mean} and std {std}: one of each per channel, every std > 0")
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
@@ -191,6 +191,7 @@ class Normalize(nn.Module):
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """L: the mean over the batch of -sum_k y_k log softmax(logits)_k, in float32 at least."""
+    _check_fit(logits, y)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide), y if y.ndim == 1 else y.to(wide))
 
@@ -201,6 +202,7 @@ def attack_loss(logits: Tensor, y: Tensor) -> Tensor:
     For a class y: -log(p_y / (1 - p_y)), the others' logsumexp minus logit y. Its gradient is L's
     over 1 - p_y, while L's own vanishes when p_y rounds to 1. For soft labels: L itself.
     """
+    _check_fit(logits, y)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     own = y[:, None] if y.ndim == 1 else y.argmax(1, keepdim=True)
     log_odds = logits.scatter(1, own, -math.inf).logsumexp(1) - logits.gather(1, own).squeeze(1)
@@ -267,6 +269,15 @@ def _distributions(
     return [F.one_hot(y, n).to(wide) if y.ndim == 1 else y for y in labels]
 
 
+def _check_fit(logits: Tensor, y: Tensor) -> None:
+    """Raise if the logits are not (B, N), or the labels (B,) or (B, N) are not theirs."""
+    if logits.ndim != 2 or y.shape not in {logits.shape, logits.shape[:1]}:
+        given, made = tuple(y.shape), tuple(logits.shape)
+        raise ValueError(f"labels {given}, logits {made}; the model's N must be yours")
+    if y.ndim == 1:
+        check_values("labels", y, 0, logits.shape[1] - 1, "the model's N must be yours")
+
+
 def _per_image(name: str, value: Numbers, like: Tensor) -> Tensor:
     """A float, or one number per image (B,), shaped to multiply `like` (B, ...)."""
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
@@ -279,8 +290,9 @@ def _per_image(name: str, value: Numbers, like: Tensor) -> Tensor:
 def check_images(*images: Tensor) -> None:
     """Raise if images (B, ...) are no float pixels in [0, 1], all of one shape."""
     for x in images:
-        if not x.is_floating_point():
-            raise TypeError(f"images are {x.dtype}; give floating point: x.float() / 255")
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            kind = getattr(x, "dtype", type(x).__name__)
+            raise TypeError(f"images are {kind}; give floating point: x.float() / 255")
         if x.shape != images[0].shape:
             raise ValueError(f"images {tuple(images[0].shape)} do not match {tuple(x.shape)}")
         check_values("pixels", x, 0, 1, "normalise inside the model, see Normalize")
@@ -291,6 +303,8 @@ _asked: set[str] = set()
 
 def check_values(name: str, values: Tensor, low: int, high: int, fix: str) -> None:
     """Raise if values leave [low, high]; off the CPU at the first call only, as it stalls a GPU."""
+    if not values.numel():
+        raise ValueError(f"{name}: none; rule: at least one image; fix: leave out empty batches")
     place = f"{name} {values.device.type}"
     if values.device.type == "cpu" or place not in _asked:
         _asked.add(place)

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             draw_sheet(args)
         else:
             raise ValueError(f"{args.source} is no picture and no folder of class folders")
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, Image.DecompressionBombError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 

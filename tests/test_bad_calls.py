@@ -1,0 +1,157 @@
+"""Bad input to the public functions raises what they promise, in one line, and changes nothing."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tiny import linear
+from torch import Tensor
+from world import SIDE
+
+import attacks
+import common
+import data
+import mtlat
+from common import UserError
+from corruptions import corrupt
+from sanity import doubts
+
+X = torch.rand(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 2, 0])
+SOFT = torch.eye(3)[Y]
+NET = linear(3)
+NAN = float("nan")
+U8 = (X * 255).to(torch.uint8)
+
+
+def broken(x: Tensor, value: float) -> Tensor:
+    x = x.clone()
+    x.view(-1)[7] = value
+    return x
+
+
+def mix(x: Any = X, y: Any = Y, lam: Any = 0.5, **options: Any) -> Any:
+    return mtlat.mixup(x, y, X, Y, lam, **{"num_classes": 3, **options})
+
+
+def loss(model: Any = NET, x: Any = X, y: Any = Y, num_classes: int = 3, **options: Any) -> Any:
+    return mtlat.mtlat_loss(model, x, y, num_classes=num_classes, **options)
+
+
+def step(x: Any = X, y: Any = Y, epsilon: Any = 0.1, model: Any = NET, **options: Any) -> Any:
+    return mtlat.targeted_fgsm(model, x, y, epsilon, **options)
+
+
+def drawn(batch: int = 4, classes: int = 3, alpha: float = 0.4, epsilon_max: float = 0.1) -> Any:
+    return mtlat.draw(batch, classes, alpha=alpha, epsilon_max=epsilon_max)
+
+
+def pgd(x: Any = X, y: Any = Y, model: Any = NET, **options: Any) -> Any:
+    return attacks.pgd(model, x, y, **options)
+
+
+def cw2(**options: Any) -> Any:
+    return attacks.cw2(NET, X, Y, **options)
+
+
+def fog(images: Any = U8, severity: Any = 1, name: str = "fog", **options: Any) -> Any:
+    return corrupt(images, name, severity, **options)
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.sum((1, 2, 3))
+
+
+FUNCTION_CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (partial(mix, [1]), TypeError, "images are list"), (partial(mix, U8), TypeError, "torch.uint8"),
+    (partial(mix, X * 255), ValueError, "pixels"), (partial(mix, X - 1), ValueError, "pixels"),
+    (partial(mix, broken(X, NAN)), ValueError, "nan"), (partial(mix, X[:2]), ValueError, "match"),
+    (partial(mix, X[:, :, :9]), ValueError, "do not match"),
+    (partial(mix, X[:0], Y[:0]), ValueError, "match|at least one"),
+    (partial(mix, y=Y.int()), TypeError, "int32"), (partial(mix, y=Y[:2]), ValueError, "shape"),
+    (partial(mix, y=Y + 1), ValueError, "class indices: 1 to 3"),
+    (partial(mix, y=Y - 1), ValueError, "-1"), (partial(mix, y=Y.float()), TypeError, "float32"),
+    (partial(mix, y=2 * SOFT), ValueError, "probabilities"),
+    (partial(mix, y=SOFT / 2), ValueError, "divide each row by its sum"),
+    (partial(mix, y=broken(SOFT, NAN)), ValueError, "nan"),
+    (partial(mix, y=SOFT.long()), TypeError, "int64"), (partial(mix, lam=2), ValueError, "lam"),
+    (partial(mix, lam=NAN), ValueError, "nan"), (partial(mix, lam=-0.1), ValueError, "lam"),
+    (partial(mix, lam=torch.rand(3)), ValueError, "lam has shape"),
+    (partial(mix, num_classes=0), ValueError, "class indices need num_classes"),
+    (partial(step, steps=0), ValueError, "at least 1"), (partial(step, epsilon=2), ValueError, "2"),
+    (partial(step, epsilon=NAN), ValueError, "nan"), (partial(step, U8), TypeError, "uint8"),
+    (partial(step, y=Y + 1), ValueError, r"labels: 1 to 3; rule: \[0, 2\]"),
+    (partial(step, y=Y[:2]), ValueError, r"labels \(2,\), logits \(4, 3\)"),
+    (partial(step, y=torch.eye(5)[Y]), ValueError, r"labels \(4, 5\), logits \(4, 3\)"),
+    (partial(step, model=flat), ValueError, "logits"),
+    (partial(drawn, alpha=0), ValueError, "alpha is 0"),
+    (partial(drawn, 0), ValueError, "0 images"),
+    (partial(drawn, alpha=NAN), ValueError, "nan"), (partial(drawn, 4, 1), ValueError, "1 classes"),
+    (partial(drawn, epsilon_max=2), ValueError, r"\[0, 1\]"),
+    (partial(drawn, epsilon_max=NAN), ValueError, "nan"),
+    (partial(loss, num_classes=2), ValueError, "class indices: 0 to 2"),
+    (partial(loss, num_classes=5), ValueError, r"logits \(4, 3\); the model's N must be yours"),
+    (partial(loss, x=X[:0], y=Y[:0]), ValueError, "at least one image"),
+    (partial(loss, step=1), TypeError, "step"), (partial(loss, y=SOFT[:3]), ValueError, "shape"),
+    (partial(mtlat.Normalize, [0.5], [0.0]), ValueError, "every std > 0"),
+    (partial(mtlat.Normalize, [0.5], [NAN]), ValueError, "every std > 0"),
+    (partial(mtlat.Normalize, [], []), ValueError, "one of each"),
+    (partial(mtlat.Normalize, [0.5, 1], [1.0]), ValueError, "one of each"),
+    (partial(pgd, U8), TypeError, "uint8"), (partial(pgd, X.half()), TypeError, "full precision"),
+    (partial(pgd, X[:0], Y[:0]), ValueError, "at least one"),
+    (partial(pgd, 2 * X), ValueError, "p"),
+    (partial(pgd, broken(X, NAN)), ValueError, "nan"),
+    (partial(pgd, y=Y.int()), TypeError, "int64"),
+    (partial(pgd, y=Y[:2]), ValueError, "labels"), (partial(pgd, y=Y + 1), ValueError, "1 to 3"),
+    (partial(pgd, y=SOFT), TypeError, "int64"), (partial(pgd, model=flat), ValueError, "logits"),
+    (partial(pgd, epsilon=-1), ValueError, "epsilon is -1"),
+    (partial(pgd, steps=0), ValueError, "0"),
+    (partial(pgd, epsilon=NAN), ValueError, "nan"), (partial(pgd, steps=1.5), TypeError, "1.5"),
+    (partial(pgd, step_size=-1), ValueError, "-1"), (partial(pgd, restarts=0), ValueError, "0"),
+    (partial(pgd, start=2 * X), ValueError, "start"), (partial(pgd, target=Y + 3), ValueError, "3"),
+    (partial(pgd, start=X[:2]), ValueError, "start has shape"),
+    (partial(pgd, restarts=2, random_start=False), ValueError, "equal runs"),
+    (partial(cw2, confidence=-1), ValueError, "confidence"),
+    (partial(cw2, steps=1), ValueError, "1"),
+    (partial(cw2, rounds=0), ValueError, "rounds"),
+    (partial(cw2, step_size=NAN), ValueError, "nan"),
+    (partial(cw2, const_range=(2, 1)), ValueError, "const_range"),
+    (partial(attacks.mi_fgsm, NET, X, Y, decay=-1), ValueError, "decay"),
+    (partial(fog, [1]), TypeError, "torch.Tensor"), (partial(fog, U8[0]), ValueError, "shape"),
+    (partial(fog, U8[:, :1]), ValueError, "shape"),
+    (partial(fog, U8[..., :9]), ValueError, "16 px"),
+    (partial(fog, U8.int()), TypeError, "int32"),
+    (partial(fog, 2 * X), ValueError, "divide by 255"),
+    (partial(fog, broken(X, NAN)), ValueError, "nan"), (partial(fog, severity=0), ValueError, "0"),
+    (partial(fog, severity=6), ValueError, "6"), (partial(fog, severity=1.5), TypeError, "1.5"),
+    (partial(fog, severity=None), TypeError, "None"),
+    (partial(fog, name="fogg"), ValueError, "fog"),
+    (partial(fog, seed=1.5), TypeError, "seed"), (partial(fog, index=[1]), ValueError, "4"),
+    (partial(fog, index=torch.rand(4)), TypeError, "float32"), (partial(fog, x=1), TypeError, "x"),
+    (partial(fog, profile=100), ValueError, "profile"),
+    (partial(fog, name=None), ValueError, "None"),
+    (partial(data.load, "nowhere"), UserError, "no such folder"),
+    (partial(data.load, "shapes", size=-1), UserError, "--size -1 is out of range"),
+    (partial(data.load, "shapes", size=10**9), UserError, "out of range"),
+    (partial(data.load, "shapes", num_classes=11), UserError, "--classes 11: the set has 10"),
+    (partial(doubts, {"clean": NAN}), ValueError, "nan"),
+    (partial(doubts, {"a": 1.5}), ValueError, ""),
+    (partial(common.build_model, "", 3), UserError, "torchvision has no such classifier"),
+    (partial(common.load_checkpoint, ""), UserError, "No such file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"), FUNCTION_CASES, ids=[f"{c[2]}" for c in FUNCTION_CASES]
+)
+def test_functions(call: Callable[[], Any], kind: type[Exception], message: str) -> None:
+    before = [t.clone() for t in (X, Y, SOFT, *NET.parameters())]
+    with pytest.raises(kind) as error:
+        call()
+    assert error.type is kind
+    assert re.search(message, str(error.value)), error.value
+    assert "\n" not in str(error.value)
+    assert all(map(torch.equal, before, (X, Y, SOFT, *NET.parameters())))

@@ -1,0 +1,203 @@
+"""Bad input to the scripts ends in one line, with exit code 2, and changes no file."""
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from world import BAD_IMAGES, EVALUATE, REPRODUCE, TRAIN, build
+
+import common
+import evaluate
+import reproduce
+import train
+from corruptions.__main__ import main as corruptions_main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def unchanged(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work in the world; no file of it may change, and none appear but in the cache."""
+
+    def files() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in world.rglob("*") if p.is_file()}
+
+    monkeypatch.chdir(world)
+    before = files()
+    yield
+    after = files()
+    assert {path: after.get(path) for path in before} == before
+    assert all(path.name == ".lock" or path.parts[-2] == "cache" for path in after.keys() - before)
+
+
+TRAIN_CASES = [
+    ("--epochs 0", "0 is out of range: from 1"), ("--epochs x", "'x' is no int"),
+    ("--epochs 1.5", "'1.5' is no int"), ("--epochs", "expected one argument"),
+    ("--batch-size 0", "out of range"), ("--batch-size 1", "makes minibatches of 0"),
+    ("-b 100", "minibatches of 50, and there are 27"), ("-b -3", "out of range"),
+    ("--batch-size 1e9", "'1e9' is no int"), ("--lr 0", "0 is out of range: above 0"),
+    ("--lr nan", "nan is out of range"), ("--lr inf", "inf is out of range"),
+    ("--lr -1", "out of range"), ("--lr fast", "'fast' is no float"), ("--wd -1", "out of range"),
+    ("--momentum 2", "from 0 to 1"), ("--gamma 1.1", "from 0 to 1"), ("--gamma nan", "nan is out"),
+    ("--milestones 1 x", "'x' is no float"), ("--milestones -1", "out of range"),
+    ("--alpha 0", "above 0"), ("--alpha nan", "nan is out of range"),
+    ("--epsilon-max 1.1", "from 0 to 1"), ("--epsilon-max -0.1", "from 0 to 1"),
+    ("--attack-steps 0", "from 1 up"), ("--size 7", "from 8 to 4096"),
+    ("--size 1000000000", "from 8 to 4096"), ("--classes 1", "from 2"),
+    ("--classes 4", "--classes 4: the set has 3"), ("--seed -1", "from 0"),
+    ("--seed 4294967296", "out of range"), ("--data-seed x", "'x' is no int"),
+    ("--print-freq 0", "from 1"), ("--method mlat", "invalid choice: 'mlat'"),
+    ("--opt adagrad", "invalid choice"), ("--amp half", "invalid choice"),
+    ("--device abacus", "--device abacus"), ("--device cuda:99", "--device cuda:99"),
+    ("--device meta", "--device meta"), ("--device", "expected one argument"),
+    ("--batch 26", "unrecognized arguments: --batch"), ("--verbose", "unrecognized arguments"),
+    ("more", "unrecognized arguments: more"),
+    ("--arch resnet", "torchvision has no such classifier; close: resnet"),
+    ("--arch nowhere:net", "No module named 'nowhere'"), ("--arch tiny:", "--arch tiny:"),
+    ("--arch :net", "--arch :net"), ("--arch tiny:nothing", "has no attribute 'nothing'"),
+    ("--arch tiny:Path", "made a PosixPath; give a torch.nn.Module"),
+    ("--arch os:getcwd", "--arch os:getcwd"), ("--arch os:name", "is not a callable object"),
+    ("--arch tiny:states_equal", "missing a required argument"),
+    ("--arch world:Picky", "Picky fails on images (13, 3, 16, 16): AssertionError"),
+    ("--arch inception_v3", "inception_v3 fails on images"),
+    ("--arch resnet18 -b 2", "resnet18 fails on images (1, 3, 16, 16): Expected more than 1 value"),
+    ("--weights nothing", "--weights nothing: no such file, nor weights"),
+    ("--weights file", "file is no checkpoint of train.py, or damaged"),
+    ("--weights other-arch.pt", "are of another arch than --arch tiny:convnet"),
+    ("--weights set", "set: Is a directory"), ("--weights flipped.pt", "(checksum of "),
+    ("--data nowhere", "--data nowhere: no such folder"), ("--data file", "no such folder"),
+    ("--data no-classes", "holds 0 class folders"), ("--data one-class", "holds 1 class folders"),
+    ("--data empty-class", "class 'hollow' has no image"), ("--data only-train", "but no val/"),
+    ("--data only-val", "but no train/"), ("--data unequal", "only one has 'class2'"),
+    ("--data loop -b 2", "self.png: not a readable image"), ("--data loops", "self"),
+    ("--data set/class0", "holds 0 class folders"),
+    ("--data cifar10 --cache-dir empty", "cifar10 is not in empty: add --download"),
+    *((f"--data bad/{name} -b 2", message) for name, (_, message) in BAD_IMAGES.items()),
+    ("--cache-dir file", "file: File exists"), ("--output-dir file", "file: File exists"),
+    ("--output-dir run", "run holds an earlier run: add --resume auto"),
+    ("--output-dir run --resume other-run.pt", "other-run.pt: No such file"),
+    ("--resume run", "run: Is a directory"), ("--resume file/last.pt", "Not a directory"),
+    ("--resume run/last.pt --lr 3", "--lr is 3.0, but run/last.pt was trained with 0.002"),
+    ("--resume run/last.pt --data other", "--data other is not the set that run/last.pt"),
+    ("--resume run/last.pt --output-dir evaluation/cells.jsonl", "File exists"),
+    *((f"--resume {name}.pt", message) for name, message in {
+        "empty": "no checkpoint of train.py, or damaged", "text": "or damaged", "cut": "or damaged",
+        "flipped": "or damaged (checksum of ", "pickle": "or damaged", "legacy": "or damaged",
+        "code": "or damaged (Weights only load failed", "numpy": "or damaged (Weights only",
+        "module": "or damaged (Weights only", "safetensors": "or damaged", "hdf5": "or damaged",
+        "state": "not a checkpoint of this version", "list": "not a checkpoint of this version",
+        "lightning": "not a checkpoint of this version", "old": "not a checkpoint of this version",
+        "no-model": "its model is missing", "no-arch": "its arch is missing",
+        "no-classes": "its classes is missing", "no-log": "its log is missing",
+        "int-classes": "its classes is int", "no-settings": "no-settings.pt says nothing of",
+        "nowhere": "nowhere.pt: No such file or directory",
+    }.items()),
+    ("--resume misfit.pt --output-dir new", "weights do not fit tiny:linear"),
+    ("--resume unknown-arch.pt --output-dir new", "--arch resnet5: torchvision has no such"),
+]  # fmt: skip
+
+EVALUATE_CASES = [
+    ("run/last.pt", "a model is named twice"), ("nowhere.pt", "nowhere.pt: No such file"),
+    ("set", "set: Is a directory"), ("file", "file is no checkpoint"),
+    ("nowhere:net", "No module named 'nowhere'"), ("tiny:Path", "give a torch.nn.Module"),
+    ("torchvision:resnet18", "need each other"),
+    ("torchvision:resnet5 --weights DEFAULT", "no such file, nor weights of torchvision's"),
+    ("torchvision:resnet18 --weights BEST", "--weights BEST: no such file, nor weights"),
+    ("--only fogg", "close: fog"), ("--only", "expected at least one argument"),
+    ("--skip snoww", "close: snow"), ("--only fog --skip weather", "leave nothing to measure"),
+    ("--baseline mtlat", "--baseline mtlat is none of the models"),
+    ("--mean 0 0 0", "--mean and --std need each other"), ("--mean 0 0", "expected 3 arguments"),
+    ("--mean 2 0 0 --std 1 1 1", "from 0 to 1"), ("--std 1 1 nan", "nan is out of range"),
+    ("--size 15", "from 16"), ("--size 100000", "from 16 to 4096"), ("--limit 0", "from 1"),
+    ("--batch-size 0", "from 1"), ("--seed -1", "from 0"), ("--dump-images -1", "from 0"),
+    ("--dump-images 101", "from 0 to 100"), ("--device meta", "--device meta"),
+    ("--imagenet-c nowhere", "no such folder"),
+    ("--imagenet-c empty", "has no folder of a corruption to score"),
+    ("--imagenet-c file", "no such folder"), ("--data other", "was trained on other classes"),
+    ("--data bad/cut.jpg", "truncated"), ("--data one-class", "holds 1 class folders"),
+    ("--surrogate cut.pt", "or damaged"), ("--surrogate nan.pt", "logits that are not finite"),
+    ("--output-dir file", "file: File exists"), ("--cache-dir file", "file: File exists"),
+    ("code.pt", "or damaged (Weights only load failed"), ("flipped.pt", "or damaged (checksum of"),
+    ("no-model.pt", "its model is missing"), ("misfit.pt", "do not fit tiny:linear"),
+    ("nan.pt", "gives logits that are not finite"),
+    ("--output-dir evaluation --seed 1", "another run (seed: 0, now 1): choose another"),
+    ("--output-dir cells-digit", "cells.jsonl: line 2 is damaged; delete it"),
+    ("--output-dir cells-half", "line 1 is damaged"),
+    *((f"--output-dir cells-{name}", "line 1 is damaged; delete it and start again")
+      for name in ("text", "list", "joined", "bytes", "deep")),
+]  # fmt: skip
+
+REPRODUCE_CASES = [
+    ("--scale large", "invalid choice: 'large'"), ("--data nowhere", "no such folder"),
+    ("--scale paper", "--classes 100: the set has 3"),
+    ("--tables 4", "invalid choice: '4'"), ("--methods mlat", "invalid choice: 'mlat'"),
+    ("--seeds 0", "from 1"), ("--size 15", "from 16"), ("--archs", "expected at least one"),
+    ("--archs tiny:linear", "is one of --archs"), ("--archs resnet5", "close: resnet"),
+    ("--surrogate nowhere:net", "No module named 'nowhere'"), ("--surrogate-lr 0", "above 0"),
+    ("--limit -1", "from 0"), ("--train-flags=--lrr", "unrecognized arguments: --lrr"),
+    ("--train-flags=--epochs=x", "'x' is no int"), ("--device meta", "--device meta"),
+    ("--epochs 0", "from 1"), ("--data one-class", "holds 1 class folders"),
+    ("--data bad/cut.jpg", "truncated"), ("--output-dir foreign", "or damaged"),
+    ("--output-dir damaged", "line 1 is damaged"),
+]  # fmt: skip
+
+ALL = {train: TRAIN_CASES, evaluate: EVALUATE_CASES, reproduce: REPRODUCE_CASES}
+ALWAYS = {train: TRAIN, evaluate: EVALUATE, reproduce: REPRODUCE}
+CASES = [(script, case) for script, cases in ALL.items() for case in cases]
+
+
+def refused(script: Any, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the script says of these flags in its one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        common.run(partial(script.main, argv))
+    printed = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning: ")]
+    assert ended.value.code == 2
+    assert len(printed) == 1 and printed[0].startswith("error: "), printed
+    return printed[0]
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize(
+    ("script", "case"), CASES, ids=[f"{script.__name__} {case[0]}" for script, case in CASES]
+)
+def test_scripts(script: Any, case: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    flags, message = case
+    models = flags.split()[:1] if script is evaluate and flags[0] != "-" else []
+    argv = [*models, *ALWAYS[script], *flags.split()[len(models) :]]
+    if "--resume" in flags:
+        argv = ["--cache-dir", "cache", *flags.split()]
+    assert message in refused(script, argv, capsys)
+    assert not os.path.exists("executed")
+
+
+def test_there_are_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(CASES) >= 120
+    assert "--scale small needs --data DIR" in refused(reproduce, ["--scale", "small"], capsys)
+
+
+def test_corruptions_as_a_script(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = world / "bad"
+    picture = str(world / "set" / "class0" / "0.png")
+    cases = [
+        ([str(world / "nowhere")], "is no picture and no folder"),
+        ([str(world / "file")], "cannot identify image file"),
+        ([str(bad / "huge.png" / "class0" / "huge.png")], "decompression bomb"),
+        ([str(bad / "cut.jpg" / "class0" / "cut.jpg")], "truncated"),
+        ([picture, "--size", "8"], "at least 16 px"), ([picture, "--size", "0"], ""),
+        ([picture, "--device", "abacus"], "abacus"), ([picture, "--only", "fogg"], "fogg"),
+        ([picture, "--frost-dir", str(world / "empty")], ""), ([str(world / "no-classes")], ""),
+    ]  # fmt: skip
+    for argv, message in cases:
+        with pytest.raises(SystemExit) as ended:
+            corruptions_main([*argv, "--out", str(tmp_path / "out" / "sheet.png")])
+        printed = capsys.readouterr().err
+        assert ended.value.code == 2 and message in printed and "Traceback" not in printed, argv
