@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 import data
+import parallel
 from attacks import ATTACKS, Attack, broken_gradients, cw2, cw2_result, pgd_ll
 from common import UserError, checksum, write
 from corruptions import CORRUPTIONS, Stream, corrupt
@@ -138,13 +139,17 @@ def choose_images(labels: Tensor, limit: int | None, seed: int) -> Tensor:
 
 
 def batches(run: Run, name: str, severity: int | None) -> Iterator[Batch]:
-    """The clean images that a cell takes, or the corrupted ones of --imagenet-c."""
+    """The clean images that a cell takes, or the corrupted ones of --imagenet-c.
+
+    Of several processes, each takes some of the batches, which are those of one process.
+    """
     folder = run.official(name)
     if folder is not None:
         yield from _official_batches(run, folder / str(severity))
     else:
-        for numbers in torch.split(run.images_of(name), run.args.batch_size):
-            yield numbers.to(run.feed.device), *run.feed(numbers)
+        mine = parallel.mine(torch.split(run.images_of(name), run.args.batch_size))
+        for numbers, (x, y) in zip(mine, run.feed.ahead(mine), strict=True):
+            yield numbers.to(run.feed.device), x, y
 
 
 def _official_batches(run: Run, folder: Path) -> Iterator[Batch]:
@@ -162,8 +167,10 @@ def _official_batches(run: Run, folder: Path) -> Iterator[Batch]:
     ]
     labels, device = torch.tensor([file.label for file in files]), run.feed.device
     chosen = choose_images(labels, run.args.limit, run.args.seed)
-    decoded = data.decode_all(folder, [files[i] for i in chosen.tolist()], run.facts["size"])
-    for numbers in torch.split(chosen, run.args.batch_size):
+    mine = parallel.mine(torch.split(chosen, run.args.batch_size))
+    wanted = [files[i] for numbers in mine for i in numbers.tolist()]
+    decoded = data.decode_all(folder, wanted, run.facts["size"])
+    for numbers in mine:
         pixels = []
         for file, image in islice(decoded, len(numbers)):
             if isinstance(image, str):
@@ -218,41 +225,55 @@ def measure(
     """Measure a cell of each of these models; `bar` is told of every image done."""
     white_box = name in GRADIENT and GRADIENT[name].box == "white-box"
     maker = run.surrogate if name in GRADIENT else None
-    hits: list[list[Tensor]] = [[] for _ in models]
-    extras: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in models]
-    seconds, making = [0.0] * len(models), 0.0
+    found: list[list[dict[str, Tensor]]] = [[] for _ in models]  # of each batch, image by image
+    seconds = [0.0] * (len(models) + 1)  # for each model, and for the making
     clock = _now(run)
     for batch in batches(run, name, severity):
-        numbers, _, y = batch
+        y = batch[2]
+        about: dict[str, Tensor] = {}
         if not white_box:
             images, _ = perturb(run, name, severity, maker, batch)
-        making, clock = making + _now(run) - clock, _now(run)
+        seconds[-1], clock = seconds[-1] + _now(run) - clock, _now(run)
         for i, model in enumerate(models):
             if white_box:
-                images, found = perturb(run, name, severity, model, batch)
-                for key, values in found.items():
-                    extras[i][key].append(values.cpu())
+                images, about = perturb(run, name, severity, model, batch)
             with torch.no_grad():
                 logits = model.module(images)
-            if name == "clean":
-                blank = torch.zeros(len(run.feed), dtype=torch.int64, device=y.device)
-                run.least_likely.setdefault(model.digest, blank)[numbers] = logits.argmin(1)
-            hits[i].append((logits.argmax(1) == y).cpu())
+            about = {**about, "hit": logits.argmax(1) == y, "least_likely": logits.argmin(1)}
+            found[i].append({key: values.cpu() for key, values in about.items()})
             seconds[i], clock = seconds[i] + _now(run) - clock, _now(run)
             bar.update(len(y))
-    lines = []
-    for i, model in enumerate(models):
-        right = torch.cat(hits[i])
-        if run.args.save_predictions:
-            _save(prediction_path(run, model, name, severity), right)
-        lines.append({
-            "model": model.digest, "label": model.label, "perturbation": name,
-            "severity": severity, "n": len(right), "correct": int(right.sum()),
-            **{key: _summary(torch.cat(values)) for key, values in extras[i].items()},
-            "seconds": round(seconds[i], 3), "seconds_making": round(making, 3),
-            **run.decided_by(name), **run.setup,
-        })  # fmt: skip
+    done = sum(len(about["hit"]) for batches in found for about in batches)
+    seconds = [max(times) for times in zip(*parallel.gather(seconds), strict=True)]
+    lines = [
+        _line(run, name, severity, model, parallel.collect(about), (seconds[i], seconds[-1]))
+        for i, (model, about) in enumerate(zip(models, found, strict=True))
+    ]
+    bar.update(sum(line["n"] for line in lines) - done)  # by the other processes
     return lines
+
+
+def _line(
+    run: Run, name: str, severity: int | None, model: Subject,
+    batches: list[dict[str, Tensor]], seconds: tuple[float, float],
+) -> Line:  # fmt: skip
+    """Sum up what was found of each image of a cell, and keep what is asked of single images."""
+    keys = dict.fromkeys(key for about in batches for key in about)
+    values = {key: torch.cat([b[key] for b in batches if key in b]) for key in keys}
+    right, least_likely = values.pop("hit"), values.pop("least_likely")
+    if name == "clean":
+        of_all = torch.zeros(len(run.feed), dtype=torch.int64)
+        of_all[run.chosen] = least_likely
+        run.least_likely[model.digest] = of_all.to(run.feed.device)
+    if run.args.save_predictions and parallel.rank() == 0:
+        _save(prediction_path(run, model, name, severity), right)
+    return {
+        "model": model.digest, "label": model.label, "perturbation": name,
+        "severity": severity, "n": len(right), "correct": int(right.sum()),
+        **{key: _summary(found) for key, found in values.items()},
+        "seconds": round(seconds[0], 3), "seconds_making": round(seconds[1], 3),
+        **run.decided_by(name), **run.setup,
+    }  # fmt: skip
 
 
 def _now(run: Run) -> float:

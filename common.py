@@ -160,6 +160,15 @@ def find_device(name: str) -> str:
     return name
 
 
+def refuse_differences(*found: Any) -> None:
+    """Stop unless all processes of the job found the same."""
+    if any(other != found for other in parallel.gather(found)):
+        raise UserError(
+            "the processes of the job find different images or weights: every machine needs the"
+            " same files, and --output-dir in a folder that all share"
+        )
+
+
 def printable(text: str) -> str:
     """The text in one line: what has no glyph as its escape; names of files may hold it."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -4,6 +4,7 @@
 python evaluate.py runs/standard/last.pt runs/mtlat/last.pt --surrogate runs/vgg/last.pt
 python evaluate.py torchvision:resnet50 --weights DEFAULT --data IMAGENET --imagenet-c IMAGENET_C
 python evaluate.py package.module:make_model --mean .5 .5 .5 --std .2 .2 .2 --data cifar10
+torchrun --nproc-per-node=4 evaluate.py ...            # on four GPUs, or processes
 """
 
 import argparse
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 import data
 import figures
+import parallel
 import report
 from attacks import broken_gradients
 from cells import (
@@ -48,6 +51,7 @@ from common import (
     locked,
     number,
     printable,
+    refuse_differences,
     run,
     start_model,
     versions,
@@ -123,11 +127,12 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
     trained = first.get("settings", {})
     if not (args.data or trained.get("data")):
         raise UserError("--data is missing: only a checkpoint of train.py knows its images")
-    sets = data.load(
-        args.data or trained["data"], size=args.size or first.get("size"),
-        num_classes=trained.get("classes"), seed=trained.get("data_seed", args.seed),
-        cache_dir=args.cache_dir, skip_bad_images=trained.get("skip_bad_images", False),
-    )  # fmt: skip
+    with parallel.one_first():
+        sets = data.load(
+            args.data or trained["data"], size=args.size or first.get("size"),
+            num_classes=trained.get("classes"), seed=trained.get("data_seed", args.seed),
+            cache_dir=args.cache_dir, skip_bad_images=trained.get("skip_bad_images", False),
+        )  # fmt: skip
     side, count = sets.test.images.shape[-1], len(sets.test.labels)
     if side < MIN_SIDE:
         raise UserError(f"--size {side}: the corruptions need images of {MIN_SIDE} px or more")
@@ -141,12 +146,14 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
         "size": side, "data": sets.fingerprint, "frost": frost_source(), "seed": args.seed,
         "limit": args.limit if args.limit and args.limit < count else None,
     }  # fmt: skip
+    refuse_differences(facts, [subject.digest for subject in subjects.values()])
     run = Run(
         args, sets.classes, data.Feed(sets.test, torch.device(args.device)),
         choose_images(sets.test.labels, args.limit, args.seed),
         [subjects[spec] for spec in args.models],
         subjects[args.surrogate] if args.surrogate else None,
-        facts, {"total": count, "device": args.device, "versions": versions(args.device)},
+        facts, {"total": count, "device": torch.device(args.device).type,
+         "versions": versions(args.device)},
     )  # fmt: skip
     few = run.feed(run.pick(16))
     warnings = [w for s in subjects.values() for w in inspect(s, *few, len(run.classes))]
@@ -185,14 +192,14 @@ def evaluate(args: argparse.Namespace) -> None:
     run, warnings = prepare(args)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    with locked(Path(args.output_dir)):
+    with locked(Path(args.output_dir)) if parallel.rank() == 0 else nullcontext():
         measure_all(run, warnings)
 
 
 def measure_all(run: Run, warnings: list[str]) -> None:
     out = Path(run.args.output_dir)
     path = out / "cells.jsonl"
-    lines = read_cells(path)
+    (lines, *_) = parallel.gather(read_cells(path) if parallel.rank() == 0 else [])
     refuse_others(run, path, lines)
     work = unfinished(run, lines)
     total = sum(len(run.images_of(name)) * len(models) for name, _, models in work)
@@ -201,12 +208,14 @@ def measure_all(run: Run, warnings: list[str]) -> None:
             title = name if severity is None else f"{name} {severity}"
             bar.set_description(title)
             new = measure(run, name, severity, models, bar)
-            append_cells(path, new)
+            if parallel.rank() == 0:
+                append_cells(path, new)
             lines += new
             shares = "  ".join(f"{x['label']} {100 * x['correct'] / x['n']:.1f} %" for x in new)
             seconds = new[0]["seconds_making"] + sum(line["seconds"] for line in new)
             bar.write(f"{title:26}{shares}  ({seconds:.1f} s)")
-    finish(run, lines, warnings, out)
+    if parallel.rank() == 0:
+        finish(run, lines, warnings, out)
 
 
 def unfinished(run: Run, lines: list[Line]) -> list[tuple[str, int | None, list[Subject]]]:

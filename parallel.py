@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -132,6 +133,12 @@ def gather(thing: T) -> list[T]:
         with _others():
             dist.all_gather_object(things, thing)
     return things
+
+
+def collect(batches: list[T]) -> list[T]:
+    """What all processes made of the batches that `mine` gave them, in the order of these."""
+    rounds = zip_longest(*gather(batches))
+    return [batch for batches in rounds for batch in batches if batch is not None]
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:

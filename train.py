@@ -36,6 +36,7 @@ from common import (
     count_correct,
     load_model,
     locked,
+    refuse_differences,
     run,
     save_checkpoint,
     start_model,
@@ -115,9 +116,7 @@ def prepare(args: argparse.Namespace, checkpoint: dict[str, Any] | None, sets: d
                 " pixels now: restore it, or start anew in another --output-dir"
             )
         model, normalize, log = load_model(checkpoint), checkpoint["normalize"], checkpoint["log"]
-    if len(set(parallel.gather((sets.fingerprint, len(log))))) > 1:
-        raise UserError("the processes find different images or checkpoints: give every machine the"
-                        " same --data and a shared --output-dir")  # fmt: skip
+    refuse_differences(sets.fingerprint, log)
     parallel.copy_from_first(list(model.state_dict().values()))
     device = torch.device(args.device)
     model.to(device)

@@ -20,6 +20,22 @@ def linear(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, num_classes))
 
 
+class Double(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double()
+
+
+def smooth(num_classes: int) -> nn.Module:
+    """A network in float64 in which images do not see each other."""
+    layers = nn.Conv2d(3, 6, 3, stride=2), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    return nn.Sequential(Double(), *layers, nn.Linear(24, num_classes)).double()
+
+
+def normed(num_classes: int) -> nn.Module:
+    """A network whose BatchNorm sees the images themselves."""
+    return nn.Sequential(nn.BatchNorm2d(3), linear(num_classes))
+
+
 def image_folder(root: Path, classes: int = 3, each: int = 10, side: int = 12) -> Path:
     """root/CLASS/N.png: each class has a colour of its own under noise."""
     random = np.random.default_rng(0)

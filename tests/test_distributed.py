@@ -1,0 +1,283 @@
+"""Several processes do what one does: training, evaluation, and what happens when one dies."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import image_folder
+from torch.testing import assert_close
+
+import common
+import evaluate
+import parallel
+import train
+from methods import METHODS
+
+ROOT = Path(train.__file__).parent
+
+# ---------------------------------------------------------------- processes
+
+
+# A server that has imported everything forks a process in no time.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train", "evaluate"])
+
+
+def free_port() -> int:
+    with socket.socket() as some:
+        some.bind(("localhost", 0))
+        return int(some.getsockname()[1])
+
+
+def environment(rank: int, world: int, port: int) -> None:
+    """What torchrun tells a process, and the folder and the threads of these tests."""
+    os.chdir(ROOT / "tests")
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "GROUP_RANK": "0",
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def _answer(rank: int, world: int, port: int, calls: Any, answers: Any) -> None:
+    """Answer the calls (function, arguments) of the test, one after the other."""
+    environment(rank, world, port)
+    try:
+        with parallel.job():
+            for function, arguments in iter(calls.get, None):
+                answers.put((rank, function(*arguments)))
+    except BaseException:
+        answers.put((rank, traceback.format_exc()))
+
+
+class Job:
+    """Processes that are one job, and stay for several calls: to start them costs more."""
+
+    def __init__(self, world: int) -> None:
+        port = free_port()
+        self.answers = SERVER.Queue()
+        self.calls = [SERVER.Queue() for _ in range(world)]
+        self.processes = [
+            SERVER.Process(target=_answer, args=(r, world, port, self.calls[r], self.answers))
+            for r in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What each process answers."""
+        for calls in self.calls:
+            calls.put((function, arguments))
+        return [answer for _, answer in sorted(self.answers.get(timeout=120) for _ in self.calls)]
+
+    def end(self) -> None:
+        for process, calls in zip(self.processes, self.calls, strict=True):
+            calls.put(None)
+            process.join(20)
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def jobs() -> Iterator[dict[int, Job]]:
+    """Jobs of two, of three and of four processes."""
+    made = {world: Job(world) for world in (2, 3, 4)}
+    yield made
+    for job in made.values():
+        job.end()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("images") / "set", each=12)
+
+
+# ---------------------------------------------------------------- training
+
+
+def arguments(folder: Path, out: Path, *flags: str) -> list[str]:
+    """Of a training on 27 images in steps of 22 or 11, which no number of processes divides."""
+    return [
+        "--data", str(folder), "--size", "12", "--batch-size", "22", "--device", "cpu",
+        "--cache-dir", str(folder.parent / "cache"), "--output-dir", str(out), *flags,
+    ]  # fmt: skip
+
+
+def trained(out: Path) -> dict[str, Any]:
+    return common.load_checkpoint(out / "last.pt")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_many_processes_train_what_one_trains(jobs, folder, tmp_path, method):
+    """Equal but for the order of sums in float64, in which images do not see each other."""
+    flags = "--method", method, "--arch", "tiny:smooth", "--epochs", "2"
+    train.main(arguments(folder, tmp_path / "one", *flags))
+    one = trained(tmp_path / "one")
+    for world, job in jobs.items():
+        out = tmp_path / f"{world}"
+        assert job(train.main, arguments(folder, out, *flags)) == [None] * world
+        several = trained(out)
+        assert one["model"]["1.weight"].dtype == torch.float64
+        assert_close(several["model"], one["model"], rtol=0, atol=1e-12)
+        assert several["optimizer"]["state"].keys() == one["optimizer"]["state"].keys()
+        for ours, theirs in zip(several["log"], one["log"], strict=True):
+            assert ours["loss1"] == pytest.approx(theirs["loss1"], abs=1e-6)  # summed in float32
+            assert ours["clean_accuracy"] == theirs["clean_accuracy"]
+        assert several["settings"]["processes"] == world
+
+
+def seed_after(argv: list[str]) -> int:
+    train.main(argv)
+    return torch.initial_seed()
+
+
+def test_each_process_has_dropout_of_its_own(jobs, folder, tmp_path):
+    flags = "--arch", "tiny:convnet", "--epochs", "1"
+    one = seed_after(arguments(folder, tmp_path / "one", *flags))
+    seeds = jobs[4](seed_after, arguments(folder, tmp_path / "four", *flags))
+    assert seeds[0] == one and len(set(seeds)) == 4
+
+
+def test_the_checkpoint_holds_the_mean_of_the_running_statistics(jobs, folder, tmp_path):
+    """Two equal shares: the mean of their images' means is that of all images."""
+    flags = "--arch", "tiny:normed", "--epochs", "1", "--method", "standard", "-b", "24"
+    train.main(arguments(folder, tmp_path / "one", *flags))
+    jobs[2](train.main, arguments(folder, tmp_path / "two", *flags))
+    one, two = (trained(tmp_path / out)["model"] for out in ("one", "two"))
+    assert one["0.running_mean"].abs().min() > 0.01
+    assert_close(two["0.running_mean"], one["0.running_mean"])
+    assert not torch.equal(two["0.running_var"], one["0.running_var"])  # of a share each
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def measured(argv: list[str]) -> None:
+    """A run of evaluate.py without its tables and figures."""
+    torch.manual_seed(0)  # of the networks that no checkpoint holds
+    evaluate.finish = lambda *_: None
+    evaluate.main(argv)
+
+
+def scores(out: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """The lines of cells.jsonl without times, and the files of predictions."""
+    lines = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
+    files = {str(p.relative_to(out)): p.read_bytes() for p in out.glob("predictions/*/*.npy")}
+    times = {"seconds", "seconds_making", "crc"}
+    return [{k: x[k] for k in x.keys() - times} for x in lines], files
+
+
+def test_many_processes_score_what_one_scores(jobs, folder, tmp_path, monkeypatch):
+    """Every line and prediction to the bit: seven batches, one of them smaller."""
+    monkeypatch.setattr(evaluate, "finish", evaluate.finish)
+    monkeypatch.chdir(ROOT / "tests")
+    images, cache = tmp_path / "images", str(tmp_path / "cache")
+    image_folder(images / "val", each=9, side=16)
+    image_folder(images / "train", each=4, side=16)
+    for severity in range(1, 6):
+        image_folder(tmp_path / "c" / "contrast" / str(severity), each=8, side=20)
+    train.main(["--data", str(images), "--size", "16", "--cache-dir", cache, "--device", "cpu",
+                "--arch", "tiny:convnet", "--epochs", "1", "--batch-size", "6",
+                "--output-dir", str(tmp_path / "run")])  # fmt: skip
+    argv = [
+        str(tmp_path / "run" / "last.pt"), "tiny:linear", "--surrogate", "tiny:smooth",
+        "--only", "gaussian_noise", "contrast", "white-box", "mi_fgsm_0.08", "--skip", "checks",
+        "--imagenet-c", str(tmp_path / "c"), "--cache-dir", cache, "--device", "cpu",
+        "--batch-size", "4", "--limit", "25", "--save-predictions", "--output-dir",
+    ]  # fmt: skip
+    measured([*argv, str(tmp_path / "1")])
+    one = scores(tmp_path / "1")
+    assert len(one[0]) == len(one[1]) == 2 * 15
+    for world, job in jobs.items():
+        assert job(measured, [*argv, str(tmp_path / f"{world}")]) == [None] * world
+        assert scores(tmp_path / f"{world}") == one
+
+
+def drawn_weights(argv: list[str]) -> str:
+    torch.manual_seed(parallel.rank())
+    try:
+        evaluate.prepare(evaluate.parse_args(argv))
+    except common.UserError as error:
+        return str(error)
+    return "none"
+
+
+def test_models_that_differ_between_the_processes_are_refused(jobs, folder):
+    argv = ["tiny:linear", "--data", str(folder), "--size", "16", "--device", "cpu",
+            "--cache-dir", str(folder.parent / "cache")]  # fmt: skip
+    for said in jobs[2](drawn_weights, argv):
+        assert said.startswith("the processes of the job find different images or weights")
+
+
+# ---------------------------------------------------------------- when one of them fails
+
+
+def _script(rank: int, port: int, argv: list[str], said: Path) -> None:
+    """train.py as a process of torchrun's, which says into a file what it says."""
+    environment(rank, 2, port)
+    with open(said, "a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    common.run(lambda: train.main(argv), "add --resume auto to go on")
+
+
+@contextmanager
+def started(
+    folder: Path, tmp_path: Path, *flags: str, second: tuple[str, ...] = ()
+) -> Iterator[tuple[list[Any], Path]]:
+    """Two processes of a training, and the file that holds what both say."""
+    port, said = free_port(), tmp_path / "said"
+    said.touch()
+    argv = arguments(folder, tmp_path / "out", "--arch", "tiny:linear", *flags)
+    both = [
+        SERVER.Process(target=_script, args=(rank, port, argv + list(second) * rank, said))
+        for rank in range(2)
+    ]
+    for process in both:
+        process.start()
+    yield both, said
+    for process in both:
+        process.kill()
+
+
+def ends(processes: list[Any], said: Path) -> tuple[list[int], list[str]]:
+    """How the processes end, in bounded time, and what both said but for the epochs."""
+    for process in processes:
+        process.join(30)
+    lines = [line for line in said.read_text().splitlines() if line and line[0] != "["]  # gloo's
+    return [process.exitcode for process in processes], lines
+
+
+def test_a_mistake_in_one_process_ends_the_job_in_one_line(folder, tmp_path):
+    with started(folder, tmp_path, second=("--data", "nowhere")) as (both, said):
+        codes, lines = ends(both, said)
+    assert codes == [2, 2]
+    assert [line.split(":")[0] for line in lines] == ["error"]
+    assert "--data nowhere: no such folder" in lines[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_ends_ends_the_job_in_one_line(folder, tmp_path, number):
+    with started(folder, tmp_path, "--epochs", "10000") as (both, said):
+        while "loss1" not in said.read_text():
+            time.sleep(0.05)
+            assert both[0].is_alive() and both[1].is_alive()
+        os.kill(both[1].pid, number)
+        codes, lines = ends(both, said)
+    assert codes == [2, -9 if number == signal.SIGKILL else 128 + number]
+    last = [line for line in lines if line.startswith(("error", "stopped"))]
+    assert len(last) == 1 and last[0].endswith("is kept, add --resume auto to go on")
+    if number == signal.SIGKILL:
+        assert "another process of the job has ended or hangs (Connection closed" in last[0]
+    assert trained(tmp_path / "out")["log"]
