@@ -279,5 +279,5 @@ def test_a_process_that_ends_ends_the_job_in_one_line(folder, tmp_path, number):
     last = [line for line in lines if line.startswith(("error", "stopped"))]
     assert len(last) == 1 and last[0].endswith("is kept, add --resume auto to go on")
     if number == signal.SIGKILL:
-        assert "another process of the job has ended or hangs (Connection closed" in last[0]
+        assert "another process of the job has ended or hangs (" in last[0]
     assert trained(tmp_path / "out")["log"]
