@@ -283,12 +283,29 @@ def test_a_childs_end_is_that_of_the_run(
 def test_a_child_that_has_not_heard_of_the_interrupt_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = "print('up'); os.kill(os.getppid(), signal.SIGINT); time.sleep(60); open('late', 'w')"
+    late = tmp_path / "late"
+    code = f"os.kill(os.getppid(), signal.SIGINT); time.sleep(5); open({str(late)!r}, 'w')"
     with pytest.raises(KeyboardInterrupt):
         reproduce.call(child(tmp_path, monkeypatch, code))
+    assert not late.exists()
 
 
 # ---------------------------------------------------------------------------- the estimates
+
+
+def test_a_dry_run_counts_the_cells_of_each_evaluation(
+    images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count(meter: object, models: Any, surrogate: str, names: list[str], *rest: Any) -> float:
+        return 60.0 * len(names)
+
+    monkeypatch.setattr(estimate.Meter, "evaluation", count)
+    monkeypatch.setattr(estimate.Meter, "training", lambda *_: 1.0)
+    reproduce.main(argv(images, "tlat", "--tables", "all", "--dry-run"))
+    *_, full, clean, total = capsys.readouterr().out.splitlines()
+    assert full.startswith(f"   0:{len(evaluate.choose_cells([], []))}:00  python ")
+    assert clean.startswith("   0:01:00  python ") and "--only clean" in clean
+    assert total.startswith(f"   0:{1 + len(evaluate.choose_cells([], []))}:04")
 
 
 def test_a_dry_run_writes_nothing_and_knows_what_is_finished(
