@@ -157,11 +157,8 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
     )  # fmt: skip
     few = run.feed(run.pick(16))
     warnings = [w for s in subjects.values() for w in inspect(s, *few, len(run.classes))]
-    run.models = [
-        model._replace(module=fold_batchnorm(model.module, few[0])) for model in run.models
-    ]
-    if run.surrogate:
-        run.surrogate = run.surrogate._replace(module=fold_batchnorm(run.surrogate.module, few[0]))
+    run.models = [fold_batchnorm(model, few[0]) for model in run.models]
+    run.surrogate = run.surrogate and fold_batchnorm(run.surrogate, few[0])
     for spec, checkpoint in checkpoints.items():
         if checkpoint["fingerprint"] != sets.fingerprint or checkpoint["size"] != side:
             warnings.append(

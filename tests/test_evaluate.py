@@ -300,7 +300,9 @@ def test_folding_batchnorm_leaves_the_logits_and_spares_the_layer() -> None:
         for _ in range(3):
             model(x + 1)  # for statistics that are not the identity
         model.eval()
-        folded = cells.fold_batchnorm(model, x)
+        subject = cells.Subject("label", model, "digest")
+        assert cells.fold_batchnorm(subject, x)[::2] == ("label", "digest")
+        folded = cells.fold_batchnorm(subject, x).module
         assert_close(folded(x), model(x))
         left = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
         assert (folded is model) == (kind is Branching) == bool(left)
