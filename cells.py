@@ -28,6 +28,7 @@ import parallel
 from attacks import ATTACKS, Attack, broken_gradients, cw2, cw2_result, pgd_ll
 from common import UserError, checksum, write
 from corruptions import CORRUPTIONS, Stream, corrupt
+from feed import Feed
 from report import CHECK, SUPPLEMENT, Line, severities
 from sanity import CHECKS
 
@@ -82,7 +83,7 @@ class Run:
 
     args: argparse.Namespace
     classes: list[str]
-    feed: data.Feed
+    feed: Feed
     chosen: Tensor  # numbers of the test images that count
     models: list[Subject]
     surrogate: Subject | None

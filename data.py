@@ -5,7 +5,7 @@
     data = load("cifar10", download=True)
 
 A resize to a square is the paper's only pre-processing, so there is nothing left to do per epoch
-but to slice: `Feed` hands out minibatches in [0, 1] on the device.
+but to slice: `feed.Feed` hands out minibatches in [0, 1] on the device.
 """
 
 import hashlib
@@ -15,9 +15,7 @@ import os
 import random
 import warnings
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,25 +27,17 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import parallel
 import shapes
 from common import UserError, checksum, locked, replacing, write
+from feed import ImageSet, ahead, map_images
 
 TEST_SHARE = 0.1  # of every class, where a folder has no val/: "ten percent", as in the paper
 SIZES = {"shapes": 64, "cifar10": 32, "cifar100": 32}  # default sides; folders: the paper's 224
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 MAX_SIDE = 4096  # of the images that are fed: beyond it nothing trains, and memory ends
 CACHE_VERSION = 2  # change it when the same files would give other pixels
-AHEAD = 8  # minibatches that a thread gathers before they are asked for: two steps of four
 
 Array = np.ndarray[Any, Any]
-
-
-class ImageSet(NamedTuple):
-    """Images uint8 (N, 3, S, S), in memory or memory-mapped, and labels int64 (N,)."""
-
-    images: Tensor
-    labels: Tensor
 
 
 class Data(NamedTuple):
@@ -92,77 +82,6 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtlat"
 
 
-class Feed:
-    """Minibatches of an image set: uint8 where the set lies, float in [0, 1] on the device.
-
-    The set moves to the device whole if it takes at most half of the free memory there; otherwise
-    a thread gathers each minibatch into pinned memory while the device computes.
-    """
-
-    def __init__(self, images: ImageSet, device: torch.device) -> None:
-        self.device = device
-        self.images, self.labels = images
-        if device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-            self.images = self.images.to(device)
-        self.labels = self.labels.to(self.images.device)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images float32 (B, 3, S, S) in [0, 1] and class indices int64 (B,) of these numbers."""
-        return self._send(self._gather(index))
-
-    def ahead(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """What a call gives for each of these indices, gathered before it is asked for."""
-        if self.device.type != "cuda" or self.images.device.type == "cuda":
-            yield from map(self, indices)  # a second thread would only compete with the step's
-        else:
-            yield from map(self._send, _ahead(self._gather, indices, threads=1, window=AHEAD))
-
-    def _gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        index = send(index, self.images.device)
-        x, y = self.images.index_select(0, index), self.labels[index]
-        if self.device.type == "cuda" and x.device.type == "cpu":
-            x, y = x.pin_memory(), y.pin_memory()
-        return x, y
-
-    def _send(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, y = (send(tensor, self.device) for tensor in batch)
-        if self.device.type != "cpu":
-            return x.float().div_(255), y
-        # NumPy asks for huge pages: to touch fresh small ones takes longer than to fill them.
-        floats = torch.from_numpy(np.empty(x.shape, np.float32))
-        return floats.copy_(x).div_(255), y
-
-    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images once, in order; of several processes, each takes its share of the batches."""
-        starts = parallel.mine(range(0, len(self), batch_size))
-        return self.ahead(torch.arange(i, min(i + batch_size, len(self))) for i in starts)
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device, where that is CUDA without waiting for what it still computes."""
-    return tensor.to(device, non_blocking=device.type == "cuda")
-
-
-def _ahead(
-    function: Callable[[Any], Any], items: Iterable[Any], *, threads: int, window: int
-) -> Iterator[Any]:
-    """Map in threads, in order, at most `window` results ahead of what is asked for."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[Any]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > window:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def choose_classes(names: list[str], num_classes: int | None, seed: int) -> list[str]:
     """Keep `num_classes` of the sorted names, drawn with the seed; all of them for None."""
     if num_classes is None:
@@ -183,12 +102,12 @@ def _keep_classes(images: Tensor, labels: Tensor, names: list[str], kept: list[s
 def _load_shapes(size: int, num_classes: int | None, seed: int) -> Data:
     kept = choose_classes(list(shapes.NAMES), num_classes, seed)
     parts: dict[str, ImageSet] = {}
-    for part, numbers in shapes.NUMBERS.items():
+    for name, numbers in shapes.NUMBERS.items():
         images, labels = shapes.draw_shapes(numbers, size, seed)
-        parts[part] = _keep_classes(images, labels, list(shapes.NAMES), kept)
+        parts[name] = _keep_classes(images, labels, list(shapes.NAMES), kept)
     digest = hashlib.sha256()
-    for images, labels in parts.values():
-        digest.update(images.numpy().tobytes() + labels.numpy().tobytes())
+    for part in parts.values():
+        digest.update(part.images.numpy().tobytes() + part.labels.numpy().tobytes())
     return Data(**parts, classes=kept, fingerprint=digest.hexdigest())
 
 
@@ -319,7 +238,7 @@ def _decoded(
     images, record = found
     if record["skipped"]:
         tqdm.write(f"{title}: {len(record['skipped'])} bad images skipped, listed in {manifest}")
-    return ImageSet(images, torch.tensor(record["labels"], dtype=torch.int64)), record["crc"]
+    return images, record["crc"]
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -357,21 +276,19 @@ def _write_pixels(
     return {**record, "crc": checksum(record, crc)}
 
 
-def _read_cache(pixels: Path, manifest: Path) -> tuple[Tensor, dict[str, Any]] | None:
+def _read_cache(pixels: Path, manifest: Path) -> tuple[ImageSet, dict[str, Any]] | None:
     """The images, mapped, and their manifest; None if there are none, or they are damaged."""
     try:
         record = json.loads(manifest.read_bytes())
         crc = record.pop("crc")
-        shape = tuple(record["shape"])
-        if pixels.stat().st_size != math.prod(shape):
+        if pixels.stat().st_size != math.prod(record["shape"]):
             return None
-        images = np.memmap(pixels, np.uint8, "r", shape=shape) if shape[0] else np.empty(shape)
-        if checksum(record, zlib.crc32(images)) != crc:
+        images = map_images(pixels, record["labels"], record["shape"][-1])
+        if checksum(record, zlib.crc32(images.mapping or b"")) != crc:
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError):
         return None
-    with warnings.catch_warnings(action="ignore"):  # torch has no read-only tensors, and says so
-        return torch.from_numpy(images), {**record, "crc": crc}
+    return images, {**record, "crc": crc}
 
 
 def decode_all(root: Path, files: list[File], size: int) -> Iterator[tuple[File, Array | str]]:
@@ -386,7 +303,7 @@ def decode_all(root: Path, files: list[File], size: int) -> Iterator[tuple[File,
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\b")
         paths = (root / file.path for file in files)
-        pixels = _ahead(lambda path: decode(path, size), paths, threads=cores, window=16 * cores)
+        pixels = ahead(lambda path: decode(path, size), paths, threads=cores, window=16 * cores)
         yield from zip(files, pixels, strict=True)
 
 

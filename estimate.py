@@ -15,6 +15,7 @@ from attacks import pgd
 from cells import GRADIENT, GROUPS, SAMPLE, Subject, fold_batchnorm
 from common import build_model, count_correct
 from corruptions import CORRUPTIONS, corrupt
+from feed import ImageSet
 from report import severities
 
 STEPS = 2  # of a training that are timed, after as many untimed ones
@@ -74,7 +75,7 @@ class Meter:
     def _epoch(self, settings: argparse.Namespace) -> float:
         size, batch = train.minibatch_size(settings), settings.batch_size
         few = [
-            data.ImageSet(part.images[:count], part.labels[:count])
+            ImageSet(part.images[:count], part.labels[:count])
             for part, count in ((self.sets.train, STEPS * size), (self.sets.test, batch))
         ]
         run = train.prepare(settings, None, self.sets._replace(train=few[0], test=few[1]))

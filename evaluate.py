@@ -58,6 +58,7 @@ from common import (
     write,
 )
 from corruptions import CORRUPTIONS, MIN_SIDE, corrupt, frost_source
+from feed import Feed
 from report import Line
 
 SHEET_SEVERITY = 3  # of the corruptions in the contact sheet
@@ -148,7 +149,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
     }  # fmt: skip
     refuse_differences(facts, [subject.digest for subject in subjects.values()])
     run = Run(
-        args, sets.classes, data.Feed(sets.test, torch.device(args.device)),
+        args, sets.classes, Feed(sets.test, torch.device(args.device)),
         choose_images(sets.test.labels, args.limit, args.seed),
         [subjects[spec] for spec in args.models],
         subjects[args.surrogate] if args.surrogate else None,

@@ -16,6 +16,7 @@ import report
 import train
 from cells import read_cells
 from common import load_checkpoint, load_model, write
+from feed import Feed
 from methods import METHODS
 
 VERSIONS = ("hardware", "python", "torch", "torchvision", "revision")
@@ -188,7 +189,7 @@ def step(trainings: Sequence[Path], sets: data.Data, path: Path) -> page.Block:
     """One step of M-TLAT on training images, by the network trained with it, if there is one."""
     folder = next((f for f in trainings if "-mtlat-" in f.name), trainings[-1])
     index = torch.linspace(0, len(sets.train.labels) - 1, STEP_IMAGES).long()
-    x, y = data.Feed(sets.train, torch.device("cpu"))(index)
+    x, y = Feed(sets.train, torch.device("cpu"))(index)
     figures.draw_step(load_model(load_checkpoint(folder / "last.pt")), x, y, sets.classes, path)
     return page.Figure(path, f"One couple of a step of M-TLAT on training images, by {folder.name}")
 

@@ -43,6 +43,7 @@ from common import (
     versions,
     write,
 )
+from feed import Feed, send
 from methods import METHODS
 from mtlat import Draws, Pair, draw
 from settings import parse_args, refuse_overwriting
@@ -55,8 +56,8 @@ class Run:
     args: argparse.Namespace
     classes: list[str]
     fingerprint: str
-    train: data.Feed
-    test: data.Feed
+    train: Feed
+    test: Feed
     model: nn.Module
     normalize: Any
     optimizer: torch.optim.Optimizer
@@ -124,7 +125,7 @@ def prepare(args: argparse.Namespace, checkpoint: dict[str, Any] | None, sets: d
         model.to(memory_format=torch.channels_last)
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    feeds = data.Feed(sets.train, device), data.Feed(sets.test, device)
+    feeds = Feed(sets.train, device), Feed(sets.test, device)
     if checkpoint is None:  # not again, as a look changes what some layers remember
         some = torch.arange(size)[parallel.share(size)]
         check_logits(f"--arch {args.arch}", model, feeds[0](some)[0], len(sets.classes))
@@ -160,7 +161,7 @@ def minibatches(run: Run, generator: torch.Generator) -> Iterator[tuple[list[Pai
             pairs.append((x, F.one_hot(y, classes).to(x.dtype)))
         draws = draw(size, classes, alpha=args.alpha, epsilon_max=args.epsilon_max,
                      generator=generator)  # fmt: skip
-        yield pairs, Draws(*(data.send(drawn[rows], device) for drawn in draws))
+        yield pairs, Draws(*(send(drawn[rows], device) for drawn in draws))
 
 
 def take_step(run: Run, pairs: list[Pair], draws: Draws, totals: Tensor) -> None:

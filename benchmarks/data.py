@@ -20,7 +20,6 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
+from feed import Feed, map_images
 
 SIDES = (400, 500)  # ImageNet's median image, in pixels
 
@@ -73,7 +73,7 @@ def loader_epochs(root: Path, args: argparse.Namespace) -> Callable[[], float]:
 def feed_epochs(root: Path, cache: Path, args: argparse.Namespace) -> Callable[[], float]:
     """Epochs of data.py's feed, as train.py asks for them."""
     sets = data.load(str(root), size=args.size, cache_dir=cache)
-    feed = data.Feed(sets.train, torch.device("cpu"))
+    feed = Feed(sets.train, torch.device("cpu"))
     return lambda: rate(feed.ahead(torch.randperm(len(feed)).split(args.batch)))
 
 
@@ -104,12 +104,10 @@ def feed_larger(args: argparse.Namespace) -> None:
         block = np.random.default_rng(0).bytes(64 * each)
         for _ in range(count // 64 + 1):
             file.write(block)
+        file.truncate(count * each)
         file.flush()
         os.fsync(file.fileno())
-        pixels = np.memmap(file.name, np.uint8, "r", shape=(count, 3, args.size, args.size))
-        with warnings.catch_warnings(action="ignore"):  # of read-only memory
-            images = data.ImageSet(torch.from_numpy(pixels), torch.zeros(count, dtype=torch.int64))
-        feed = data.Feed(images, torch.device("cpu"))
+        feed = Feed(map_images(Path(file.name), [0] * count, args.size), torch.device("cpu"))
         batches = list(torch.randperm(count).split(args.batch))
         print(f"{count} images of {args.size} px, {args.larger} GiB, batch {args.batch}; images/s:")
         tenth = len(batches) // 10
