@@ -49,7 +49,7 @@ class UserError(Exception):
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write to a temporary file that takes the path's place only when it is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    temporary = path.with_name(f".{path.name}.unfinished")
     try:
         yield temporary
         with open(temporary, "rb+") as file:

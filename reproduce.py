@@ -58,6 +58,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+STOPPED = (130, 143)  # exit codes of a script that Ctrl-C or SIGTERM has ended
 GRACE = 10.0  # seconds that an interrupted child has to end by itself
 
 
@@ -187,17 +188,19 @@ def call(task: Training | Evaluation) -> None:
     child = subprocess.Popen([sys.executable, script, *task.argv])
     try:
         code = child.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         # The terminal has interrupted the child too; one that has not heard of it is told.
+        if stop.args:  # SIGTERM, which comes to this process alone
+            child.terminate()
         try:
             code = child.wait(timeout=GRACE)
         except subprocess.TimeoutExpired:
             child.terminate()
             code = child.wait()
-        if code != 130:
+        if code not in STOPPED:
             raise
-    if code == 130:  # the child has said that it was stopped
-        sys.exit(130)
+    if code in STOPPED:  # the child has said so
+        sys.exit(code)
     if code:
         print(f"error: exit code {code} of: {command(task)}", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)

@@ -231,6 +231,8 @@ def train_epochs(run: Run) -> None:
                 "command": " ".join(sys.argv)}  # fmt: skip
     if parallel.rank() == 0:
         write(out / "args.json", json.dumps(settings, indent=2) + "\n")
+        if log:
+            write(out / "log.csv", log_csv(log))  # whatever became of it
     print(describe(run), flush=True)
     started, first = time.monotonic(), len(log)
     for epoch in range(first, args.epochs):

@@ -1,0 +1,295 @@
+"""Run a script in a process of its own, break it, and read what it left.
+
+The parent has imported everything and computed nothing, so a fork starts a script in milliseconds.
+"""
+
+import contextlib
+import ctypes
+import ctypes.util
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from PIL import Image
+
+import cells
+import common
+import evaluate
+import figures
+import reproduce
+import train
+from tests.tiny import image_folder, states_equal
+
+torch.set_num_threads(1)
+SIGNALS = {signal.SIGTERM, signal.SIGINT}
+Sabotage = Callable[[], None]
+
+
+class Script(NamedTuple):
+    """What is run again and again: its main function, its flags, and what its result is."""
+
+    name: str
+    main: Callable[[list[str]], None]
+    argv: list[str]  # relative to the folder that it runs in; the output folder is out/
+    result: Callable[[Path], Any]  # what must be the same to the bit
+    finished: Callable[[Path], list[Any]]  # epochs or cells that must never be lost
+
+
+class Ended(NamedTuple):
+    code: int  # as a shell has it, but negative for a signal
+    text: str
+
+
+class Failure(Exception):
+    """A promise is broken."""
+
+
+def check(holds: object, *facts: object) -> None:
+    if not holds:
+        raise Failure(" | ".join(map(str, facts)))
+
+
+# ---------------------------------------------------------------------------- processes
+
+
+def start(script: Script, folder: Path, sabotage: Sabotage | None = None) -> int:
+    """Start the script in this folder; give the process's number, which is also its group's."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    pid = os.fork()
+    if pid:
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # it was quicker
+            os.setpgid(pid, pid)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return pid
+
+    def main() -> None:  # the signals reach the script, and nothing around it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        try:
+            script.main(script.argv)
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def child() -> None:
+        os.setpgid(0, 0)
+        os.chdir(folder)
+        log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        if sabotage:
+            sabotage()
+        common.run(main)
+
+    leave(child)
+
+
+def leave(what: Callable[[], None]) -> NoReturn:
+    """Do this, and end the process with its exit code; 70 for a traceback."""
+    code = 70
+    try:
+        what()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def end(pid: int, folder: Path) -> Ended:
+    _, status = os.waitpid(pid, 0)
+    text = Path(f"{folder}.log").read_text(errors="replace")
+    code = os.waitstatus_to_exitcode(status)
+    check("Traceback" not in text and code != 70, "a traceback", folder, text)
+    return Ended(code, text)
+
+
+def run(script: Script, folder: Path, sabotage: Sabotage | None = None) -> Ended:
+    """Run the script to its end."""
+    folder.mkdir(exist_ok=True)
+    return end(start(script, folder, sabotage), folder)
+
+
+def kill(pid: int) -> None:
+    """kill -9, the process and its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def refused(ended: Ended, message: str) -> None:
+    """Check that the script ended in one line that says this."""
+    said = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+    check(ended.code == 2 and len(said) == 1 and message in said[0], message, ended)
+
+
+# ---------------------------------------------------------------------------- sabotage
+
+
+class Forks:
+    """subprocess for reproduce.py, whose children are forks as well."""
+
+    TimeoutExpired = subprocess.TimeoutExpired
+
+    class Popen:
+        def __init__(self, command: list[str]) -> None:
+            main = {"train.py": train.main, "evaluate.py": evaluate.main}[Path(command[1]).name]
+            self.pid = os.fork()
+            if not self.pid:
+                leave(lambda: common.run(lambda: main(command[2:])))
+
+        def wait(self, timeout: float | None = None) -> int:
+            end = time.monotonic() + (timeout or 1e9)
+            while not (found := os.waitpid(self.pid, os.WNOHANG))[0]:
+                if time.monotonic() > end:
+                    raise subprocess.TimeoutExpired("", timeout or 0)
+                time.sleep(0.005)
+            return os.waitstatus_to_exitcode(found[1])
+
+        def terminate(self) -> None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
+class Events:
+    """The moments when files come to be: `os.fsync` and `os.replace`; the n-th can be the last."""
+
+    def __init__(self, last: int = 0, how: str = "") -> None:
+        self.count, self.last, self.how = 0, last, how
+
+    def __call__(self) -> None:
+        fsync, replace = os.fsync, os.replace
+
+        def counted(call: Callable[..., None], *args: Any) -> None:
+            self.count += 1
+            if self.count == self.last:
+                if self.how == "torn" and call is fsync:
+                    os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+                if self.how == "after":
+                    call(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+            call(*args)
+            with contextlib.suppress(OSError):
+                Path("events").write_text(str(self.count))
+
+        os.fsync = lambda *args: counted(fsync, *args)
+        os.replace = lambda *args: counted(replace, *args)
+
+
+class Disk(NamedTuple):
+    """What can be done with a small disk."""
+
+    limit: Callable[[], None]  # to be called in the process that shall find it full
+    enlarge: Callable[[], None]
+    protect: Callable[[], bool]  # make it read-only; False if that cannot be, for root
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Disk]:
+    """A file system of this size at the folder; where none may be mounted, what comes near it."""
+    folder.mkdir(exist_ok=True)
+    libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
+
+    def mount(flags: int, options: str) -> bool:
+        return not libc.mount(b"none", bytes(folder), b"tmpfs", flags, options.encode())
+
+    mounted = mount(0, f"size={size}")
+    read_only, remount = 1, 32
+
+    def limit() -> None:
+        if not mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    def enlarge() -> None:
+        check(not mounted or mount(remount, f"size={1 << 26}"), "no remount")
+
+    def protect() -> bool:
+        folder.chmod(0o555)
+        return mount(remount | read_only, "") if mounted else os.geteuid() != 0
+
+    try:
+        yield Disk(limit, enlarge, protect)
+    finally:
+        if mounted:
+            libc.umount2(bytes(folder), 2)
+        else:
+            folder.chmod(0o755)
+
+
+# ---------------------------------------------------------------------------- the scripts' results
+
+NO_TIMES = {"seconds", "seconds_making", "seconds_left", "images_per_second", "versions"}
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in NO_TIMES}
+
+
+def trained(out: Path) -> Any:
+    kept = []
+    for name in ("best.pt", "last.pt"):
+        checkpoint = common.load_checkpoint(out / name)
+        checkpoint["log"] = [without_times(row) for row in checkpoint["log"]]
+        kept.append({k: v for k, v in checkpoint.items() if k != "settings"})
+    table = [line.split(",")[:5] for line in (out / "log.csv").read_text().splitlines()]
+    return [*kept, table, sorted(path.name for path in out.iterdir())]
+
+
+def epochs(out: Path) -> list[Any]:
+    last = out / "last.pt"
+    rows = common.load_checkpoint(last)["log"] if last.exists() else []
+    return [without_times(row) for row in rows]
+
+
+def lines(out: Path) -> list[Any]:
+    path = out / "cells.jsonl"
+    return [without_times(line) for line in cells.read_cells(path)]
+
+
+def measured(out: Path) -> Any:
+    results = json.loads((out / "results.json").read_text())
+    wrong = [*lines(out), *(path.read_bytes() for path in sorted(out.glob("predictions/*/*")))]
+    return [sorted(map(str, wrong)), results["rows"]]
+
+
+def reproduced(out: Path) -> Any:
+    tables = json.loads((out / "tables.json").read_text())
+    return [tables, *(epochs(path.parent) for path in sorted(out.glob("*/last.pt")))]
+
+
+def same(one: Any, other: Any) -> bool:
+    return states_equal(one, other)
+
+
+def no_pictures() -> None:
+    """Leave out what takes the time: the drawing."""
+    figures._finish = lambda figure, path: Image.new("L", (9, 9)).save(path, "PNG")
+
+
+def scripts(root: Path) -> list[Script]:
+    """Fill a folder with what the scripts need, and give them."""
+    image_folder(root / "set", each=20, side=16)
+    fixed = ["--cache-dir", "cache", "--device", "cpu"]
+    training = ["--arch", "tests.tiny:convnet", "--data", str(root / "set"), "--size", "16"]
+    training += ["--epochs", "4", "-b", "12", *fixed, "--output-dir", "out"]
+    train_script = Script("train", train.main, [*training, "--resume", "auto"], trained, epochs)
+    check(run(train_script, root / "model").code == 0, (root / "model.log").read_text())
+    evaluation = [str(root / "model" / "out" / "last.pt"), *fixed, "--output-dir", "out"]
+    evaluation += ["--only", "noise", "pgd_0.04", "--skip", "checks", "--dump-images", "0"]
+    evaluation += ["--save-predictions"]
+    whole = ["--archs", "tests.tiny:convnet", "--surrogate", "tests.tiny:linear", "--epochs", "2"]
+    whole += ["--data", str(root / "set"), "--size", "16", "--batch-size", "12", *fixed]
+    whole += ["--output-dir", "out"]
+    return [
+        train_script,
+        Script("evaluate", evaluate.main, evaluation, measured, lines),
+        Script("reproduce", reproduce.main, whole, reproduced, epochs),
+    ]

@@ -1,0 +1,308 @@
+"""Break the scripts on purpose, start them again, and compare with a run that nothing happened to.
+
+    python -m tests.faults.run --rounds 50         # so many kills of each script, and so on
+
+After every fault the script either ends with the same result, to the bit, or says in one line what
+is wrong; what was finished stays finished.
+"""
+
+import argparse
+import fcntl
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+import data
+import reproduce
+import train
+from tests.faults.harness import (
+    Events,
+    Failure,
+    Forks,
+    check,
+    end,
+    kill,
+    no_pictures,
+    refused,
+    run,
+    same,
+    scripts,
+    small_disk,
+    start,
+)
+
+LIVES = 4  # kills of one run before it may end
+
+
+class Whole(NamedTuple):
+    """A run that nothing happened to."""
+
+    folder: Path
+    result: Any
+    seconds: float
+    events: int  # see Events
+
+
+def prepared(sabotage: Callable[[], None] | None = None) -> Callable[[], None]:
+    """What a script's process does before the script: save time, and sabotage."""
+
+    def prepare() -> None:
+        no_pictures()
+        reproduce.subprocess = Forks  # type: ignore[assignment]
+        if sabotage:
+            sabotage()
+
+    return prepare
+
+
+class Bench:
+    """The scripts, what they make of their input when nothing happens, and chance."""
+
+    def __init__(self, root: Path, rounds: int, seed: int) -> None:
+        self.root, self.rounds, self.chance = root, rounds, random.Random(seed)
+        self.scripts = {script.name: script for script in scripts(root)}
+        self.wholes: dict[str, Whole] = {}
+
+    def whole(self, name: str) -> Whole:
+        """What the script does when nothing happens."""
+        if name not in self.wholes:
+            self.wholes[name] = self.run_whole(name)
+        return self.wholes[name]
+
+    def run_whole(self, name: str) -> Whole:
+        script, folder, clock = self.scripts[name], self.root / f"{name}-whole", time.monotonic()
+        ended = run(script, folder, prepared(Events()))
+        check(ended.code == 0, ended)
+        seconds = time.monotonic() - clock
+        events = int((folder / "events").read_text())
+        return Whole(folder, script.result(folder / "out"), seconds, events)
+
+    def fresh(self, name: str, *, like: str = "") -> Path:
+        """An empty folder to run in, or a copy of what a whole run left."""
+        folder = self.root / f"{name}-{len(list(self.root.iterdir()))}"
+        if like:
+            shutil.copytree(self.whole(like).folder, folder)
+        else:
+            folder.mkdir()
+        return folder
+
+    def finishes(self, name: str, folder: Path) -> None:
+        """Run the script again, and check that its result is that of a whole run."""
+        script = self.scripts[name]
+        ended = run(script, folder, prepared())
+        check(ended.code == 0, folder, ended)
+        check(same(script.result(folder / "out"), self.whole(name).result), "other results", folder)
+
+    def killed_once(self, name: str, folder: Path, sabotage: Callable[[], None] | None) -> None:
+        """Run until a kill, by the sabotage or at some moment; check that nothing was lost."""
+        script = self.scripts[name]
+        before = script.finished(folder / "out")
+        pid = start(script, folder, prepared(sabotage))
+        if not sabotage:
+            time.sleep(self.chance.uniform(0, 1.1 * self.whole(name).seconds))
+            kill(pid)
+        ended = end(pid, folder)
+        check(ended.code in (0, -signal.SIGKILL), folder, ended)
+        after = script.finished(folder / "out")
+        check(after[: len(before)] == before, "finished work is lost", folder)
+
+
+# ---------------------------------------------------------------------------- the faults
+
+
+def kills_at_random(bench: Bench) -> None:
+    for name in bench.scripts:
+        for done in range(0, bench.rounds, LIVES):
+            folder = bench.fresh(name)
+            for _ in range(min(LIVES, bench.rounds - done)):
+                bench.killed_once(name, folder, None)
+            bench.finishes(name, folder)
+
+
+def kills_while_writing(bench: Bench) -> None:
+    """In the middle of, and after, each moment when a file comes to be."""
+    for name in ("train", "evaluate"):
+        moments = [
+            (n + 1, how) for n in range(bench.whole(name).events) for how in ("torn", "after")
+        ]
+        for n, how in bench.chance.sample(moments, min(bench.rounds, len(moments))):
+            folder = bench.fresh(name)
+            bench.killed_once(name, folder, Events(n, how))
+            bench.finishes(name, folder)
+
+
+def signals(bench: Bench) -> None:
+    for name in bench.scripts:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            for _ in range(max(2, bench.rounds // 10)):
+                folder = bench.fresh(name)
+                whole = bench.whole(name)
+                pid = start(bench.scripts[name], folder, prepared())
+                time.sleep(bench.chance.uniform(0, 0.7 * whole.seconds))
+                (os.kill if number == signal.SIGTERM else os.killpg)(pid, number)
+                ended = end(pid, folder)
+                check(ended.code in (0, 128 + number), folder, ended)
+                check(ended.code == 0 or "stopped; what was finished is kept" in ended.text, ended)
+                bench.finishes(name, folder)
+
+
+def damaged_files(bench: Bench) -> None:
+    """Cut off, or with a bit flipped, each file that a later run reads."""
+    for name, pattern in (("train", "out/last.pt"), ("train", "cache/*.u8"),
+                          ("train", "cache/*.json"), ("train", "out/[al]*[vn]"),
+                          ("evaluate", "out/cells.jsonl"), ("evaluate", "cache/*.u8")):  # fmt: skip
+        for _ in range(max(2, bench.rounds // 5)):
+            folder = bench.fresh(name, like=name)
+            path = bench.chance.choice(sorted(folder.glob(pattern)))
+            if path.parent.name == "cache":  # of which a finished run makes no use
+                shutil.rmtree(folder / "out")
+            content = bytearray(path.read_bytes())
+            place = bench.chance.randrange(len(content))
+            if bench.chance.random() < 0.5:
+                del content[place:]
+            else:
+                content[place] ^= 1 << bench.chance.randrange(8)
+            path.write_bytes(content)
+            ended = run(bench.scripts[name], folder, prepared())
+            if ended.code:
+                refused(ended, "damaged")
+                check(path.read_bytes() == content, "a damaged file was overwritten", path)
+                shutil.copy(bench.whole(name).folder / path.relative_to(folder), path)
+            bench.finishes(name, folder)
+
+
+def two_at_once(bench: Bench) -> None:
+    for name in ("train", "evaluate"):
+        script = bench.scripts[name]
+        for _ in range(max(1, bench.rounds // 10)):
+            folder = bench.fresh(name)
+            first, second = (start(script, folder, prepared()) for _ in range(2))
+            codes = sorted(end(pid, folder).code for pid in (first, second))
+            check(codes[0] == 0 and codes[1] in (0, 2), codes, folder)
+            bench.finishes(name, folder)
+        folder = bench.fresh(name)
+        (folder / "out").mkdir()
+        with open(folder / "out" / ".lock", "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            refused(run(script, folder, prepared()), "another run is writing into out")
+        bench.finishes(name, folder)
+
+
+def full_and_read_only_disks(bench: Bench) -> None:
+    for name in ("train", "evaluate"):
+        whole = bench.whole(name).folder
+        for part in ("out", "cache"):
+            used = sum(path.stat().st_size for path in (whole / part).rglob("*") if path.is_file())
+            for share in [0.3] if bench.rounds < 10 else [0, 0.2, 0.4, 0.6, 0.8]:
+                folder = bench.fresh(name)
+                with small_disk(folder / part, max(4096, int(share * used))) as disk:
+                    limited = prepared(disk.limit)
+                    refused(run(bench.scripts[name], folder, limited), "make room")
+                    disk.enlarge()
+                    bench.finishes(name, folder)
+            folder = bench.fresh(name)
+            with small_disk(folder / part, 1 << 20) as disk:
+                if disk.protect():
+                    refused(run(bench.scripts[name], folder, prepared()), f"{part}/.lock")
+
+
+def clock_set_back(bench: Bench) -> None:
+    def back() -> None:
+        real, calls = time.time, iter(range(10**9))
+        time.time = lambda: real() - 3600 * next(calls)
+
+    for name in ("train", "evaluate"):
+        folder = bench.fresh(name)
+        bench.killed_once(name, folder, None)
+        for path in folder.rglob("*"):
+            os.utime(path, (2**32, 2**32))
+        ended = run(bench.scripts[name], folder, prepared(back))
+        check(ended.code == 0, ended)
+        bench.finishes(name, folder)
+
+
+def data_that_change(bench: Bench) -> None:
+    script = bench.scripts["train"]
+    picture = bench.root / "set" / "class0" / "0.png"
+    before = picture.read_bytes()
+
+    def repaint() -> None:
+        Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(picture)
+
+    def while_decoding() -> None:
+        decode, calls = data.decode, iter(range(10**9))
+
+        def late(path: Path, size: int) -> Any:
+            if next(calls) == 5:
+                repaint()
+            return decode(path, size)
+
+        data.decode = late
+
+    def while_training(then: Callable[[], None]) -> Callable[[], None]:
+        def sabotage() -> None:
+            epoch = train.train_epoch
+
+            def late(run: Any, number: int) -> Any:
+                if number == 2:
+                    repaint()
+                    then()
+                return epoch(run, number)
+
+            train.train_epoch = late
+
+        return sabotage
+
+    folder = bench.fresh("train")
+    refused(run(script, folder, while_decoding), "changed while it was read; start again")
+    picture.write_bytes(before)
+    ended = run(script, folder, while_training(lambda: None))
+    check(ended.code == 0, ended)
+    check(same(script.result(folder / "out"), bench.whole("train").result), "pictures of two times")
+    picture.write_bytes(before)
+    bench.finishes("train", folder)
+    folder = bench.fresh("train")
+    dies = while_training(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    check(run(script, folder, dies).code == -signal.SIGKILL, "not killed")
+    refused(run(script, folder), "is not the set that out/last.pt was trained on")
+    picture.write_bytes(before)
+    bench.finishes("train", folder)
+
+
+FAULTS = [
+    kills_at_random, kills_while_writing, signals, damaged_files, two_at_once,
+    full_and_read_only_disks, clock_set_back, data_that_change,
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=50, help="kills of each script (50)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and places (0)")
+    names = [fault.__name__ for fault in FAULTS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="kinds of faults")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), args.rounds, args.seed)
+        for fault in FAULTS:
+            if fault.__name__ in args.only:
+                clock = time.monotonic()
+                try:
+                    fault(bench)
+                except Failure as failure:
+                    sys.exit(f"{fault.__name__}: {failure}")
+                print(f"{fault.__name__}: ok, {time.monotonic() - clock:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
