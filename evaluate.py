@@ -310,7 +310,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("models").add_argument
     add("models", nargs="+", metavar="MODEL",
         help="a checkpoint of train.py, torchvision:ARCH, or your own module:callable, which runs"
-        " its code; each is a row of the tables")
+        " its code, as does a checkpoint that was trained so; each is a row of the tables")
     add("--surrogate", metavar="MODEL",
         help="the model that the black-box attacks are made on: a VGG trained on the same images;"
         " without one they are left out")
