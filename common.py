@@ -184,7 +184,7 @@ def run(main: Callable[[], None], go_on: str = "start again to go on") -> NoRetu
     SIGTERM and Ctrl-C end in one line as well, with 143 and 130. go_on: how to take up what was
     interrupted.
     """
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # no name of a file shall end the run
             stream.reconfigure(errors="backslashreplace")
@@ -193,6 +193,7 @@ def run(main: Callable[[], None], go_on: str = "start again to go on") -> NoRetu
         with parallel.job():
             main()
             sys.stdout.flush()
+        signal.signal(signal.SIGTERM, before)
         sys.exit(0)
     except KeyboardInterrupt as stop:
         code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
@@ -211,8 +212,10 @@ def run(main: Callable[[], None], go_on: str = "start again to go on") -> NoRetu
         message = f"{error.filename or 'the disk'}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message += f"; make room, what was finished is kept, {go_on}"
+    signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun stops all when one has failed
     if parallel.first_complaint():
         print(("error: " if code == 2 else "\n") + printable(message), file=sys.stderr)
+    signal.signal(signal.SIGTERM, before)
     sys.exit(code)
 
 

@@ -65,6 +65,7 @@ def job() -> Iterator[None]:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             with _others():
                 store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+                store = _fresh(store, rank)
                 backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
                 dist.init_process_group(
                     backend, store=store, rank=rank, world_size=world, timeout=PATIENCE
@@ -78,6 +79,18 @@ def job() -> Iterator[None]:
     if _job.world > 1:  # not after an error: the others may be in the middle of an exchange
         dist.destroy_process_group()
         _job = _Job()
+
+
+def _fresh(store: Any, rank: int) -> Any:
+    """A part of the store that is new at every start: torchrun keeps one for all its restarts.
+
+    Process 0 names the part; a name that this process was given once is of an earlier start.
+    """
+    if rank == 0:
+        store.set("start", os.urandom(8).hex())
+    while store.add(f"{(start := store.get('start').decode())} {rank}", 1) > 1:
+        time.sleep(0.1)
+    return dist.PrefixStore(start, store)
 
 
 def first_complaint() -> bool:

@@ -325,14 +325,3 @@ def test_work_ahead_keeps_order_bounds_and_errors():
     results.close()
     assert threading.active_count() == threads  # none outlives its iterator
     assert [*ahead(slow, range(3), threads=1, window=9)] == [0, 1, 4]
-
-
-@pytest.mark.gpu
-def test_feed_from_pinned_memory_gives_what_is_on_the_device():
-    images = ImageSet(torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), torch.arange(40))
-    whole, piecewise = (Feed(images, torch.device("cuda")) for _ in range(2))
-    piecewise.images, piecewise.labels = images[:2]
-    orders = [torch.randperm(40)[:7] for _ in range(30)]
-    for ours, theirs in zip(whole.ahead(orders), piecewise.ahead(orders), strict=True):
-        assert ours[0].is_cuda and theirs[0].is_cuda
-        assert_close(ours, theirs, rtol=0, atol=0)

@@ -4,18 +4,22 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import image_folder
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import image_folder, normed, states_equal
+from torch import nn
 from torch.testing import assert_close
 
 import common
@@ -23,6 +27,7 @@ import evaluate
 import parallel
 import train
 from methods import METHODS
+from mtlat import frozen
 
 ROOT = Path(train.__file__).parent
 
@@ -34,10 +39,9 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train", "evaluate"])
 
 
-def free_port() -> int:
-    with socket.socket() as some:
-        some.bind(("localhost", 0))
-        return int(some.getsockname()[1])
+def open_store() -> dist.TCPStore:
+    """What torchrun keeps for its processes."""
+    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
 
 def environment(rank: int, world: int, port: int) -> None:
@@ -47,6 +51,7 @@ def environment(rank: int, world: int, port: int) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "GROUP_RANK": "0",
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
 
 
@@ -65,11 +70,13 @@ class Job:
     """Processes that are one job, and stay for several calls: to start them costs more."""
 
     def __init__(self, world: int) -> None:
-        port = free_port()
+        self.store = open_store()
         self.answers = SERVER.Queue()
         self.calls = [SERVER.Queue() for _ in range(world)]
         self.processes = [
-            SERVER.Process(target=_answer, args=(r, world, port, self.calls[r], self.answers))
+            SERVER.Process(
+                target=_answer, args=(r, world, self.store.port, self.calls[r], self.answers)
+            )
             for r in range(world)
         ]
         for process in self.processes:
@@ -159,6 +166,87 @@ def test_the_checkpoint_holds_the_mean_of_the_running_statistics(jobs, folder, t
     assert not torch.equal(two["0.running_var"], one["0.running_var"])  # of a share each
 
 
+def test_sync_batchnorm_does_not_remember_the_attack():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(normed(3))
+    assert isinstance(model[0], nn.SyncBatchNorm)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with frozen(model):
+        model(torch.rand(4, 3, 12, 12))
+    assert states_equal(model.state_dict(), before)
+    model(torch.rand(4, 3, 12, 12))
+    assert not states_equal(model.state_dict(), before)
+
+
+@given(st.integers(1, 9), st.integers(0, 40))
+def test_a_share_is_rows_in_order_in_pairs_and_about_equal(world, more):
+    count = 2 * world + more
+    parts = []
+    with pytest.MonkeyPatch.context() as patch:
+        for rank in range(world):
+            patch.setattr(parallel, "_job", parallel._Job(rank, world))
+            parts.append(range(count)[parallel.share(count)])
+    assert [row for rows in parts for row in rows] == [*range(count)]
+    assert all(rows.start % 2 == 0 for rows in parts)
+    assert min(map(len, parts)) >= 2 and max(map(len, parts)) - min(map(len, parts)) <= 3
+
+
+def test_one_process_takes_all():
+    assert [range(n)[parallel.share(n)] for n in (1, 2, 7)] == [range(1), range(2), range(7)]
+
+
+def first_weights(argv: list[str], seed: int) -> torch.Tensor:
+    """Of the network that training starts with, which draws from elsewhere than the seed."""
+    args, checkpoint = train.parse_args(argv)
+    draw, rank = torch.manual_seed, parallel.rank()
+    torch.manual_seed = lambda given: draw(given + seed * rank)
+    try:
+        return train.prepare(args, checkpoint, train.load_images(args)).model[2].weight.detach()
+    finally:
+        torch.manual_seed = draw
+
+
+def test_all_processes_start_from_the_weights_of_the_first(jobs, folder, tmp_path):
+    argv = arguments(folder, tmp_path / "out", "--arch", "tiny:linear", "--epochs", "1")
+    one, *others = jobs[3](first_weights, argv, 1)
+    assert torch.equal(one, first_weights(argv, 0))
+    assert all(torch.equal(other, one) for other in others)
+
+
+def refused(argv: list[str]) -> str:
+    try:
+        train.prepare(*(parsed := train.parse_args(argv)), train.load_images(parsed[0]))
+    except common.UserError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("-b 14", "--batch-size 14 makes minibatches of 7, and each of 4 processes needs 2 of them"),
+    ("-b 16", "accepted"),
+    ("--device cuda:1", "--device cuda:1: 4 processes run on cuda, one GPU each, or cpu"),
+    ("--device mps", "--device mps: 4 processes run on cuda, one GPU each, or cpu"),
+    ("--sync-bn", "--sync-bn works on CUDA, not on cpu"),
+])  # fmt: skip
+def test_what_several_processes_cannot_do(jobs, folder, tmp_path, flags, message):
+    argv = arguments(folder, tmp_path / "out", "--arch", "tiny:linear", *flags.split())
+    for said in jobs[4](refused, argv):
+        assert said.startswith(message)
+
+
+def turn(seconds: float) -> tuple[float, float]:
+    with parallel.one_first():
+        entered = time.monotonic()
+        time.sleep(seconds)
+        return entered, time.monotonic()
+
+
+def test_one_process_of_a_machine_goes_first():
+    job = Job(2)
+    (_, first), (second, _) = job(turn, 0.3)
+    job.end()
+    assert first <= second
+
+
 # ---------------------------------------------------------------- evaluation
 
 
@@ -204,6 +292,7 @@ def test_many_processes_score_what_one_scores(jobs, folder, tmp_path, monkeypatc
 
 
 def drawn_weights(argv: list[str]) -> str:
+    """What evaluate.py says where each process draws the network's weights itself."""
     torch.manual_seed(parallel.rank())
     try:
         evaluate.prepare(evaluate.parse_args(argv))
@@ -234,15 +323,15 @@ def _script(rank: int, port: int, argv: list[str], said: Path) -> None:
 
 @contextmanager
 def started(
-    folder: Path, tmp_path: Path, *flags: str, second: tuple[str, ...] = ()
+    folder: Path, tmp_path: Path, *flags: str, second: Sequence[str] = ()
 ) -> Iterator[tuple[list[Any], Path]]:
     """Two processes of a training, and the file that holds what both say."""
-    port, said = free_port(), tmp_path / "said"
+    store, said = open_store(), tmp_path / "said"
     said.touch()
     argv = arguments(folder, tmp_path / "out", "--arch", "tiny:linear", *flags)
     both = [
-        SERVER.Process(target=_script, args=(rank, port, argv + list(second) * rank, said))
-        for rank in range(2)
+        SERVER.Process(target=_script, args=(rank, store.port, [*argv, *own], said))
+        for rank, own in enumerate(((), second))
     ]
     for process in both:
         process.start()
@@ -252,19 +341,24 @@ def started(
 
 
 def ends(processes: list[Any], said: Path) -> tuple[list[int], list[str]]:
-    """How the processes end, in bounded time, and what both said but for the epochs."""
+    """How the processes end, in bounded time, and the lines in which they say why."""
     for process in processes:
         process.join(30)
-    lines = [line for line in said.read_text().splitlines() if line and line[0] != "["]  # gloo's
-    return [process.exitcode for process in processes], lines
+    text = said.read_text()
+    assert "Traceback" not in text
+    last = [line for line in text.splitlines() if line.startswith(("error", "stopped"))]
+    return [process.exitcode for process in processes], last
 
 
-def test_a_mistake_in_one_process_ends_the_job_in_one_line(folder, tmp_path):
-    with started(folder, tmp_path, second=("--data", "nowhere")) as (both, said):
-        codes, lines = ends(both, said)
+@pytest.mark.parametrize("second, message", [
+    ("--data nowhere", "--data nowhere: no such folder"),
+    ("--data-seed 1", "the processes of the job find different images or weights"),
+])  # fmt: skip
+def test_a_mistake_in_one_process_ends_the_job_in_one_line(folder, tmp_path, second, message):
+    with started(folder, tmp_path, second=second.split()) as (both, said):
+        codes, last = ends(both, said)
     assert codes == [2, 2]
-    assert [line.split(":")[0] for line in lines] == ["error"]
-    assert "--data nowhere: no such folder" in lines[0]
+    assert len(last) == 1 and last[0].startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -274,10 +368,44 @@ def test_a_process_that_ends_ends_the_job_in_one_line(folder, tmp_path, number):
             time.sleep(0.05)
             assert both[0].is_alive() and both[1].is_alive()
         os.kill(both[1].pid, number)
-        codes, lines = ends(both, said)
+        codes, last = ends(both, said)
     assert codes == [2, -9 if number == signal.SIGKILL else 128 + number]
-    last = [line for line in lines if line.startswith(("error", "stopped"))]
     assert len(last) == 1 and last[0].endswith("is kept, add --resume auto to go on")
     if number == signal.SIGKILL:
         assert "another process of the job has ended or hangs (" in last[0]
     assert trained(tmp_path / "out")["log"]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_job_again_to_the_same_bits(folder, tmp_path):
+    """kill -9 of each of two processes, of which one writes the checkpoints."""
+
+    def torchrun(out: str) -> subprocess.Popen:
+        flags = "--arch", "tiny:linear", "--epochs", "60", "--resume", "auto"
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+             "--standalone", "--max-restarts=2", str(ROOT / "train.py"),
+             *arguments(folder, tmp_path / out, *flags)],
+            cwd=ROOT / "tests", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    with torchrun("straight") as straight:
+        said = straight.stdout.read()
+    assert straight.returncode == 0 and said.count("clean accuracy") == 61  # of one process
+    said, kills = "", 0
+    with torchrun("killed") as killed:
+        for line in killed.stdout:
+            said += line
+            if line.startswith(f"epoch {10 * kills + 10}/") and kills < 2:
+                children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text()
+                workers = [pid for pid in map(int, children.split())
+                           if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
+                os.kill(sorted(workers)[kills], signal.SIGKILL)
+                kills += 1
+    assert killed.returncode == 0 and kills == 2
+    assert said.count("error: another process of the job has ended") <= 2
+    assert said.count(f"into {tmp_path / 'killed'}") == 3  # starts
+    ours, theirs = (trained(tmp_path / out) for out in ("killed", "straight"))
+    assert states_equal(ours["model"], theirs["model"])
+    assert states_equal(ours["optimizer"], theirs["optimizer"])
+    assert [row["loss1"] for row in ours["log"]] == [row["loss1"] for row in theirs["log"]]
