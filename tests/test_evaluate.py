@@ -212,6 +212,7 @@ def test_clean_logits_give_the_least_likely_class(
 def test_killed_and_started_again(bench: Bench) -> None:
     """SIGKILL in the middle, a torn last line: the same cells to the bit, none measured twice."""
     options = ["--only", "noise", "white-box", "--dump-images", "0", "--limit", "24"]
+    options += ["--skip", "checks"]  # of which the process, if it came so far, would take more
     whole = bench.run(*options, out="whole")
     script = str(Path(evaluate.__file__))
     command = [sys.executable, script, *bench.argv(*options, out="killed")]

@@ -63,6 +63,7 @@ def check(holds: object, *facts: object) -> None:
 
 def start(script: Script, folder: Path, sabotage: Sabotage | None = None) -> int:
     """Start the script in this folder; give the process's number, which is also its group's."""
+    Path(f"{folder}.log").write_text("")
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     pid = os.fork()
     if pid:
@@ -81,7 +82,7 @@ def start(script: Script, folder: Path, sabotage: Sabotage | None = None) -> int
     def child() -> None:
         os.setpgid(0, 0)
         os.chdir(folder)
-        log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(f"{folder}.log", os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(log, stream)
         if sabotage:
