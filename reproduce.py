@@ -37,9 +37,9 @@ from settings import parse_args as training_args
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
         "data": "shapes", "classes": None, "size": 32,
-        "archs": ["resnet18"], "epochs": 12, "batch_size": 32, "lr": 1e-3,
-        "surrogate": "vgg11_bn", "surrogate_epochs": 3, "surrogate_lr": 1e-4,
-        "limit": 200, "tables": [1], "methods": ["standard", "mtlat"], "train_flags": "",
+        "archs": ["resnet18"], "epochs": 5, "batch_size": 32, "lr": 1e-3,
+        "surrogate": "vgg11_bn", "surrogate_epochs": 1, "surrogate_lr": 1e-4,
+        "limit": 100, "tables": [1], "methods": ["standard", "mtlat"], "train_flags": "",
     },
     "small": {
         "data": None, "classes": None, "size": 64,

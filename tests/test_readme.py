@@ -1,0 +1,108 @@
+"""Every command of the README is run here, made small by flags that are added at its end."""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import image_folder
+
+import cells
+import evaluate
+import figures
+import reproduce
+import shapes
+import train
+
+ROOT = Path(train.__file__).parent
+MAINS = {"train.py": train.main, "evaluate.py": evaluate.main, "reproduce.py": reproduce.main}
+TRAINING = "--arch tiny:convnet --size 32 --epochs 1 -b 8 --device cpu"
+RECIPE = (
+    "--archs tiny:convnet --surrogate tiny:linear --size 32 --classes 3 --epochs 1"
+    " --surrogate-epochs 1 --batch-size 8 --limit 3 --methods mtlat --device cpu"
+)
+EVALUATION = "--limit 6 --device cpu --dump-images 1 --only fog mi_fgsm_0.04"
+# What is added to a command, in an order in which one can follow the other; None: it is run by
+# another test, or by all of them.
+ADDED: dict[str, str | None] = {
+    "python -m pytest": None,
+    "python reproduce.py": RECIPE,
+    "python train.py --arch resnet50": "--size 32 --epochs 1 -b 12 --output-dir runs/shapes",
+    "python reproduce.py --scale paper --data IMAGENET --dry-run": RECIPE,
+    "python reproduce.py --scale small --data IMAGES --tables 1 2 --seeds 3": RECIPE + " --seeds 1",
+    "python train.py --data IMAGES --size 224 --amp bf16 --channels-last": TRAINING
+    + " --output-dir runs/own",
+    "python train.py --method standard --arch vgg11_bn --lr 1e-4 --output-dir runs/vgg": TRAINING
+    + " --data IMAGES",
+    # test_evaluate_cli.py: test_torchvisions_models_with_their_weights
+    "python evaluate.py torchvision:resnet50 --weights DEFAULT --data IMAGENET"
+    " --imagenet-c IMAGENET_C": None,
+    "python evaluate.py runs/standard/last.pt runs/mtlat/last.pt --surrogate runs/vgg/last.pt": (
+        EVALUATION
+    ),
+    "python evaluate.py package.module:make_model --mean .5 .5 .5 --std .2 .2 .2 --data IMAGES": (
+        EVALUATION + " --size 32 --output-dir runs/third"
+    ),
+    # test_distributed.py
+    "torchrun --nproc-per-node=4 --max-restarts=3 train.py --data IMAGES --resume auto": None,
+    "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py"
+    " ...": None,
+    "torchrun --nproc-per-node=4 evaluate.py runs/standard/last.pt runs/mtlat/last.pt": None,
+    "python -m tests.faults.run": None,  # test_faults.py
+    "python benchmarks/step.py": None,  # test_benchmarks.py
+    "python -m corruptions IMAGE --out sheet.png": "",
+    "python -m corruptions DIR --out DIR_C": "",
+}
+
+
+def commands() -> set[str]:
+    """What stands in indented blocks, and in backticks, where a line may end within."""
+    readme = (ROOT / "README.md").read_text()
+    found = re.findall(r"^    (\S[^\n]*)", readme, re.MULTILINE)
+    found += re.findall(r"`((?:python|pip|torchrun) [^`]*)`", readme)
+    parts = [part.split(" # ")[0] for line in found for part in re.split(r" && |; ", line)]
+    spaced = [re.sub(r"\s+", " ", part).strip() for part in parts]
+    return {part for part in spaced if part.startswith(("python ", "torchrun "))}
+
+
+def test_every_command_is_known_here() -> None:
+    assert commands() == set(ADDED)
+
+
+def call(task: Any) -> None:
+    MAINS[task.script](task.argv)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of networks too small for their images
+def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = image_folder(tmp_path / "images", each=10, side=32)
+    few = image_folder(tmp_path / "few", classes=2, each=1, side=32)
+    places = {
+        "IMAGENET": str(images), "IMAGES": str(images), "DIR": str(few), "DIR_C": "out_c",
+        "IMAGE": str(next(images.glob("*/*.png"))), "package.module:make_model": "tiny:convnet",
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shapes, "NUMBERS", {"train": range(40), "test": range(50, 80)})
+    monkeypatch.setattr(cells, "SAMPLE", 3)
+    monkeypatch.setattr(reproduce, "call", call)
+    monkeypatch.setattr(figures, "DPI", 12)
+    train.main(shlex.split(f"--data {images} --method standard {TRAINING}"))
+    train.main(shlex.split(f"--data {images} --method mtlat {TRAINING}"))
+    for command, added in ADDED.items():
+        if added is None:
+            continue
+        _, script, *argv = [places.get(w, w) for w in shlex.split(f"{command} {added}")]
+        if script == "-m":
+            monkeypatch.setattr(sys, "argv", argv)
+            runpy.run_module(argv[0], run_name="__main__", alter_sys=False)
+        else:
+            MAINS[script](argv)
+    for made in ("reproduce/demo/report.html", "reproduce/small/report.html", "own/best.pt",
+                 "evaluation/results.tex", "third/results.md"):  # fmt: skip
+        assert (tmp_path / "runs" / made).stat().st_size > 0
+    assert (tmp_path / "sheet.png").exists() and (tmp_path / "out_c" / "fog" / "5").is_dir()
