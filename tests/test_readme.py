@@ -51,7 +51,7 @@ ADDED: dict[str, str | None] = {
     "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py"
     " ...": None,
     "torchrun --nproc-per-node=4 evaluate.py runs/standard/last.pt runs/mtlat/last.pt": None,
-    "python -m tests.faults.run": None,  # test_faults.py
+    "python -m tests.faults.run": None,  # by CI
     "python benchmarks/step.py": None,  # test_benchmarks.py
     "python -m corruptions IMAGE --out sheet.png": "",
     "python -m corruptions DIR --out DIR_C": "",
@@ -99,6 +99,7 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         _, script, *argv = [places.get(w, w) for w in shlex.split(f"{command} {added}")]
         if script == "-m":
             monkeypatch.setattr(sys, "argv", argv)
+            monkeypatch.delitem(sys.modules, f"{argv[0]}.__main__", raising=False)
             runpy.run_module(argv[0], run_name="__main__", alter_sys=False)
         else:
             MAINS[script](argv)

@@ -82,7 +82,7 @@ def test_the_demo_is_standard_and_mtlat_and_their_surrogate() -> None:
         "evaluation-resnet18-seed0",
     ]  # fmt: skip
     surrogate, standard = (build_parser().parse_args(task.argv) for task in tasks[:2])
-    assert (surrogate.arch, surrogate.lr, surrogate.epochs) == ("vgg11_bn", 1e-4, 3)
+    assert (surrogate.arch, surrogate.lr, surrogate.epochs) == ("vgg11_bn", 1e-4, 1)
     assert (standard.arch, standard.lr, standard.size) == ("resnet18", 1e-3, 32)
     assert tasks[-1].argv[-1] == "out/evaluation-resnet18-seed0"
 

@@ -144,7 +144,10 @@ class Forks:
     class Popen:
         def __init__(self, command: list[str]) -> None:
             main = {"train.py": train.main, "evaluate.py": evaluate.main}[Path(command[1]).name]
+            # Python forgets a Ctrl-C that comes while it forks, which subprocess does not do.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             self.pid = os.fork()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if not self.pid:
                 leave(lambda: common.run(lambda: main(command[2:])))
 

@@ -237,7 +237,9 @@ def data_that_change(bench: Bench) -> None:
     before = picture.read_bytes()
 
     def repaint() -> None:
-        Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(picture)
+        new = picture.with_suffix(".new")  # so that nobody reads half a picture
+        Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(new, "png")
+        os.replace(new, picture)
 
     def while_decoding() -> None:
         decode, calls = data.decode, iter(range(10**9))
