@@ -64,22 +64,8 @@ def check(holds: object, *facts: object) -> None:
 def start(script: Script, folder: Path, sabotage: Sabotage | None = None) -> int:
     """Start the script in this folder; give the process's number, which is also its group's."""
     Path(f"{folder}.log").write_text("")
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    pid = os.fork()
-    if pid:
-        with contextlib.suppress(PermissionError, ProcessLookupError):  # it was quicker
-            os.setpgid(pid, pid)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        return pid
 
-    def main() -> None:  # the signals reach the script, and nothing around it
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        try:
-            script.main(script.argv)
-        finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-    def child() -> None:
+    def prepare() -> None:
         os.setpgid(0, 0)
         os.chdir(folder)
         log = os.open(f"{folder}.log", os.O_WRONLY)
@@ -87,12 +73,42 @@ def start(script: Script, folder: Path, sabotage: Sabotage | None = None) -> int
             os.dup2(log, stream)
         if sabotage:
             sabotage()
-        common.run(main)
 
-    leave(child)
+    pid = fork(lambda: script.main(script.argv), prepare)
+    with contextlib.suppress(PermissionError, ProcessLookupError):  # it was quicker
+        os.setpgid(pid, pid)
+    return pid
 
 
-def leave(what: Callable[[], None]) -> NoReturn:
+def fork(main: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> int:
+    """Run a script's main function in a fork; give its number.
+
+    Signals reach the script, and nothing around it. They are noted meanwhile and not blocked, for
+    any thread may take one; and what its handler raises while Python forks, Python forgets.
+    """
+    held: list[int] = []
+    before = {n: signal.signal(n, lambda n, _: held.append(n)) for n in SIGNALS}
+    pid = os.fork()
+    if not pid:
+
+        def obeying() -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                for number in held:
+                    signal.raise_signal(number)
+                main()
+            finally:
+                signal.signal(signal.SIGINT, lambda *_: None)
+
+        leave(lambda: (prepare(), common.run(obeying)))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    for number in held:
+        signal.raise_signal(number)
+    return pid
+
+
+def leave(what: Callable[[], object]) -> NoReturn:
     """Do this, and end the process with its exit code; 70 for a traceback."""
     code = 70
     try:
@@ -144,12 +160,7 @@ class Forks:
     class Popen:
         def __init__(self, command: list[str]) -> None:
             main = {"train.py": train.main, "evaluate.py": evaluate.main}[Path(command[1]).name]
-            # Python forgets a Ctrl-C that comes while it forks, which subprocess does not do.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-            self.pid = os.fork()
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            if not self.pid:
-                leave(lambda: common.run(lambda: main(command[2:])))
+            self.pid = fork(lambda: main(command[2:]))
 
         def wait(self, timeout: float | None = None) -> int:
             end = time.monotonic() + (timeout or 1e9)
