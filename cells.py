@@ -5,6 +5,7 @@ corrupted and attacked by the batch, and what does not depend on the model is ma
 """
 
 import argparse
+import copy
 import io
 import json
 import math
@@ -12,9 +13,11 @@ import os
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,19 +65,49 @@ class Subject(NamedTuple):
     digest: str
 
 
-def fold_batchnorm(model: Subject, x: Tensor) -> Subject:
-    """Fold each BatchNorm into the convolution before it: the same logits in less time.
+def simplify(model: Subject, x: Tensor) -> Subject:
+    """Fold layers of a model into others: the same logits of images like x, in less time.
 
-    Gives the model back as it is where torch.fx cannot follow its forward pass, or the logits of x
-    differ by more than rounding. The model must be in eval mode.
+    What torch.fx cannot follow, or what moves the logits of x by more than rounding, stays as it
+    is. The model must be in eval mode.
     """
+    module = model.module
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
-        try:
-            folded: nn.Module = fuse(model.module).requires_grad_(False)
-            same = torch.allclose(folded(x), model.module(x), 1e-4, 1e-4)
-        except Exception:  # a forward pass may be any Python
-            same = False
-    return model._replace(module=folded) if same else model
+        for fold in (fuse, partial(_fold_pooling, x=x)):  # fuse: BatchNorm into convolutions
+            with suppress(Exception):  # a forward pass may be any Python
+                folded: nn.Module = fold(module)
+                if torch.allclose(folded(x), model.module(x), 1e-4, 1e-4):
+                    module = folded.requires_grad_(False)
+    return model._replace(module=module)
+
+
+def _fold_pooling(module: nn.Module, x: Tensor) -> nn.Module:
+    """Have a Linear take each pixel once that an adaptive pooling before it repeats.
+
+    VGG's first one takes 7 x 7 pixels, whatever the images' size: at 64 px they are made of 2 x 2.
+    """
+    called: list[tuple[str, torch.Size]] = []
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: called.append((name, inputs[0].shape))
+
+    kinds = nn.AdaptiveAvgPool2d, nn.Linear
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, kinds)}
+    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    module(x)
+    for hook in hooks:
+        hook.remove()
+    for (name, shape), (following, _) in pairwise(called):
+        pool, linear = layers[name], layers[following]
+        if isinstance(pool, nn.AdaptiveAvgPool2d) and isinstance(linear, nn.Linear):
+            single = torch.eye(shape[2] * shape[3]).to(linear.weight).view(-1, 1, *shape[2:])
+            share = pool(single).flatten(1)  # of each pixel, in each that the pooling makes
+            if share.shape[0] < share.shape[1]:
+                module = copy.deepcopy(module)
+                module.set_submodule(name, nn.Identity())
+                weight = linear.weight.unflatten(1, (-1, share.shape[1])) @ share.T
+                module.get_submodule(following).weight = nn.Parameter(weight.flatten(1))
+    return module
 
 
 @dataclass

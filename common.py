@@ -1,6 +1,7 @@
 """What the scripts share: mistakes, safe files, the command line, models and checkpoints."""
 
 import argparse
+import ctypes
 import difflib
 import errno
 import importlib
@@ -178,17 +179,31 @@ def _stop(number: int, _: Any) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next tensor; it would return large blocks.
+
+    The system clears every page that it gives out again, which took VGG-11 a fifth of its time on
+    two cores. Elsewhere than with Linux's usual C library nothing is changed.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option:
+        blocks_of_their_own, kept_at_the_end = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        set_option(blocks_of_their_own, 0)
+        set_option(kept_at_the_end, 2**31 - 1)
+
+
 def run(main: Callable[[], None], go_on: str = "start again to go on") -> NoReturn:
     """Run a script's main function; a mistake of the user's ends in one line and exit code 2.
 
     SIGTERM and Ctrl-C end in one line as well, with 143 and 130. go_on: how to take up what was
     interrupted.
     """
-    before = signal.signal(signal.SIGTERM, _stop)
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # no name of a file shall end the run
             stream.reconfigure(errors="backslashreplace")
     code = 2
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         with parallel.job():
             main()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import data
 import train
 from attacks import pgd
-from cells import GRADIENT, GROUPS, SAMPLE, Subject, fold_batchnorm
+from cells import GRADIENT, GROUPS, SAMPLE, Subject, simplify
 from common import build_model, count_correct
 from corruptions import CORRUPTIONS, corrupt
 from feed import ImageSet
@@ -111,7 +111,7 @@ class Meter:
 
     def _model(self, arch: str) -> nn.Module:
         model = build_model(arch, len(self.sets.classes)).to(self.device).eval()
-        return fold_batchnorm(Subject(arch, model, ""), self._batch()).module
+        return simplify(Subject(arch, model, ""), self._batch()).module
 
     def _forward(self, arch: str) -> float:
         return self.timed(("forward", arch), lambda: self._measure_forward(arch))

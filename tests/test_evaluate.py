@@ -291,20 +291,40 @@ class Branching(nn.Sequential):
         return super().forward(x if x.sum() > 0 else -x)
 
 
-def test_folding_batchnorm_leaves_the_logits_and_spares_the_layer() -> None:
+def test_simplifying_leaves_the_logits_and_spares_layers() -> None:
     def layers() -> list[nn.Module]:
-        return [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)]
+        return [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d((9, 7)),
+                nn.Flatten(), nn.Dropout(), nn.Linear(252, 3)]  # fmt: skip
 
-    x = torch.rand(5, 3, 8, 8)
+    x = torch.rand(5, 3, 8, 6)
     for kind in (nn.Sequential, Branching):
         model = kind(*layers())
         for _ in range(3):
             model(x + 1)  # for statistics that are not the identity
         model.eval()
         subject = cells.Subject("label", model, "digest")
-        assert cells.fold_batchnorm(subject, x)[::2] == ("label", "digest")
-        folded = cells.fold_batchnorm(subject, x).module
-        assert_close(folded(x), model(x))
-        left = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
-        assert (folded is model) == (kind is Branching) == bool(left)
-        assert kind is Branching or not any(p.requires_grad for p in folded.parameters())
+        assert cells.simplify(subject, x)[::2] == ("label", "digest")
+        simple = cells.simplify(subject, x).module
+        assert_close(simple(x), model(x))
+        found = [
+            m for m in simple.modules() if isinstance(m, nn.BatchNorm2d | nn.AdaptiveAvgPool2d)
+        ]
+        assert [type(m) for m in found] == ([nn.BatchNorm2d] if kind is Branching else [])
+        weights = {p.shape for p in simple.parameters()}
+        assert (3, 4 * 6 * 4) in weights and (3, 252) not in weights
+        assert not any(p.requires_grad for p in simple.parameters())
+        assert any(isinstance(m, nn.AdaptiveAvgPool2d) for m in model.modules())  # as it was
+
+
+class Crossing(nn.Sequential):
+    """Its Linear is not all that asks for the pooled pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self[0](x).sum((1, 2, 3))[:, None]
+
+
+@pytest.mark.parametrize(("kind", "side"), [(nn.Sequential, 4), (nn.Sequential, 9), (Crossing, 12)])
+def test_a_pooling_whose_pixels_are_needed_stays(kind: type[nn.Sequential], side: int) -> None:
+    model = kind(nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(3 * side**2, 3)).eval()
+    simple = cells.simplify(cells.Subject("", model, ""), torch.rand(2, 3, 9, 9)).module
+    assert any(isinstance(m, nn.AdaptiveAvgPool2d) for m in simple.modules())
