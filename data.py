@@ -317,10 +317,12 @@ def decode(path: Path, size: int) -> Array | str:
         with Image.open(path) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 return f"has {image.width} x {image.height} pixels, too many to be safe: shrink it"
-            upright: Image.Image = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            upright = upright.convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)
+            upright: Image.Image = image
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255
+                upright = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if upright.mode != "RGB":  # even to its own mode convert() copies
+                upright = upright.convert("RGB")
             resized = upright.resize((size, size), Image.Resampling.BILINEAR)
             return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
     except MemoryError:

@@ -73,6 +73,11 @@ class Feed:
             for start in (size * index).tolist():
                 page = start - start % mmap.PAGESIZE
                 self.mapping.madvise(mmap.MADV_WILLNEED, page, start + size - page)
+        if self.device.type == "cpu":
+            x = torch.empty(len(index), *self.images.shape[1:])
+            for place, number in zip(x, index.tolist(), strict=True):
+                place.copy_(self.images[number]).div_(255)  # which finds it in the cache
+            return x, self.labels[index]
         index = send(index, self.images.device)
         x, y = self.images.index_select(0, index), self.labels[index]
         if self.device.type == "cuda" and x.device.type == "cpu":
@@ -80,12 +85,10 @@ class Feed:
         return x, y
 
     def _send(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.device.type == "cpu":
+            return batch
         x, y = (send(tensor, self.device) for tensor in batch)
-        if self.device.type != "cpu":
-            return x.float().div_(255), y
-        # NumPy asks for huge pages: to touch fresh small ones takes longer than to fill them.
-        floats = torch.from_numpy(np.empty(x.shape, np.float32))
-        return floats.copy_(x).div_(255), y
+        return x.float().div_(255), y
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order; of several processes, each takes its share of the batches."""

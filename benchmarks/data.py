@@ -3,8 +3,8 @@
     python benchmarks/data.py                            # 1,000 JPEG files, 224 px, batch 128
 
 Makes a folder of JPEG files of about the size of ImageNet's, then takes, in turn, over the same
-files: the one-off decode of data.py beside the loader's first epoch, and `--epochs` later epochs of
-each, shuffled. Medians of images/s. The loader decodes, resizes and converts to float in as many
+files: the one-off decode of data.py beside the loader's first epoch, and later epochs of each,
+shuffled; `--epochs` of either. Medians of images/s. The loader decodes, resizes and converts to float in as many
 processes as there are cores, as its users do; its first epoch includes starting them.
 
 With --larger GIB it shows instead that a set larger than memory is fed at a steady rate: it writes
@@ -34,6 +34,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
+from common import keep_freed_memory
 from feed import Feed, map_images
 
 SIDES = (400, 500)  # ImageNet's median image, in pixels
@@ -79,21 +80,23 @@ def feed_epochs(root: Path, cache: Path, args: argparse.Namespace) -> Callable[[
 
 def compare(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        root, cache = Path(folder, "images"), Path(folder, "cache")
+        root = Path(folder, "images")
         make_files(root, args.images)
-        theirs = loader_epochs(root, args)
-        first = theirs()
-        start = time.perf_counter()
-        ours = feed_epochs(root, cache, args)
-        decode = args.images / (time.perf_counter() - start)
+        first = []
+        for i in range(args.epochs):
+            start = time.perf_counter()
+            ours = feed_epochs(root, Path(folder, f"cache {i}"), args)
+            decode = args.images / (time.perf_counter() - start)
+            theirs = loader_epochs(root, args)
+            first.append((decode, theirs()))
         ours()  # brings the file into memory
-        pairs = [(ours(), theirs()) for _ in range(args.epochs)]
-    fed, loaded = (statistics.median(column) for column in zip(*pairs, strict=True))
+        later = [(ours(), theirs()) for _ in range(args.epochs)]
     print(f"{args.images} files of {SIDES[1]} x {SIDES[0]} px, to {args.size} px, batch"
           f" {args.batch}, {os.cpu_count()} cores; images/s")  # fmt: skip
     print(f"{'':22}{'data.py':>10}{'DataLoader':>12}{'ratio':>8}")
-    print(f"{'first time (decode)':22}{decode:10.0f}{first:12.0f}{decode / first:8.2f}")
-    print(f"{'every later epoch':22}{fed:10.0f}{loaded:12.0f}{fed / loaded:8.1f}")
+    for title, pairs in (("first time (decode)", first), ("every later epoch", later)):
+        fed, loaded = (statistics.median(column) for column in zip(*pairs, strict=True))
+        print(f"{title:22}{fed:10.0f}{loaded:12.0f}{fed / loaded:8.2f}")
 
 
 def feed_larger(args: argparse.Namespace) -> None:
@@ -125,9 +128,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--images", type=int, default=1000, help="files (1000)")
     add("--size", type=int, default=224, help="side in pixels (224)")
     add("--batch", type=int, default=128, help="(128)")
-    add("--epochs", type=int, default=3, help="later epochs, of which the median (3)")
+    add("--epochs", type=int, default=3, help="of which the median is taken (3)")
     add("--larger", type=float, metavar="GIB", help="feed a set of this size from disk instead")
     args = parser.parse_args(argv)
+    keep_freed_memory()  # as the scripts do
     (feed_larger if args.larger else compare)(args)
 
 
