@@ -4,8 +4,9 @@
 
 Makes a folder of JPEG files of about the size of ImageNet's, then takes, in turn, over the same
 files: the one-off decode of data.py beside the loader's first epoch, and later epochs of each,
-shuffled; `--epochs` of either. Medians of images/s. The loader decodes, resizes and converts to float in as many
-processes as there are cores, as its users do; its first epoch includes starting them.
+shuffled; `--epochs` of either. Medians of images/s. The loader decodes, resizes and converts to
+float in as many processes as there are cores, as its users do; its first epoch includes starting
+them.
 
 With --larger GIB it shows instead that a set larger than memory is fed at a steady rate: it writes
 a file of that size and feeds from it in random order. Limit the memory from outside, for example
