@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CORRUPTION_TESTS = ["test_corruptions.py", "test_corruptions_statistics.py"]
 TESTS = {  # of each file, the quickest to find a fault first
-    "mtlat.py": ["test_mtlat.py"],
+    "mtlat.py": ["test_mtlat.py", "test_mtlat_model.py"],
     "methods.py": ["test_train.py"],
     "attacks.py": ["test_attacks.py", "test_attacks_contract.py"],
     "sanity.py": ["test_sanity.py", "test_evaluate.py"],
@@ -209,11 +209,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", default=list(TESTS), choices=[*TESTS, []])
+    parser.add_argument("files", nargs="*", default=list(TESTS), help=", ".join(TESTS))
     parser.add_argument("--sample", type=int, default=40, help="mutants of each file; 0: all (40)")
     parser.add_argument("--seed", type=int, default=0, help="that draws the sample (0)")
     parser.add_argument("--only", type=int, nargs="+", help="these mutants of one file")
     args = parser.parse_args()
+    if unknown := set(args.files) - TESTS.keys():
+        parser.error(f"no tests are known for {', '.join(unknown)}; known: {', '.join(TESTS)}")
     import scipy.stats  # noqa: F401
     import torch
     import torchvision  # noqa: F401

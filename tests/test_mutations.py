@@ -1,4 +1,4 @@
-"""Every one of these faults in mtlat.py makes a test of test_mtlat.py fail."""
+"""Every one of these faults in mtlat.py makes a test of test_mtlat.py or its sequel fail."""
 
 import types
 from pathlib import Path
@@ -6,13 +6,15 @@ from pathlib import Path
 import hypothesis
 import pytest
 import test_mtlat
+import test_mtlat_model
 
 import mtlat
 
 SOURCE = Path(mtlat.__file__).read_text()
 TESTS = [
     test
-    for name, test in vars(test_mtlat).items()
+    for file in (test_mtlat, test_mtlat_model)
+    for name, test in vars(file).items()
     if name.startswith("test_") and "compiled" not in name  # torch caches what it compiled
 ]
 
@@ -70,7 +72,8 @@ def first_failure(source: str, monkeypatch: pytest.MonkeyPatch) -> str | None:
     module = types.ModuleType("mtlat")
     module.__file__ = mtlat.__file__
     exec(compile(source, "mtlat.py", "exec"), module.__dict__)
-    monkeypatch.setattr(test_mtlat, "mtlat", module)
+    for file in (test_mtlat, test_mtlat_model):
+        monkeypatch.setattr(file, "mtlat", module)
     profile = hypothesis.settings.get_current_profile_name()
     hypothesis.settings.load_profile("mutations")
     try:

@@ -200,7 +200,7 @@ def test_options_that_change_how_but_not_what(go, tmp_path, capsys):
     try:
         for number, (flags, exact) in enumerate(quiet.items()):
             if flags == "--compile":
-                continue  # a compiler is not everywhere; test_mtlat.py compiles without one
+                continue  # a compiler is not everywhere; test_mtlat_model.py compiles without one
             other = go(*flags.split(), out=f"out{number}")["model"]
             assert states_equal(plain, other) or not exact
             assert_close(dict(plain), dict(other), rtol=1e-2, atol=1e-2)

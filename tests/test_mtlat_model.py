@@ -1,0 +1,234 @@
+"""What the method does to the model that it is given, to extreme numbers, and to bad input.
+
+As in test_mtlat.py, no test takes an argument that Hypothesis does not draw.
+"""
+
+import ast
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from test_mtlat import batches, images, network, seeded, seeds, soft_labels
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torchvision.transforms import v2
+
+import mtlat
+
+# ---------------------------------------------------------------- what must stay as it was
+
+
+class Recorder(nn.Module):
+    """A network that records in which state it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network(4)
+        self.calls: list[tuple[bool, bool]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = any(p.requires_grad for p in self.parameters())
+        self.calls.append((weights, self.training))
+        return self.body(x)
+
+
+def test_the_attack_leaves_the_model_alone():
+    model = Recorder()
+    model.body[0].bias.requires_grad_(False)
+    model.body[4].eval()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [(m.training, getattr(m, "track_running_stats", None)) for m in model.modules()]
+    frozen = [p.requires_grad for p in model.parameters()]
+    marker = torch.ones_like(model.body[4].bias)
+    model.body[4].bias.grad = marker.clone()
+    x, target = images(0, 5), torch.tensor([0, 1, 2, 3, 0])
+    with torch.no_grad():
+        quiet = mtlat.targeted_fgsm(model, x, target, 0.1, steps=2)
+    loud = mtlat.targeted_fgsm(model, x, target, 0.1, steps=2)
+    assert_close(quiet, loud, rtol=0, atol=0)
+    assert model.calls == [(False, True)] * 4  # no weight could have a gradient; the mode is kept
+    assert [(m.training, getattr(m, "track_running_stats", None)) for m in model.modules()] == flags
+    assert [p.requires_grad for p in model.parameters()] == frozen
+    assert_close(model.body[4].bias.grad, marker, rtol=0, atol=0)
+    assert sum(p.grad is not None for p in model.parameters()) == 1
+    assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+    with pytest.raises(RuntimeError):
+        mtlat.targeted_fgsm(model, images(0, 5)[:, :2], target, 0.1)
+    assert [p.requires_grad for p in model.parameters()] == frozen
+    assert model.body[1].track_running_stats
+
+
+def test_the_attack_uses_the_mode_of_the_caller():
+    model, x, target = network(4), images(0, 6), torch.tensor([0, 1, 2, 3, 0, 1])
+    model[1].running_mean.fill_(0.7)
+    model[1].running_var.fill_(9.0)
+    seen = []
+    model[1].register_forward_hook(lambda module, args, output: seen.append(output.mean().item()))
+    mtlat.targeted_fgsm(model, x, target, 0.1)
+    mtlat.targeted_fgsm(model.eval(), x, target, 0.1)
+    assert abs(seen[0]) < 1e-5 < 0.05 < abs(seen[1])
+
+
+def test_the_losses_move_batchnorm_twice_and_reach_every_weight():
+    model = network(4)
+    mtlat.mtlat_loss(model, images(0, 5), torch.tensor([0, 1, 2, 3, 0]), num_classes=4).backward()
+    assert model[1].num_batches_tracked == 2
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@given(seeds, batches)
+def test_inputs_are_untouched_and_x_adv_is_a_constant(seed, batch):
+    x = images(seed, batch).requires_grad_()
+    y, target = soft_labels(seed, batch, 4), torch.zeros(batch, dtype=torch.int64)
+    copies, versions = (x.clone(), y.clone()), (x._version, y._version)
+    x_adv, y_adv = mtlat.tlat(network(4), x, y, target, 0.1)
+    assert not x_adv.requires_grad and x.grad is None
+    mtlat.mtlat_loss(network(4), x.detach(), y, num_classes=4)
+    assert (x._version, y._version) == versions
+    assert_close((x, y), copies, rtol=0, atol=0)
+    assert x_adv.data_ptr() != x.data_ptr() and y_adv.data_ptr() != y.data_ptr()
+
+
+# ---------------------------------------------------------------- numerics
+
+
+def test_attack_loss_has_the_sign_of_cross_entropy_and_survives_confidence():
+    z = torch.randn(64, 5, generator=seeded(0), dtype=torch.float64)
+    one_hot = torch.eye(5, dtype=torch.float64)[torch.arange(64) % 5]
+    soft = soft_labels(0, 64, 5, torch.float64)
+    logits = z.requires_grad_()
+    for y, exact in ((torch.arange(64) % 5, one_hot), (one_hot, one_hot), (soft, soft)):
+        (gradient,) = torch.autograd.grad(mtlat.attack_loss(logits, y).sum(), logits)
+        expected = z.detach().softmax(1) - exact  # cross-entropy's
+        if exact is one_hot:
+            expected = expected / expected[one_hot == 1, None].abs()
+        assert_close(gradient, expected)
+    model = network(4, norm=False)
+    with torch.no_grad():
+        for weight in model[4].parameters():
+            weight.mul_(3000)
+    x = images(0, 16)
+    y = model(x).argmax(1)  # so sure of it that float32 cross-entropy has no gradient
+    x.requires_grad_()
+    lost = torch.autograd.grad(nn.functional.cross_entropy(model(x), y, reduction="sum"), x)[0]
+    assert (lost.flatten(1) == 0).all(1).sum() > 8
+    for target in (y, torch.eye(4)[y]):
+        x_adv = mtlat.targeted_fgsm(model, x.detach(), target, 0.1)
+        assert ((x_adv - x).abs() > 0.09).float().mean() > 0.99
+
+
+def test_dtypes():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        model = network(4).to(dtype)
+        x, y = images(0, 5, torch.float64).to(dtype), torch.tensor([0, 1, 2, 3, 0])
+        loss = mtlat.mtlat_loss(model, x, y, num_classes=4, generator=seeded(0))
+        loss.backward()
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_autocast_gives_nearly_the_same_gradient():
+    gradients = []
+    x, y = images(0, 32), torch.arange(32) % 4
+    for enabled in (False, True):
+        model = network(4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = mtlat.mtlat_loss(model, x, y, num_classes=4, generator=seeded(0))
+        loss.backward()
+        assert loss.dtype == torch.float32
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+    assert not torch.equal(*gradients)
+
+
+def test_a_compiled_model_gives_the_same_and_is_compiled_for_attack_and_loss_only():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(network(4), backend=backend, fullgraph=True)
+    x, y = images(0, 6), torch.arange(6) % 4
+    plain, losses = network(4), []
+    for step in range(3):
+        losses.append(mtlat.mtlat_loss(compiled, x, y, num_classes=4, generator=seeded(step)))
+        expected = mtlat.mtlat_loss(plain, x, y, num_classes=4, generator=seeded(step))
+        assert_close(losses[-1], expected)
+        losses[-1].backward()
+    assert len(graphs) == 2
+    torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------- bad input, and the file itself
+
+
+def test_bad_input_names_the_value_the_rule_and_the_fix():
+    x, y, model = images(0, 4), torch.tensor([0, 1, 2, 3]), network(4)
+    soft = soft_labels(0, 4, 4)
+    knobs = {"alpha": 0.4, "epsilon_max": 0.1}
+
+    def loss(x=x, y=y, **options):
+        return mtlat.mtlat_loss(model, x, y, **{"num_classes": 4, **options})
+
+    cases = [
+        (
+            lambda: loss(x * 2 - 1),
+            ValueError,
+            r"pixels: -0\.\d+ to 0\.\d+; rule: \[0, 1\].*Normalize",
+        ),
+        (lambda: loss(x * 255), ValueError, "pixels: .* to 25"),
+        (lambda: loss(x * math.nan), ValueError, "pixels: nan to nan"),
+        (lambda: loss((x * 255).byte()), TypeError, r"torch\.uint8.*x\.float\(\) / 255"),
+        (lambda: loss(y=y - 1), ValueError, r"class indices: -1 to 2; rule: \[0, 3\]"),
+        (lambda: loss(y=y + 1), ValueError, r"class indices: 1 to 4; rule: \[0, 3\]"),
+        (lambda: loss(y=y.int()), TypeError, r"torch\.int32; give int64"),
+        (lambda: loss(y=torch.eye(4).long()), TypeError, r"torch\.int64; give int64"),
+        (lambda: loss(y=y[:3]), ValueError, r"shape \(3,\); these images need \(4,\) or \(4, 4\)"),
+        (lambda: loss(y=soft[:, :3]), ValueError, r"shape \(4, 3\)"),
+        (lambda: loss(y=soft * 0.9), ValueError, "sums of label weights: 0.9 to 0.9"),
+        (lambda: loss(y=soft * 4 - 0.75), ValueError, "label weights: .*not logits"),
+        (lambda: loss(alpha=0), ValueError, "alpha is 0"),
+        (lambda: loss(alpha=math.nan), ValueError, "alpha is nan"),
+        (lambda: loss(epsilon_max=8), ValueError, r"epsilon_max is 8; it must lie in \[0, 1\]"),
+        (lambda: loss(epsilon_max=-0.1), ValueError, "epsilon_max is -0.1"),
+        (lambda: loss(num_classes=1), ValueError, "class indices"),
+        (lambda: loss(steps=0), ValueError, "steps is 0"),
+        (lambda: loss(step=2), TypeError, "step"),
+        (lambda: mtlat.mixup(x, y, x, y, 0.5), ValueError, "need num_classes=N"),
+        (lambda: mtlat.mixup(x, soft, x[:3], soft, 0.5), ValueError, r"images \(4, .*\(3, "),
+        (lambda: mtlat.mixup(x, soft, x, soft, 1.5), ValueError, "lam: 1.5 to 1.5"),
+        (lambda: mtlat.mixup(x, soft, x, soft, torch.rand(3)), ValueError, r"lam has shape \(3,\)"),
+        (lambda: mtlat.tlat(model, x, soft, y, -0.1), ValueError, "epsilon: -0.1"),
+        (lambda: mtlat.tlat(model, x, soft, y, torch.rand(4, 1)), ValueError, "epsilon has shape"),
+        (lambda: mtlat.draw(0, 4, **knobs), ValueError, "0 images, 4 classes"),
+        (lambda: mtlat.draw(4, 1, **knobs), ValueError, "4 images, 1 classes"),
+        (lambda: mtlat.Normalize([0.5], [0.0]), ValueError, "every std > 0"),
+        (lambda: mtlat.Normalize([0.5, 0.5], [1.0]), ValueError, "one of each per channel"),
+    ]
+    for call, error, pattern in cases:
+        with pytest.raises(error, match=pattern):
+            call()
+
+
+def test_normalize():
+    normalize = mtlat.Normalize([0.1, 0.2, 0.3], [0.5, 1.0, 2.0])
+    x = images(0, 2)
+    expected = v2.functional.normalize(x, [0.1, 0.2, 0.3], [0.5, 1.0, 2.0])
+    assert_close(normalize(x), expected)
+    assert set(normalize.state_dict()) == {"mean", "std"}
+
+
+def test_the_file_travels_alone():
+    source = Path(mtlat.__file__).read_text()
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported == {"math", "collections", "contextlib", "typing", "torch"}
+    assert set(mtlat.__all__) <= set(vars(mtlat))
