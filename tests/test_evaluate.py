@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import cells
 import evaluate
+import train
 from attacks import ATTACKS, cw2_result, mi_fgsm, pgd, pgd_ll
 from common import UserError
 from corruptions import CORRUPTIONS, Stream, corrupt
@@ -86,6 +87,35 @@ def test_all_cells_against_one_image_at_a_time(bench: Bench) -> None:
     counts = [count["mtlat"]["fog", severity] for severity in range(1, 6)]
     ratio = sum(counts) / 5 / count["mtlat"]["clean", None]
     assert scores["fog"]["robustness"] == pytest.approx(ratio)
+
+
+def test_the_same_command_gives_the_same_bytes(bench: Bench) -> None:
+    for out in ("one", "two"):
+        bench.run("--only", "noise", "pgd_0.04", out=out)
+    one, two = (bench.root / out / "results.json" for out in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.slow
+def test_threads_and_batches_change_hardly_a_count(tmp_path: Path) -> None:
+    """A convolution's sums are in another order then: an image in a hundred may tip over."""
+    common = ["--size", "32", "--device", "cpu", "--output-dir"]
+    train.main(["--arch", "tiny:convnet", "--epochs", "1", *common, str(tmp_path / "model")])
+    command = [str(tmp_path / "model" / "last.pt"), "--limit", "200", "--dump-images", "0"]
+    command += ["--only", "noise", "blur", "pgd_0.04", "cw2", "--skip", "checks", *common]
+    counts, threads = [], torch.get_num_threads()
+    try:
+        for number, batch in ((1, 100), (2, 7)):
+            torch.set_num_threads(number)
+            out = tmp_path / str(batch)
+            evaluate.main([*command, str(out), "--batch-size", str(batch)])
+            lines = cells.read_cells(out / "cells.jsonl")
+            counts.append({(x["perturbation"], x["severity"]): x["correct"] for x in lines})
+    finally:
+        torch.set_num_threads(threads)
+    one, two = counts
+    assert one.keys() == two.keys() and len(set(one.values())) > 10
+    assert all(abs(one[key] - two[key]) <= 2 for key in one), counts
 
 
 def test_checks_take_a_few_images_and_their_own_attacks(bench: Bench) -> None:
