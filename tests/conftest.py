@@ -1,6 +1,7 @@
 """Hypothesis profiles, reproducible global generators, and which tests run by default."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -12,6 +13,8 @@ for name, examples in {"dev": 20, "ci": 100, "thorough": 1000}.items():
     hypothesis.settings.register_profile(
         name, max_examples=examples, deadline=None, derandomize=name != "thorough"
     )
+# Shells have Ctrl-C ignored by what they start in the background, which a CI may be.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tensors are small: a second thread gains nothing, and loses much where the cores are shared.
 torch.set_num_threads(1)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))

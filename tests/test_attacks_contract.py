@@ -244,6 +244,8 @@ def test_broken_gradients_are_found_and_poison_nothing() -> None:
         assert_close(moved, torch.tensor([0.0, 0.04, 0.0]))
     result = cw2_result(Blind(), x, y, confidence=0.0)
     assert torch.equal(result.x_adv, x) and not result.reached.any()
+    tied = cw2_result(lambda x: 0 * x.flatten(1)[:, :2], x, y, confidence=0.0)
+    assert not tied.misclassified.any() and not tied.reached.any()
 
 
 def test_momentum_outlives_a_gradient_of_zero() -> None:
@@ -258,6 +260,10 @@ def test_momentum_outlives_a_gradient_of_zero() -> None:
 def test_the_registry_is_the_papers() -> None:
     assert list(ATTACKS) == ["pgd_0.04", "pgd_ll_0.04", "cw2", "mi_fgsm_0.04", "mi_fgsm_0.08"]
     assert [entry.function for entry in ATTACKS.values()] == [pgd, pgd_ll, cw2, mi_fgsm, mi_fgsm]
+    ball = {"epsilon": 0.04, "steps": 10}
+    assert [entry.keywords for entry in ATTACKS.values()] == [
+        ball, ball, {"confidence": 50.0, "steps": 40}, ball, {"epsilon": 0.08, "steps": 10},
+    ]  # fmt: skip
     black = [name for name, entry in ATTACKS.items() if entry.box == "black-box"]
     assert black == ["mi_fgsm_0.04", "mi_fgsm_0.08"]
     assert len({entry.column for entry in ATTACKS.values()}) == 5
@@ -297,6 +303,8 @@ def test_an_entry_does_what_its_name_says(name: str) -> None:
         (pgd, {"y": labels(0).float()}, TypeError, r"labels are torch\.float32; give int64"),
         (cw2, {"y": labels(0, batch=2)}, ValueError, r"shape \(2,\); these images need \(3,\)"),
         (cw2, {"y": labels(0) + 9}, ValueError, r"class indices.*\[0, 3\].*from 0"),
+        (pgd, {"start": 1.5 * torch.ones_like(images(0))}, ValueError, r"1\.5; rule: \[-1, 1\]"),
+        (cw2, {"steps": 2.5}, TypeError, "steps is 2.5; rule: an int from 2"),
         (pgd, {"target": labels(0).int()}, TypeError, r"target are torch\.int32"),
         (pgd_ll, {"target": labels(0) + 9}, ValueError, r"rule: \[0, 3\]"),
         (pgd, {"epsilon": 8}, ValueError, r"epsilon is 8; rule: from 0 to 1;.*0\.04"),

@@ -61,7 +61,7 @@ TRAIN_CASES = [
     ("--arch resnet", "torchvision has no such classifier; close: resnet"),
     ("--arch nowhere:net", "No module named 'nowhere'"), ("--arch tiny:", "--arch tiny:"),
     ("--arch :net", "--arch :net"), ("--arch tiny:nothing", "has no attribute 'nothing'"),
-    ("--arch tiny:Path", "made a PosixPath; give a torch.nn.Module"),
+    ("--arch argparse:Namespace", "made a Namespace; give a torch.nn.Module"),
     ("--arch os:getcwd", "--arch os:getcwd"), ("--arch os:name", "is not a callable object"),
     ("--arch tiny:states_equal", "missing a required argument"),
     ("--arch world:Picky", "Picky fails on images (13, 3, 16, 16): AssertionError"),
@@ -105,7 +105,7 @@ TRAIN_CASES = [
 EVALUATE_CASES = [
     ("run/last.pt", "a model is named twice"), ("nowhere.pt", "nowhere.pt: No such file"),
     ("set", "set: Is a directory"), ("file", "file is no checkpoint"),
-    ("nowhere:net", "No module named 'nowhere'"), ("tiny:Path", "give a torch.nn.Module"),
+    ("nowhere:net", "No module named 'nowhere'"), ("argparse:Namespace", "give a torch.nn.Module"),
     ("torchvision:resnet18", "need each other"),
     ("torchvision:resnet5 --weights DEFAULT", "no such file, nor weights of torchvision's"),
     ("torchvision:resnet18 --weights BEST", "--weights BEST: no such file, nor weights"),

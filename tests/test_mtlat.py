@@ -180,6 +180,17 @@ def test_steps_go_to_the_corner_of_the_ball_for_a_linear_model(seed, steps):
         assert_close(x_adv, x + sign * 0.1 * towards, rtol=0, atol=1e-12)
 
 
+def test_all_steps_together_are_two_and_a_half_epsilon():
+    x, iterates = torch.full((1, 4), 0.5, dtype=torch.float64), []
+
+    def model(x):
+        iterates.append((x - 0.5).abs().amax().item())
+        return torch.stack([x.sum(1), -x.sum(1)], 1)
+
+    mtlat.targeted_fgsm(model, x, torch.tensor([0]), 0.1, steps=5)
+    assert_close(iterates, [0, 0.05, 0.1, 0.1, 0.1])
+
+
 def test_zero_gradient_leaves_the_pixel():
     x = images(0, 2)
     x_adv = mtlat.targeted_fgsm(lambda x: x[:, 0, 0, :3], x, torch.tensor([0, 1]), 0.1)

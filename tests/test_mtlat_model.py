@@ -143,6 +143,7 @@ def test_autocast_gives_nearly_the_same_gradient():
     assert not torch.equal(*gradients)
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_a_compiled_model_gives_the_same_and_is_compiled_for_attack_and_loss_only():
     torch._dynamo.reset()
     graphs = []
@@ -206,12 +207,21 @@ def test_bad_input_names_the_value_the_rule_and_the_fix():
         (lambda: mtlat.tlat(model, x, soft, y, torch.rand(4, 1)), ValueError, "epsilon has shape"),
         (lambda: mtlat.draw(0, 4, **knobs), ValueError, "0 images, 4 classes"),
         (lambda: mtlat.draw(4, 1, **knobs), ValueError, "4 images, 1 classes"),
+        (lambda: mtlat.cross_entropy(soft, y + 1), ValueError, r"labels: 1 to 4; rule: \[0, 3\]"),
         (lambda: mtlat.Normalize([0.5], [0.0]), ValueError, "every std > 0"),
         (lambda: mtlat.Normalize([0.5, 0.5], [1.0]), ValueError, "one of each per channel"),
     ]
     for call, error, pattern in cases:
         with pytest.raises(error, match=pattern):
             call()
+
+
+def test_rounding_passes_and_more_does_not():
+    for value in (-0.0005, 1.0005):
+        mtlat.check_values("shares", torch.tensor([0.5, value]), 0, 1, "clamp them")
+    for value in (-0.0015, 1.0015):
+        with pytest.raises(ValueError, match=r"shares: .*rule: \[0, 1\]; fix: clamp them"):
+            mtlat.check_values("shares", torch.tensor([0.5, value]), 0, 1, "clamp them")
 
 
 def test_normalize():

@@ -72,7 +72,7 @@ def numpy_losses(method, weight, bias, pairs, draws, classes):
     x12, y12 = lam1 * x1 + (1 - lam1) * x2, lam1 * y1 + (1 - lam1) * y2
     x34, y34 = lam2 * x3 + (1 - lam2) * x4, lam2 * y3 + (1 - lam2) * y4
     x_iat = np.clip(x3 + step(x3, y3), 0, 1)
-    swap = [1, 0, 3, 2, 3]
+    swap = [1, 0, 3, 2, 5, 4, 5] if len(x1) == 7 else [1, 0, 1]
     smooth = np.where(y2 == 1, 1 - epsilon, epsilon / classes)
     return {
         "standard": [loss(x1, y1)],
@@ -95,21 +95,25 @@ def numpy_losses(method, weight, bias, pairs, draws, classes):
     }[method]  # fmt: skip
 
 
+@pytest.mark.parametrize("count", [3, 7])
 @pytest.mark.parametrize("method", METHODS)
-def test_method_is_the_numpy_one(method):
+def test_method_is_the_numpy_one(method, count):
     generator = np.random.default_rng(0)
     linear = nn.Linear(6, 4, dtype=torch.float64)
     pairs = [
-        (generator.uniform(size=(5, 6)), np.eye(4)[generator.integers(4, size=5)]) for _ in range(4)
+        (generator.uniform(size=(count, 6)), np.eye(4)[generator.integers(4, size=count)])
+        for _ in range(4)
     ]
-    lam1, lam2, epsilon = torch.tensor(generator.uniform(size=(3, 5)))
-    draws = Draws(lam1, lam2, epsilon, torch.tensor([0, 1, 2, 3, 1]))
+    lam1, lam2, epsilon = torch.tensor(generator.uniform(size=(3, count)))
+    draws = Draws(lam1, lam2, epsilon, torch.arange(count) % 4)
     entry = METHODS[method]
     tensors = [(torch.tensor(x), torch.tensor(y)) for x, y in pairs[: entry.couples]]
     losses = [loss.item() for loss in entry.losses(linear, tensors, draws, 1)]
     weights = [p.detach().numpy() for p in linear.parameters()]
     assert len(losses) == entry.terms
     assert_close(losses, numpy_losses(method, *weights, pairs, draws, 4), rtol=0, atol=1e-10)
+    with pytest.raises((IndexError, ValueError)):  # it draws no minibatch that it does not use
+        list(entry.losses(linear, tensors[:-1], draws, 1))
 
 
 def test_losses_one_after_the_other_have_the_gradient_of_algorithm1():
