@@ -188,7 +188,7 @@ def test_all_steps_together_are_two_and_a_half_epsilon():
         return torch.stack([x.sum(1), -x.sum(1)], 1)
 
     mtlat.targeted_fgsm(model, x, torch.tensor([0]), 0.1, steps=5)
-    assert_close(iterates, [0, 0.05, 0.1, 0.1, 0.1])
+    assert_close(iterates, [0.0, 0.05, 0.1, 0.1, 0.1])
 
 
 def test_zero_gradient_leaves_the_pixel():
