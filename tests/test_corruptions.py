@@ -197,6 +197,7 @@ UNIT = GOOD.float() / 255
         ((GOOD[..., :15], "fog", 1), {}, ValueError, r"16 px.*\(32, 15\)"),
         ((GOOD.int(), "fog", 1), {}, TypeError, "torch.int32"),
         ((GOOD.float(), "fog", 1), {}, ValueError, r"\[0, 1\]"),
+        ((1.5 * UNIT, "fog", 1), {}, ValueError, r"\[0, 1\]"),
         ((UNIT - 0.5, "fog", 1), {}, ValueError, r"\[0, 1\]"),
         ((UNIT.masked_fill(UNIT > 0.9, torch.nan), "fog", 1), {}, ValueError, "nan"),
         ((UNIT.masked_fill(UNIT > 0.9, torch.inf), "fog", 1), {}, ValueError, "inf"),

@@ -126,8 +126,8 @@ def test_a_model_that_is_never_right_has_no_robustness() -> None:
     assert json.loads(json.dumps(report.plain(made), allow_nan=False))["rows"][1]["means"]
 
 
-@pytest.mark.parametrize("n", [1, 7, 100, 50_000])
-@pytest.mark.parametrize("share", [0, 0.05, 0.5, 1])
+@pytest.mark.parametrize("n", [1, 7, 100, 1000, 50_000])
+@pytest.mark.parametrize("share", [0, 0.001, 0.05, 0.5, 1])
 def test_intervals_are_wilsons(n: int, share: float) -> None:
     correct = round(share * n)
     low, high = report.wilson(correct, n)
@@ -159,6 +159,8 @@ def test_notes_on_a_subset_and_on_mixed_versions() -> None:
     part = [x | {"total": 5000, "limit": 100, "seed": 4} for x in CELLS]
     assert "n = 100 of 5000 test images" in report.text(make(part))
     assert "100 images, as many of each class, drawn with seed 4" in report.text(make(part))
+    last = report.latex(make(part)).split(r"\begin{table}")[-1]
+    assert report.latex(make(part)).count("drawn with seed 4") == last.count("with seed 4") == 1
     assert "versions" not in report.text(make())
     assert "several devices or versions" in report.text(make([*part, CELLS[0] | {"device": "x"}]))
 
@@ -186,6 +188,9 @@ def test_all_formats_hold_the_same_numbers() -> None:
     assert by_key["beta", "translation", ""]["sign"] == "+"
     assert by_key["alpha", "fog", "5"]["accuracy"] == "0.200000"
     assert by_key["alpha", "fog", "5"]["R"] == "0.250000"
+    interval = binomtest(20, 100).proportion_ci(method="wilson")
+    assert float(by_key["alpha", "fog", "5"]["low"]) == pytest.approx(interval.low, abs=1e-6)
+    assert float(by_key["alpha", "fog", "5"]["high"]) == pytest.approx(interval.high, abs=1e-6)
     grids = [row for title in report.TABLES for row in report.grid(made, title)]
     markdown = [
         [cell.strip() for cell in text.strip("|").split("|")]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_attacks import Linear, images
+from test_attacks import Linear, images, network
 from torch import Tensor
 
-from attacks import ATTACKS, Attack, broken_gradients
-from sanity import CHECKS, EPSILONS, doubts
+from attacks import ATTACKS, Attack, broken_gradients, pgd, sign_noise
+from sanity import CHECKS, doubts, pgd_longer
 
 # Of a model whose accuracies give no reason to doubt them.
 CALM = {
@@ -81,6 +81,46 @@ def test_a_masked_gradient_is_doubted_and_a_plain_one_not() -> None:
         assert broken_gradients(model, x, y).all() == masked
 
 
-def test_the_checks_contain_the_attack_that_they_check() -> None:
-    assert CHECKS["pgd_0.04"].function is ATTACKS["pgd_0.04"].function
-    assert 0.04 in EPSILONS and list(EPSILONS) == sorted(EPSILONS)
+def test_the_checks_are_the_guides() -> None:
+    balls = {f"pgd_{e}": (pgd, {"epsilon": e}, True) for e in (0.01, 0.02, 0.04, 0.08, 0.16, 0.5)}
+    assert {name: (c.function, c.keywords, c.random) for name, c in CHECKS.items()} == {
+        "pgd_0": (pgd, {"epsilon": 0.0, "steps": 1}, True),
+        "sign_noise_0.04": (sign_noise, {"epsilon": 0.04}, True),
+        "fgsm_0.04": (pgd, {"epsilon": 0.04, "steps": 1, "random_start": False}, False),
+        **balls,
+        "pgd_0.04_50_steps": (pgd_longer, {"epsilon": 0.04, "steps": 50}, True),
+        "pgd_0.04_5_restarts": (pgd, {"epsilon": 0.04, "restarts": 5}, True),
+    }
+    assert ATTACKS["pgd_0.04"].function is pgd
+
+
+def test_the_longer_attack_goes_on_with_what_the_shorter_leaves_right() -> None:
+    model, x = network(), images(0, batch=40)
+    y = model(x).argmax(1)
+    for epsilon, start in ((0.03, None), (0.03, 2 * images(1, batch=40) - 1)):
+        same = {"epsilon": epsilon, "start": torch.zeros_like(x) if start is None else start}
+        short, long = (pgd(model, x, y, steps=steps, **same) for steps in (3, 15))
+        left = model(short).argmax(1) == y
+        assert 0 < left.sum() < 40
+        found = pgd_longer(model, x, y, steps=15, **same)
+        assert torch.equal(found, torch.where(left[:, None, None, None], long, short))
+    torch.manual_seed(0)
+    assert pgd_longer(model, x, y, epsilon=0.03, steps=15).shape == x.shape
+
+
+SLACK = {
+    0.0: [("pgd_0", "clean"), ("clean", "pgd_0"), ("pgd_0.04", "sign_noise_0.04"),
+          ("pgd_0.04", "fgsm_0.04"), ("pgd_0.04", "mi_fgsm_0.04")],
+    0.02: [("pgd_0.04", "pgd_0.04_50_steps"), ("pgd_0.04", "pgd_0.04_5_restarts"),
+           ("pgd_0.02", "pgd_0.01"), ("pgd_0.08", "pgd_0.04"), ("pgd_0.5", "nothing")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slack", SLACK)
+def test_a_rule_speaks_just_above_its_slack(slack: float) -> None:
+    for above, below in SLACK[slack]:
+        base = {} if below == "nothing" else {below: 0.25}
+        least = base.get(below, 0.0) + slack
+        alone = {"pgd_0", "clean"} == {above, below}  # which may not differ in either direction
+        assert doubts({**base, above: least - 0.0005}) == [] or alone
+        assert len(doubts({**base, above: least + 0.0005})) == 1
