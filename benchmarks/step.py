@@ -27,6 +27,7 @@ from torch.nn.functional import one_hot
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common import keep_freed_memory
 from methods import METHODS, Method
 from mtlat import Draws, Model, Pair, cross_entropy, draw, mixup, tlat
 
@@ -133,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    keep_freed_memory()  # as train.py does
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     model = torchvision.models.get_model(args.arch, num_classes=args.classes).to(args.device)
