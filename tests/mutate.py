@@ -27,6 +27,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CORRUPTION_TESTS = ["test_corruptions.py", "test_corruptions_statistics.py"]
+PIXEL_TESTS = ["test_parameters.py", "test_oracle_noise_digital.py", *CORRUPTION_TESTS]
+SCENE_TESTS = ["test_parameters.py", "test_blur_weather.py", "test_oracle_blur_weather.py"]
 TESTS = {  # of each file, the quickest to find a fault first
     "mtlat.py": ["test_mtlat.py", "test_mtlat_model.py"],
     "methods.py": ["test_train.py"],
@@ -35,12 +37,12 @@ TESTS = {  # of each file, the quickest to find a fault first
     "report.py": ["test_report.py", "test_evaluate_cli.py"],
     "corruptions/__init__.py": CORRUPTION_TESTS,
     "corruptions/rng.py": ["test_rng.py", *CORRUPTION_TESTS],
-    "corruptions/noise.py": ["test_oracle_noise_digital.py", *CORRUPTION_TESTS],
-    "corruptions/digital.py": ["test_oracle_noise_digital.py", *CORRUPTION_TESTS],
-    "corruptions/jpeg.py": ["test_oracle_noise_digital.py", *CORRUPTION_TESTS],
-    "corruptions/blur.py": ["test_blur_weather.py", "test_oracle_blur_weather.py"],
-    "corruptions/weather.py": ["test_blur_weather.py", "test_oracle_blur_weather.py"],
-    "corruptions/frost.py": ["test_blur_weather.py", "test_oracle_blur_weather.py"],
+    "corruptions/noise.py": PIXEL_TESTS,
+    "corruptions/digital.py": PIXEL_TESTS,
+    "corruptions/jpeg.py": PIXEL_TESTS,
+    "corruptions/blur.py": SCENE_TESTS,
+    "corruptions/weather.py": SCENE_TESTS,
+    "corruptions/frost.py": SCENE_TESTS,
     "corruptions/geometric.py": ["test_geometric.py", *CORRUPTION_TESTS],
     "corruptions/calibration.py": ["test_corruptions.py", "test_corruptions_cli.py"],
 }
