@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import corruptions
-from corruptions import CORRUPTIONS, MIN_SIDE, corrupt
+from corruptions import CORRUPTIONS, MIN_SIDE, corrupt, digital
 
 NAMES = list(CORRUPTIONS)
 IMAGENET_C = """gaussian_noise shot_noise impulse_noise defocus_blur glass_blur motion_blur
@@ -172,6 +172,13 @@ def test_devices_agree(name: str) -> None:
         here, there = (corrupt(part, name, severity) for part in (images, images.cuda()))
         change = (here.int() - there.cpu().int()).abs()
         assert there.is_cuda and change.max() <= 1 and (change > 0).float().mean() < 2e-3
+
+
+def test_contrast_of_a_rectangle_is_about_its_mean() -> None:
+    images = torch.randint(256, (2, 3, 20, 33), dtype=torch.uint8).double()
+    mean = images.mean((2, 3), keepdim=True)
+    raw = digital.contrast(images.to(torch.uint8), 3)
+    torch.testing.assert_close(raw.double(), mean + 0.2 * (images - mean), rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------ refusals
