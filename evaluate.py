@@ -119,21 +119,26 @@ def inspect(subject: Subject, x: Tensor, y: Tensor, classes: int) -> list[str]:
     return warnings
 
 
+def load_images(args: argparse.Namespace, first: dict[str, Any]) -> data.Data:
+    """Load the images that the command line names, or else the first checkpoint was trained on."""
+    trained = first.get("settings", {})
+    if not (args.data or trained.get("data")):
+        raise UserError("--data is missing: only a checkpoint of train.py knows its images")
+    with parallel.one_first():
+        return data.load(
+            args.data or trained["data"], size=args.size or first.get("size"),
+            num_classes=trained.get("classes"), seed=trained.get("data_seed", args.seed),
+            cache_dir=args.cache_dir, skip_bad_images=trained.get("skip_bad_images", False),
+        )  # fmt: skip
+
+
 def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
     """Load the images and the models, and check them; also give what to be warned of."""
     # No TF32: the scores shall be as exact as the attacks.
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     checkpoints = {s: load_checkpoint(s) for s in named(args) if is_file(s)}
     first: dict[str, Any] = next(iter(checkpoints.values()), {})
-    trained = first.get("settings", {})
-    if not (args.data or trained.get("data")):
-        raise UserError("--data is missing: only a checkpoint of train.py knows its images")
-    with parallel.one_first():
-        sets = data.load(
-            args.data or trained["data"], size=args.size or first.get("size"),
-            num_classes=trained.get("classes"), seed=trained.get("data_seed", args.seed),
-            cache_dir=args.cache_dir, skip_bad_images=trained.get("skip_bad_images", False),
-        )  # fmt: skip
+    sets = load_images(args, first)
     side, count = sets.test.images.shape[-1], len(sets.test.labels)
     if side < MIN_SIDE:
         raise UserError(f"--size {side}: the corruptions need images of {MIN_SIDE} px or more")
