@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from corruptions import blur, weather
+from corruptions import blur, corrupt, weather
 from corruptions.frost import FROST_DIR, PICTURES, frost_source, frost_textures
 from corruptions.rng import Stream
 
@@ -373,3 +373,21 @@ def test_benchmark_prints_its_table(
     assert list(table) == ["fog", "zoom_blur", "sum", "mean of 10"]
     assert table["sum"] == pytest.approx(table["fog"] + table["zoom_blur"], abs=0.011)
     assert table["mean of 10"] == pytest.approx(table["sum"] / 2, abs=0.011)
+
+
+def test_every_texture_of_frost_is_cropped_everywhere() -> None:
+    stream = Stream(0, "frost", 3, torch.arange(2000))
+    which, top, left = weather.draw_frost(stream, 3, (224, 224), 224)
+    for texture in range(5):
+        chosen = which == texture
+        assert 330 < chosen.sum() < 470
+        for place in (top[chosen], left[chosen]):
+            spread = (place - place.min()) / (place.max() - place.min())
+            assert 0.45 < spread.double().mean() < 0.55
+
+
+@pytest.mark.parametrize("side", [32, 33, 64, 65])
+def test_the_plasma_covers_the_image(side: int) -> None:
+    images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    fogged = corrupt(images + 128, "fog", 5)
+    assert fogged.shape == images.shape and fogged[0, 0, :, -1].float().std() > 1
