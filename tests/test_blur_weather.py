@@ -378,12 +378,13 @@ def test_benchmark_prints_its_table(
 def test_every_texture_of_frost_is_cropped_everywhere() -> None:
     stream = Stream(0, "frost", 3, torch.arange(2000))
     which, top, left = weather.draw_frost(stream, 3, (224, 224), 224)
+    textures = frost_textures(None, (224, 224), 224, torch.device("cpu"))
     for texture in range(5):
         chosen = which == texture
         assert 330 < chosen.sum() < 470
-        for place in (top[chosen], left[chosen]):
-            spread = (place - place.min()) / (place.max() - place.min())
-            assert 0.45 < spread.double().mean() < 0.55
+        for place, sides in ((top, textures.heights), (left, textures.widths)):
+            share = place[chosen] / (sides[texture] - 224)
+            assert 0.45 < share.mean() < 0.55 and share.min() < 0.03 and share.max() > 0.97
 
 
 @pytest.mark.parametrize("side", [32, 33, 64, 65])
