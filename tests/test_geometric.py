@@ -43,6 +43,12 @@ def test_occlusion_covers_exactly_its_square() -> None:
     assert torch.equal(geometric.occlusion(image, None, *fields)[0], expected)
 
 
+def test_color_distortion_leaves_black_black_in_the_other_channels() -> None:
+    black = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    raw = geometric.color_distortion(black, None, torch.tensor([1]), torch.tensor([0.2]))
+    assert raw.amax((0, 2, 3)).tolist() == pytest.approx([0, 51, 0])
+
+
 def test_color_distortion_adds_to_one_channel() -> None:
     image = picture()
     raw = geometric.color_distortion(image, None, torch.tensor([2]), torch.tensor([0.2]))
