@@ -94,9 +94,11 @@ def _fold_pooling(module: nn.Module, x: Tensor) -> nn.Module:
     kinds = nn.AdaptiveAvgPool2d, nn.Linear
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, kinds)}
     hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
-    module(x)
-    for hook in hooks:
-        hook.remove()
+    try:
+        module(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
     for (name, shape), (following, _) in pairwise(called):
         pool, linear = layers[name], layers[following]
         if isinstance(pool, nn.AdaptiveAvgPool2d) and isinstance(linear, nn.Linear):
