@@ -1,5 +1,6 @@
 """The paper's four corruptions: slow references, the ranges of their draws, the calibration."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import corruptions
 from corruptions import CORRUPTIONS, Stream, calibrate, corrupt, geometric
 
 SIZE = (30, 41)
@@ -215,3 +217,47 @@ def test_calibration_refuses_what_it_cannot_find() -> None:
         calibrate(immune, images, labels[:3], "rotation")
     with pytest.raises(ValueError, match=r"losses.*\(0.3, 0.05\)"):
         calibrate(immune, images, labels, "rotation", losses=(0.3, 0.05))
+
+
+@pytest.mark.parametrize(
+    ("name", "largest", "finest"),
+    [("occlusion", 224, 1.0), ("color_distortion", 1, 0.005), ("translation", 224, 1.0),
+     ("rotation", 90, 1.0)],
+)  # fmt: skip
+def test_the_ends_are_where_the_losses_are(
+    monkeypatch: pytest.MonkeyPatch, name: str, largest: float, finest: float
+) -> None:
+    """Image i is lost from its own amount on, so that the accuracy at any amount is known."""
+    count = 100
+    lost_from = largest * (torch.arange(count).double() + 0.4) / count
+    lost_from[0] = 1e-4 * largest
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 16, 16)
+    amounts: list[float] = []
+
+    def made(x: Tensor, kind: str, severity: int, **options: object) -> Tensor:
+        low, high = options["bounds"]
+        assert (kind, options["seed"], low) == (name, 0, high) and 0 <= low <= largest
+        assert options["index"].tolist() == x[:, 0, 0, 0].tolist()
+        amounts.append(low)
+        return x
+
+    def model(x: Tensor) -> Tensor:
+        number = (255 * x[:, 0, 0, 0]).double()
+        assert torch.allclose(number, number.round(), atol=1e-4)
+        lost = lost_from[number.round().long()] <= amounts[-1]
+        return torch.stack([~lost, lost], 1).float()
+
+    monkeypatch.setattr(corruptions, "corrupt", made)
+    labels = torch.zeros(count, dtype=torch.int64)
+    steps = math.ceil(math.log2(largest / finest))
+    for losses in ({}, {"losses": (0.05, 0.05)}, {"losses": (0.25, 0.75)}):
+        ends = calibrate(model, images, labels, name, **losses)
+        for end, loss in zip(ends, losses.get("losses", (0.05, 0.30)), strict=True):
+            least = lost_from[round(count * loss) - 1].item()  # where as many are lost
+            assert least <= end <= least + finest
+            assert end * 2**steps / largest == pytest.approx(round(end * 2**steps / largest))
+    lost_from[25:] = math.inf  # a quarter is all that it costs
+    assert calibrate(model, images, labels, name, losses=(0.05, 0.25))[1] >= lost_from[24]
+    with pytest.raises(ValueError, match="losses must satisfy 0 < low"):
+        calibrate(model, images, labels, name, losses=(0.0, 0.25))
+    assert calibrate(model, images[:1], labels[:1], name, losses=(0.5, 1.0))[0] <= finest
