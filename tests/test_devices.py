@@ -55,7 +55,7 @@ def test_the_stand_in_refuses_what_it_must():
         x.double()
 
 
-@pytest.mark.parametrize("flags", ["", "--channels-last", "--opt sgd", "--attack-steps 2"])
+@pytest.mark.parametrize("flags", ["", "--channels-last --opt sgd --attack-steps 2"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_asks_for_no_value(method, flags):
     argv = ["--arch", "tiny:convnet", "--device", "cpu", "-b", "8", "--method", method]

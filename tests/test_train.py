@@ -405,6 +405,7 @@ def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(go, tmp_path, monkeyp
     assert not list((tmp_path / "out").glob(".*.unfinished"))
 
 
+@pytest.mark.slow
 def test_the_plain_command_as_a_process(tmp_path):
     """The README's command, shortened: small images, one epoch, a small network."""
     command = [sys.executable, str(ROOT / "train.py"), "--arch", "resnet18", "--size", "16"]
