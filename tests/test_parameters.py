@@ -80,3 +80,33 @@ def test_parameters_are_the_published_ones(module, name, side, text):
 
 def test_frost_is_shrunk_as_published():
     assert frost._SHRINK == {224: 1.0, 64: 0.3, 32: 0.2}
+
+
+# Of R, G and B of ImageNet-C's photographs 1, 2, 2, 4 and 5: percentiles 1 5 25 50 75 95 99.
+PHOTOGRAPHS = {
+    1: "31 40 57 74 95 127 150  116 123 137 148 160 178 190  134 141 155 166 176 191 202",
+    2: "138 162 189 204 216 230 241  140 165 193 209 221 235 245  146 172 202 218 231 244 250",
+    4: "69 91 120 138 155 183 218  84 105 135 153 170 199 234  92 115 147 165 183 214 249",
+    5: "34 48 79 107 140 195 233  45 60 91 119 151 203 238  57 72 104 131 161 211 243",
+}
+# What was drawn when the benchmark was first measured: means of G over 4 x 4 parts of a texture.
+# A change of the drawing changes everybody's frost, and must be meant.
+DRAWN = [
+    "126 130 140 142 138 143 155 142 159 165 172 156 150 153 155 159",
+    "204 179 210 221 204 191 209 217 196 200 220 214 206 190 211 215",
+    "187 208 201 191 195 205 216 217 204 196 218 222 194 214 209 210",
+    "140 133 134 154 157 154 142 157 170 168 157 173 154 149 143 157",
+    "151 108 131 166 124 92 118 151 111 104 93 139 134 102 107 143",
+]
+
+
+@pytest.mark.parametrize(("number", "photograph"), enumerate((1, 2, 2, 4, 5)))
+def test_drawn_frost_has_the_photographs_levels_and_stays_as_it_is(number, photograph):
+    texture = frost._pictures("procedural")[number].double()
+    shares = torch.tensor([1, 5, 25, 50, 75, 95, 99]).double() / 100
+    levels = texture.flatten(1).quantile(shares, dim=1).T.flatten()
+    published = torch.tensor([float(word) for word in PHOTOGRAPHS[photograph].split()]).double()
+    torch.testing.assert_close(levels, published, rtol=0, atol=0.5)
+    means = texture[1].unflatten(0, (4, -1)).unflatten(2, (4, -1)).mean((1, 3)).flatten()
+    drawn = torch.tensor([float(word) for word in DRAWN[number].split()]).double()
+    torch.testing.assert_close(means, drawn, rtol=0, atol=0.6)
