@@ -100,7 +100,7 @@ DRAWN = [
 ]
 
 
-@pytest.mark.parametrize(("number", "photograph"), enumerate((1, 2, 2, 4, 5)))
+@pytest.mark.parametrize(("number", "photograph"), list(enumerate((1, 2, 2, 4, 5))))
 def test_drawn_frost_has_the_photographs_levels_and_stays_as_it_is(number, photograph):
     texture = frost._pictures("procedural")[number].double()
     shares = torch.tensor([1, 5, 25, 50, 75, 95, 99]).double() / 100
