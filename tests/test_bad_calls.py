@@ -124,7 +124,7 @@ FUNCTION_CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (partial(fog, U8[:, :1]), ValueError, "shape"),
     (partial(fog, U8[..., :9]), ValueError, "16 px"),
     (partial(fog, U8.int()), TypeError, "int32"),
-    (partial(fog, 1.5 * X), ValueError, "divide by 255"),
+    (partial(fog, 2 * X), ValueError, "divide by 255"),
     (partial(fog, broken(X, NAN)), ValueError, "nan"), (partial(fog, severity=0), ValueError, "0"),
     (partial(fog, severity=6), ValueError, "6"), (partial(fog, severity=1.5), TypeError, "1.5"),
     (partial(fog, severity=None), TypeError, "None"),

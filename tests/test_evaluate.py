@@ -346,6 +346,11 @@ def test_simplifying_leaves_the_logits_and_spares_layers() -> None:
         assert any(isinstance(m, nn.AdaptiveAvgPool2d) for m in model.modules())  # as it was
 
 
+def test_a_model_that_cannot_be_simplified_stays_itself() -> None:
+    model = Branching(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)).eval()
+    assert cells.simplify(cells.Subject("", model, ""), torch.rand(5, 3, 8, 8)).module is model
+
+
 class Crossing(nn.Sequential):
     """Its Linear is not all that asks for the pooled pixels."""
 
