@@ -1,6 +1,6 @@
 """Break the project's mathematics in one place at a time, and see whether a test fails.
 
-    python tests/mutate.py                                # 40 mutants of each file, about an hour
+    python tests/mutate.py                                # 40 mutants of each file: hours
     python tests/mutate.py mtlat.py --sample 0            # every mutant of one file
     python tests/mutate.py attacks.py --only 17 130       # these two again
 
