@@ -166,8 +166,8 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
     run.models = [simplify(model, few[0]) for model in run.models]
     if run.surrogate:
         run.surrogate = simplify(run.surrogate, few[0])
-        # Pixel by pixel a VGG is faster, where ResNets are slower (in float32, on a CPU).
-        run.surrogate.module.to(memory_format=torch.channels_last)
+        if args.device == "cpu":  # on which a VGG is faster so, ResNets slower; float32 on CUDA too
+            run.surrogate.module.to(memory_format=torch.channels_last)
     for spec, checkpoint in checkpoints.items():
         if checkpoint["fingerprint"] != sets.fingerprint or checkpoint["size"] != side:
             warnings.append(
