@@ -28,7 +28,7 @@ What the paper leaves open, what is done here, how to do otherwise
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from mtlat import Model, Pair, attack_loss, check_images, check_values, frozen
 
 __all__ = ["ATTACKS", "Attack", "CW2Result", "broken_gradients", "cw2", "cw2_result"]
-__all__ += ["mi_fgsm", "pgd", "pgd_ll", "sign_noise"]
+__all__ += ["full_precision", "mi_fgsm", "pgd", "pgd_ll", "sign_noise"]
 
 
 def pgd(
@@ -251,8 +251,30 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType(
 
 # Where PyTorch may round float32 to TF32 or bfloat16 in multiplications.
 _UNITS: tuple[Any, ...] = attrgetter(
-    "cuda.matmul", "cudnn.conv", "mkldnn.matmul", "mkldnn.conv"
+    "cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"
 )(torch.backends)  # fmt: skip
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply float32 as float32: no TF32, no bfloat16.
+
+    PyTorch keeps this twice, and raises where a model reads an old setting that differs from the
+    new: both are set. Where they differ already, the old one cannot be read, and stays.
+    """
+    cudnn: Any = torch.backends.cudnn
+    with ExitStack() as after:  # which restores the old ones first: they change the new
+        for unit in _UNITS:
+            after.callback(setattr, unit, "fp32_precision", unit.fp32_precision)
+        with suppress(RuntimeError):
+            after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        with suppress(RuntimeError):
+            after.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+            cudnn.allow_tf32 = False
+        for unit in _UNITS:
+            unit.fp32_precision = "ieee"
+        yield
 
 
 @contextmanager
@@ -264,22 +286,20 @@ def _attacking(model: Model, x: Tensor, y: Tensor) -> Iterator[Pair]:
         raise ValueError(f"images have shape {tuple(x.shape)}; attack at least one")
     check_images(x)
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    # The flags, not model.eval(): what a model makes of that call could not be taken back.
-    state: list[tuple[Any, str, Any]] = [(m, "training", False) for m in modules]
-    state += [(unit, "fp32_precision", "ieee") for unit in _UNITS]
-    before = [getattr(owner, name) for owner, name, _ in state]
+    before = [module.training for module in modules]
     try:
-        for owner, name, value in state:
-            setattr(owner, name, value)
+        for module in modules:  # not model.eval(): what it makes of that could not be taken back
+            module.training = False
         with (
             frozen(model),
+            full_precision(),
             torch.inference_mode(False),  # which switches gradients on, under no_grad as well
             torch.autocast(x.device.type, enabled=False),
         ):
             yield x.detach().clone(), _check_labels("labels", y, x)
     finally:
-        for (owner, name, _), value in zip(state, before, strict=True):
-            setattr(owner, name, value)
+        for module, mode in zip(modules, before, strict=True):
+            module.training = mode
 
 
 def _climb(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import data
 import train
-from attacks import pgd
+from attacks import full_precision, pgd
 from cells import GRADIENT, GROUPS, SAMPLE, Subject, simplify
 from common import build_model, count_correct
 from corruptions import CORRUPTIONS, corrupt
@@ -118,7 +118,7 @@ class Meter:
 
     def _measure_forward(self, arch: str) -> float:
         model, x = self._model(arch), self._batch()
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             return seconds_of(lambda: model(x).sum().item()) / len(x)
 
     def _gradient(self, arch: str) -> float:

@@ -26,7 +26,7 @@ import data
 import figures
 import parallel
 import report
-from attacks import broken_gradients
+from attacks import broken_gradients, full_precision
 from cells import (
     GROUPS,
     Run,
@@ -134,8 +134,6 @@ def load_images(args: argparse.Namespace, first: dict[str, Any]) -> data.Data:
 
 def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
     """Load the images and the models, and check them; also give what to be warned of."""
-    # No TF32: the scores shall be as exact as the attacks.
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     checkpoints = {s: load_checkpoint(s) for s in named(args) if is_file(s)}
     first: dict[str, Any] = next(iter(checkpoints.values()), {})
     sets = load_images(args, first)
@@ -195,11 +193,12 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure every cell that is not finished yet, then report on all that are."""
-    run, warnings = prepare(args)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    with locked(Path(args.output_dir)) if parallel.rank() == 0 else nullcontext():
-        measure_all(run, warnings)
+    with full_precision():  # the scores shall be as exact as the attacks
+        run, warnings = prepare(args)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        with locked(Path(args.output_dir)) if parallel.rank() == 0 else nullcontext():
+            measure_all(run, warnings)
 
 
 def measure_all(run: Run, warnings: list[str]) -> None:

@@ -1,6 +1,8 @@
 """What every attack promises whatever the model: bounds, no side effects, seeds, errors."""
 
 from collections.abc import Callable
+from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -70,6 +72,20 @@ def test_a_batch_is_its_images_one_by_one(seed: int) -> None:
 
 # Side effects
 
+BACKENDS: Any = torch.backends
+UNITS = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+FULL = {"matmul": "highest", "cudnn": False} | dict.fromkeys(UNITS, "ieee")
+
+
+def precisions() -> dict[str, Any]:
+    """PyTorch's settings, the two old ones first; where it refuses to read one, None."""
+    found: dict[str, Any] = {"matmul": None, "cudnn": None}
+    with suppress(RuntimeError):
+        found["matmul"] = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        found["cudnn"] = BACKENDS.cudnn.allow_tf32
+    return found | {name: attrgetter(name)(BACKENDS).fp32_precision for name in UNITS}
+
 
 class Witness(nn.Module):
     """Keeps what each forward pass was called under."""
@@ -84,8 +100,7 @@ class Witness(nn.Module):
             any(module.training for module in self.modules()),
             torch.is_autocast_enabled("cpu"),
             torch.is_inference_mode_enabled(),
-            torch.backends.mkldnn.matmul.fp32_precision != "ieee",  # type: ignore[attr-defined]
-            torch.backends.cudnn.conv.fp32_precision != "ieee",  # type: ignore[attr-defined]
+            precisions() != FULL,
             any(parameter.requires_grad for parameter in self.parameters()),
         ))  # fmt: skip
         if self.error is not None:
@@ -101,9 +116,7 @@ def snapshot(model: nn.Module) -> list[Any]:
         [parameter.requires_grad for parameter in model.parameters()],
         [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
         [tensor.tolist() for tensor in model.state_dict().values()],
-        torch.get_float32_matmul_precision(),
-        torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
-        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        precisions(),
     ]
 
 
@@ -135,6 +148,36 @@ def test_modes_come_back_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="no"):
         pgd(model, images(0), labels(0))
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(("owner", "name", "value", "unreadable"), [
+    (BACKENDS.cuda.matmul, "allow_tf32", True, {}),
+    (BACKENDS.cudnn, "allow_tf32", False, {}),
+    (BACKENDS, "fp32_precision", "tf32", {}),
+    (BACKENDS.cudnn.rnn, "fp32_precision", "ieee", {"cudnn": None}),
+    (BACKENDS.cuda.matmul, "fp32_precision", "tf32", {}),
+])  # fmt: skip
+def test_precision_is_full_and_comes_back(
+    owner: Any, name: str, value: object, unreadable: dict[str, None]
+) -> None:
+    """In the old settings too: a model that reads one raises where the two kinds differ."""
+    seen, old, untouched = [], getattr(owner, name), precisions()
+
+    def model(x: Tensor) -> Tensor:
+        seen.append(precisions())
+        return x.flatten(1)[:, :4]
+
+    try:
+        setattr(owner, name, value)
+        before = precisions()
+        pgd(model, images(0), labels(0), steps=1)
+        assert precisions() == before != untouched
+        assert seen == [FULL | unreadable]
+    finally:
+        setattr(owner, name, old)
+        for unit in UNITS:  # some of which the old settings have changed too
+            attrgetter(unit)(BACKENDS).fp32_precision = untouched[unit]
+        assert precisions() == untouched
 
 
 @every_attack
