@@ -47,6 +47,11 @@ class Soft(Net):
     def forward(self, x): return super().forward(x).softmax(1)
 class Flat(Net):
     def forward(self, x): return super().forward(x.detach().round()) + 0 * x.sum()
+class Exact(Net):
+    def forward(self, x):
+        if x.sum() < 0 or torch.backends.cudnn.allow_tf32:  # a sum is nothing that fx can follow
+            raise AssertionError("TF32")
+        return super().forward(x)
 class Two(Net):
     def forward(self, x): return super().forward(x)[:, :2]
 class Pair(Net):

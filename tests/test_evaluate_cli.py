@@ -172,6 +172,13 @@ def test_own_models_and_their_normalisation(bench: Bench) -> None:
     assert accuracy[0] == accuracy[1] == accuracy[3] != accuracy[2]
 
 
+def test_scores_are_made_in_full_precision(bench: Bench) -> None:
+    assert torch.backends.cudnn.allow_tf32
+    data_of = ["--data", str(bench.root / "images"), "--size", "16", "--only", "brightness"]
+    assert len(bench.run(*data_of, models="tinynets:Exact")) == 6
+    assert torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
