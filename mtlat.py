@@ -73,6 +73,8 @@ def targeted_fgsm(
     check_images(x)
     if steps < 1:
         raise ValueError(f"steps is {steps}; the attack takes at least 1")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # the wrapper would wait for gradients of weights
     epsilon = _per_image("epsilon", epsilon, x)
     step = epsilon * min(1.0, 2.5 / steps) * (-1 if away else 1)
     x_adv = x = x.detach()

@@ -1,23 +1,22 @@
 """Several processes do what one does: training, evaluation, and what happens when one dies."""
 
+import copy
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import SERVER, Job, environment, open_store
 from tiny import image_folder, normed, states_equal
 from torch import nn
 from torch.testing import assert_close
@@ -27,72 +26,9 @@ import evaluate
 import parallel
 import train
 from methods import METHODS
-from mtlat import frozen
+from mtlat import frozen, mtlat_loss
 
 ROOT = Path(train.__file__).parent
-
-# ---------------------------------------------------------------- processes
-
-
-# A server that has imported everything forks a process in no time.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "evaluate"])
-
-
-def open_store() -> dist.TCPStore:
-    """What torchrun keeps for its processes."""
-    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-
-
-def environment(rank: int, world: int, port: int) -> None:
-    """What torchrun tells a process, and the folder and the threads of these tests."""
-    os.chdir(ROOT / "tests")
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "GROUP_RANK": "0",
-        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }  # fmt: skip
-
-
-def _answer(rank: int, world: int, port: int, calls: Any, answers: Any) -> None:
-    """Answer the calls (function, arguments) of the test, one after the other."""
-    environment(rank, world, port)
-    try:
-        with parallel.job():
-            for function, arguments in iter(calls.get, None):
-                answers.put((rank, function(*arguments)))
-    except BaseException:
-        answers.put((rank, traceback.format_exc()))
-
-
-class Job:
-    """Processes that are one job, and stay for several calls: to start them costs more."""
-
-    def __init__(self, world: int, store: dist.TCPStore | None = None) -> None:
-        self.store = store or open_store()
-        self.answers = SERVER.Queue()
-        self.calls = [SERVER.Queue() for _ in range(world)]
-        self.processes = [
-            SERVER.Process(
-                target=_answer, args=(r, world, self.store.port, self.calls[r], self.answers)
-            )
-            for r in range(world)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What each process answers."""
-        for calls in self.calls:
-            calls.put((function, arguments))
-        return [answer for _, answer in sorted(self.answers.get(timeout=120) for _ in self.calls)]
-
-    def end(self) -> None:
-        for process, calls in zip(self.processes, self.calls, strict=True):
-            calls.put(None)
-            process.join(20)
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +103,34 @@ def test_the_checkpoint_holds_the_mean_of_the_running_statistics(jobs, folder, t
     assert one["0.running_mean"].abs().min() > 0.01
     assert_close(two["0.running_mean"], one["0.running_mean"])
     assert not torch.equal(two["0.running_var"], one["0.running_var"])  # of a share each
+
+
+def wrapped(world: int, options: dict[str, bool]) -> list[tuple[torch.Tensor, ...]]:
+    """Weights after steps of mtlat_loss through torch's wrapper, and by adding up the gradients."""
+    outer = nn.parallel.DistributedDataParallel(normed(3), **options)
+    model = copy.deepcopy(outer.module)
+    both = (outer, outer.module), (model, model)
+    optimizers = [torch.optim.SGD(inner.parameters(), lr=0.1) for _, inner in both]
+    for step in range(3):
+        for (called, inner), optimizer in zip(both, optimizers, strict=True):
+            generator = torch.Generator().manual_seed(9 * step + parallel.rank())
+            x = torch.rand(6, 3, 12, 12, generator=generator)
+            y = torch.randint(3, (6,), generator=generator)
+            optimizer.zero_grad()
+            mtlat_loss(called, x, y, num_classes=3, generator=generator).backward()
+            if inner is model:
+                parallel.add_up([p.grad for p in model.parameters()])
+                for p in model.parameters():
+                    p.grad /= world
+            optimizer.step()
+    return [tuple(p.detach() for p in inner.parameters()) for _, inner in both]
+
+
+@pytest.mark.parametrize("option", ["", "find_unused_parameters", "static_graph"])
+def test_the_loss_works_through_distributed_data_parallel(jobs, option):
+    """With a static graph only if the attack, which uses no weight's gradient, goes past it."""
+    for by_torch, by_hand in jobs[2](wrapped, 2, {option: True} if option else {}):
+        assert_close(by_torch, by_hand)
 
 
 def test_sync_batchnorm_does_not_remember_the_attack():
