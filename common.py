@@ -220,6 +220,11 @@ def run(main: Callable[[], None], go_on: str = "start again to go on") -> NoRetu
         message = str(error)
     except (torch.OutOfMemoryError, MemoryError):
         message = "out of memory: lower --batch-size or --size, or try --amp bf16"
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        message = f"--deterministic: {operation} cannot; leave it out, or choose another --arch"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest goes nowhere
         message = f"nobody reads the output any more; what was finished is kept, {go_on}"
