@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from bench import open_bench
 from tiny import image_folder, states_equal
 from torch.testing import assert_close
 
+import common
 import train
+from attacks import ATTACKS
 from feed import Feed, ImageSet
 from methods import METHODS
 
@@ -42,3 +45,32 @@ def test_feed_from_pinned_memory_gives_what_is_on_the_device():
     for ours, theirs in zip(whole.ahead(orders), piecewise.ahead(orders), strict=True):
         assert ours[0].is_cuda and theirs[0].is_cuda
         assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("flags", ["", "--amp bf16 --channels-last --compile"])
+def test_training_goes_as_on_the_cpu(tmp_path, flags):
+    """All that is drawn comes from the CPU; a linear model has no BatchNorm that would diverge."""
+    folder, logs = image_folder(tmp_path / "set"), []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        train.main(["--arch", "tiny:linear", "--data", str(folder), "--size", "12", "-b", "6",
+                    "--epochs", "3", "--cache-dir", str(tmp_path / "cache"), "--device", device,
+                    "--output-dir", str(out), *flags.split()])  # fmt: skip
+        log = common.load_checkpoint(out / "last.pt")["log"]
+        logs.append([(row["loss1"], row["loss2"]) for row in log])
+    assert_close(logs[1], logs[0], rtol=2e-2, atol=0)
+
+
+def test_scores_are_those_of_the_cpu(tmp_path, tmp_path_factory, monkeypatch):
+    """But for the image or two that rounding moves over a boundary."""
+    for bench in open_bench(tmp_path, tmp_path_factory, monkeypatch):
+        cpu, gpu = (
+            {(line["label"], line["perturbation"], line["severity"]): line for line in lines}
+            for lines in (
+                bench.run("--device", device, *bench.surrogate, out=device)
+                for device in ("cpu", "cuda")
+            )
+        )
+        assert cpu.keys() == gpu.keys() and {name for _, name, _ in cpu} > set(ATTACKS)
+        for cell, line in cpu.items():
+            assert abs(gpu[cell]["correct"] - line["correct"]) <= 2, cell
