@@ -39,9 +39,9 @@ def _answer(rank: int, world: int, port: int, calls: Any, answers: Any) -> None:
     try:
         with parallel.job():
             for function, arguments in iter(calls.get, None):
-                answers.put((rank, function(*arguments)))
+                answers.put((rank, function(*arguments), ""))
     except BaseException:
-        answers.put((rank, traceback.format_exc()))
+        answers.put((rank, None, traceback.format_exc()))
 
 
 class Job:
@@ -49,7 +49,7 @@ class Job:
 
     def __init__(self, world: int, store: dist.TCPStore | None = None) -> None:
         self.store = store or open_store()
-        self.answers = SERVER.Queue()
+        self.answers, self.failure = SERVER.Queue(), ""
         self.calls = [SERVER.Queue() for _ in range(world)]
         self.processes = [
             SERVER.Process(
@@ -61,10 +61,15 @@ class Job:
             process.start()
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What each process answers."""
+        """What each process answers; the first failure of one ends the job."""
+        assert not self.failure, f"the job has ended:\n{self.failure}"
         for calls in self.calls:
             calls.put((function, arguments))
-        return [answer for _, answer in sorted(self.answers.get(timeout=120) for _ in self.calls)]
+        found = {}
+        for _ in self.calls:
+            rank, found[rank], self.failure = self.answers.get(timeout=120)
+            assert not self.failure, self.failure
+        return [found[rank] for rank in range(len(self.calls))]
 
     def end(self) -> None:
         for process, calls in zip(self.processes, self.calls, strict=True):

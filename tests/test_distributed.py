@@ -107,7 +107,7 @@ def test_the_checkpoint_holds_the_mean_of_the_running_statistics(jobs, folder, t
 
 def wrapped(world: int, options: dict[str, bool]) -> list[tuple[torch.Tensor, ...]]:
     """Weights after steps of mtlat_loss through torch's wrapper, and by adding up the gradients."""
-    outer = nn.parallel.DistributedDataParallel(normed(3), **options)
+    outer = nn.parallel.DistributedDataParallel(normed(3), **options, broadcast_buffers=False)
     model = copy.deepcopy(outer.module)
     both = (outer, outer.module), (model, model)
     optimizers = [torch.optim.SGD(inner.parameters(), lr=0.1) for _, inner in both]
