@@ -36,7 +36,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtlat import Model, Pair, attack_loss, check_images, check_values, frozen
+from mtlat import Model, attack_loss, check_images, check_values, frozen
 
 __all__ = ["ATTACKS", "Attack", "CW2Result", "broken_gradients", "cw2", "cw2_result"]
 __all__ += ["full_precision", "mi_fgsm", "pgd", "pgd_ll", "sign_noise"]
@@ -67,7 +67,7 @@ def pgd(
     _check_number("restarts", restarts, 1, "1 is a single run", whole=True)
     if restarts > 1 and start is None and not random_start:
         raise ValueError(f"restarts is {restarts}, random_start False: equal runs; change either")
-    with _attacking(model, x, y) as (x, y):
+    with _attacking(model, x, y) as (model, x, y):
         aim = y if target is None else _check_labels("target", target, x)
         offsets = epsilon * _starts(x, restarts, random_start, start, generator)
         step = step if target is None else -step
@@ -96,8 +96,8 @@ def pgd_ll(
     settings: those of `pgd`.
     """
     if target is None:
-        with _attacking(model, x, y) as (clean, labels), torch.no_grad():
-            target = _logits(model, clean, labels).argmin(1)
+        with _attacking(model, x, y) as (bare, clean, labels), torch.no_grad():
+            target = _logits(bare, clean, labels).argmin(1)
     return pgd(model, x, y, target=target, **settings)
 
 
@@ -117,7 +117,7 @@ def mi_fgsm(
     """
     step = _check_steps(epsilon, steps, step_size, 1.0)
     _check_number("decay", decay, 0, "the original's is 1")
-    with _attacking(model, x, y) as (x, y):
+    with _attacking(model, x, y) as (model, x, y):
         return _climb(model, x, y, torch.zeros_like(x), epsilon, steps, step, decay)
 
 
@@ -165,7 +165,7 @@ def cw2_result(
     least, most = const_range
     _check_number("const_range[0]", least, 1e-12, "it is a weight above 0 (original: 0.001)")
     _check_number("const_range[1]", most, least, "give (smallest, largest)")
-    with _attacking(model, x, y) as (x, y):
+    with _attacking(model, x, y) as (model, x, y):
         w = torch.atanh((2 * x - 1) * 0.999999).requires_grad_()  # finite at black and white
         margin = _margin(_logits(model, _pixels(w), y), y)
         (slope,) = torch.autograd.grad(margin.sum(), w)
@@ -198,7 +198,7 @@ def sign_noise(
     start: numbers as `pgd` takes them, whose signs are taken. Takes no passes.
     """
     _check_number("epsilon", epsilon, 0, "it is a share of the pixels' range (paper: 0.04)", 1)
-    with _attacking(model, x, y) as (x, y):
+    with _attacking(model, x, y) as (model, x, y):
         return (x + epsilon * _starts(x, 1, True, start, generator)[0].sign()).clamp(0, 1)
 
 
@@ -207,7 +207,7 @@ def broken_gradients(model: Model, x: Tensor, y: Tensor) -> Tensor:
 
     Such an image's score says nothing, for no attack here knows where to move it. Takes 1 F, 1 B.
     """
-    with _attacking(model, x, y) as (x, y):
+    with _attacking(model, x, y) as (model, x, y):
         gradient = _gradient(model, x, y).flatten(1)
         return (gradient == 0).all(1) | ~gradient.isfinite().all(1)
 
@@ -278,8 +278,8 @@ def full_precision() -> Iterator[None]:
 
 
 @contextmanager
-def _attacking(model: Model, x: Tensor, y: Tensor) -> Iterator[Pair]:
-    """Check x and y, hand out copies, and have the model as an attack needs it meanwhile."""
+def _attacking(model: Model, x: Tensor, y: Tensor) -> Iterator[tuple[Model, Tensor, Tensor]]:
+    """Check x and y, and give what to call, and copies; the model is as an attack needs it."""
     if x.dtype not in {torch.float32, torch.float64}:
         raise TypeError(f"images are {x.dtype}; attacks need full precision: x.float(), in [0, 1]")
     if not len(x):
@@ -291,12 +291,12 @@ def _attacking(model: Model, x: Tensor, y: Tensor) -> Iterator[Pair]:
         for module in modules:  # not model.eval(): what it makes of that could not be taken back
             module.training = False
         with (
-            frozen(model),
+            frozen(model) as bare,
             full_precision(),
             torch.inference_mode(False),  # which switches gradients on, under no_grad as well
             torch.autocast(x.device.type, enabled=False),
         ):
-            yield x.detach().clone(), _check_labels("labels", y, x)
+            yield bare, x.detach().clone(), _check_labels("labels", y, x)
     finally:
         for module, mode in zip(modules, before, strict=True):
             module.training = mode

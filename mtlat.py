@@ -73,15 +73,13 @@ def targeted_fgsm(
     check_images(x)
     if steps < 1:
         raise ValueError(f"steps is {steps}; the attack takes at least 1")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # the wrapper would wait for gradients of weights
     epsilon = _per_image("epsilon", epsilon, x)
     step = epsilon * min(1.0, 2.5 / steps) * (-1 if away else 1)
     x_adv = x = x.detach()
-    with frozen(model), torch.enable_grad():
+    with frozen(model) as bare, torch.enable_grad():
         for _ in range(steps):
             x_adv = x_adv.detach().requires_grad_()
-            loss = attack_loss(model(x_adv), y_target).sum()  # a mean could underflow in fp16
+            loss = attack_loss(bare(x_adv), y_target).sum()  # a mean could underflow in fp16
             (gradient,) = torch.autograd.grad(loss, x_adv)
             x_adv = (x_adv.detach() - step * gradient.sign()).clamp(x - epsilon, x + epsilon)
     return x_adv.clamp(0, 1) if clip else x_adv
@@ -215,12 +213,15 @@ def attack_loss(logits: Tensor, y: Tensor) -> Tensor:
 
 
 @contextmanager
-def frozen(model: Model) -> Iterator[None]:
+def frozen(model: Model) -> Iterator[Model]:
     """Let gradients reach the input alone, and keep BatchNorm's running statistics as they are.
 
     `torch.autograd.grad` skips the weights anyway, but a compiled model only if they are frozen.
     Training-mode BatchNorm goes on using the batch's statistics; it just does not remember them.
+    Gives what to call: of DistributedDataParallel its module, as it awaits gradients of weights.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     on: list[tuple[Any, str]] = [(p, "requires_grad") for m in modules for p in m.parameters(False)]
     on += [(m, "track_running_stats") for m in modules if m.training]
@@ -228,7 +229,7 @@ def frozen(model: Model) -> Iterator[None]:
     try:
         for owner, flag in on:
             setattr(owner, flag, False)
-        yield
+        yield model
     finally:
         for owner, flag in on:
             setattr(owner, flag, True)
@@ -254,8 +255,8 @@ def _distributions(
     if not n:
         if model is None:
             raise ValueError("class indices need num_classes=N; or give distributions (B, N)")
-        with frozen(model), torch.no_grad():
-            n = model(x[:2]).shape[1]
+        with frozen(model) as bare, torch.no_grad():
+            n = bare(x[:2]).shape[1]
     for y in labels:
         if y.shape not in {(len(x),), (len(x), n)}:
             wanted = f"({len(x)},) or ({len(x)}, {n})"

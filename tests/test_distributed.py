@@ -25,6 +25,7 @@ import common
 import evaluate
 import parallel
 import train
+from attacks import pgd
 from methods import METHODS
 from mtlat import frozen, mtlat_loss
 
@@ -105,7 +106,7 @@ def test_the_checkpoint_holds_the_mean_of_the_running_statistics(jobs, folder, t
     assert not torch.equal(two["0.running_var"], one["0.running_var"])  # of a share each
 
 
-def wrapped(world: int, options: dict[str, bool]) -> list[tuple[torch.Tensor, ...]]:
+def wrapped(options: dict[str, bool]) -> list[tuple[torch.Tensor, ...]]:
     """Weights after steps of mtlat_loss through torch's wrapper, and by adding up the gradients."""
     outer = nn.parallel.DistributedDataParallel(normed(3), **options, broadcast_buffers=False)
     model = copy.deepcopy(outer.module)
@@ -117,19 +118,20 @@ def wrapped(world: int, options: dict[str, bool]) -> list[tuple[torch.Tensor, ..
             x = torch.rand(6, 3, 12, 12, generator=generator)
             y = torch.randint(3, (6,), generator=generator)
             optimizer.zero_grad()
+            pgd(called, x, y, steps=1)  # an evaluation in between
             mtlat_loss(called, x, y, num_classes=3, generator=generator).backward()
             if inner is model:
                 parallel.add_up([p.grad for p in model.parameters()])
                 for p in model.parameters():
-                    p.grad /= world
+                    p.grad /= parallel.world()
             optimizer.step()
     return [tuple(p.detach() for p in inner.parameters()) for _, inner in both]
 
 
 @pytest.mark.parametrize("option", ["", "find_unused_parameters", "static_graph"])
 def test_the_loss_works_through_distributed_data_parallel(jobs, option):
-    """With a static graph only if the attack, which uses no weight's gradient, goes past it."""
-    for by_torch, by_hand in jobs[2](wrapped, 2, {option: True} if option else {}):
+    """With a static graph only if attacks, which use no weight's gradient, go past it."""
+    for by_torch, by_hand in jobs[2](wrapped, {option: True} if option else {}):
         assert_close(by_torch, by_hand)
 
 
