@@ -192,14 +192,14 @@ def prepare(args: argparse.Namespace) -> tuple[Run, list[str]]:
 # ---------------------------------------------------------------------------- the run
 
 
+@full_precision()  # the scores shall be as exact as the attacks
 def evaluate(args: argparse.Namespace) -> None:
     """Measure every cell that is not finished yet, then report on all that are."""
-    with full_precision():  # the scores shall be as exact as the attacks
-        run, warnings = prepare(args)
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        with locked(Path(args.output_dir)) if parallel.rank() == 0 else nullcontext():
-            measure_all(run, warnings)
+    run, warnings = prepare(args)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    with locked(Path(args.output_dir)) if parallel.rank() == 0 else nullcontext():
+        measure_all(run, warnings)
 
 
 def measure_all(run: Run, warnings: list[str]) -> None:

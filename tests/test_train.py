@@ -290,23 +290,26 @@ def test_resume_restores_everything(go, tmp_path, monkeypatch):
     assert len(calls) == 8
 
 
-def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeypatch):
+def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeypatch, capsys):
     """kill -9 at some moment of a real run; tests/faults does it many times."""
     argv = ["--epochs", "30", "-b", "6", "--resume", "auto"]
     go(*argv, out="straight")
+    assert "clean accuracy" in capsys.readouterr().out
     command = [
         sys.executable, str(ROOT / "train.py"), "--arch", "tiny:convnet", "--data", str(folder),
         "--size", "12", *argv, "--cache-dir", str(tmp_path / "cache"), "--device", "cpu",
         "--output-dir", str(tmp_path / "killed"),
     ]  # fmt: skip
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # as this process has
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT / "tests", text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT / "tests", **pipes)
     next(line for line in process.stdout if line.startswith("epoch"))
     time.sleep(random.Random(1).uniform(0, 0.05))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    go(*argv, out="killed")
+    process = subprocess.run(command, cwd=ROOT / "tests", check=False, **pipes)
+    assert process.returncode == 0 and "clean accuracy" in process.stdout
     straight, killed = comparable(tmp_path / "straight"), comparable(tmp_path / "killed")
     assert all(map(states_equal, straight, killed))
     assert len(straight[2]) == 30
