@@ -36,7 +36,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtlat import Model, attack_loss, check_images, check_values, frozen
+from mtlat import Model, check_images, check_values, frozen, log_odds
 
 __all__ = ["ATTACKS", "Attack", "CW2Result", "broken_gradients", "cw2", "cw2_result"]
 __all__ += ["full_precision", "mi_fgsm", "pgd", "pgd_ll", "sign_noise"]
@@ -368,9 +368,13 @@ def _starts(
 
 
 def _gradient(model: Model, x: Tensor, labels: Tensor) -> Tensor:
-    """The gradient of the attacks' loss by the pixels; of a sum, so that no batch scales it."""
+    """Return the gradient of the summed log-odds with respect to the pixels.
+
+    In eval mode no image moves another's logits: its log-odds and its cross-entropy have gradients
+    of the same direction, and only the former survives rounding when the model is certain.
+    """
     x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(attack_loss(_logits(model, x, labels), labels).sum(), x)
+    (gradient,) = torch.autograd.grad(log_odds(_logits(model, x, labels), labels).sum(), x)
     return gradient
 
 

@@ -43,7 +43,7 @@ Pair = tuple[Tensor, Tensor]  # (x, y)
 Numbers = Tensor | float  # one per image (B,), or one for all
 
 __all__ = ["Draws", "Losses", "Normalize", "algorithm1", "attack_loss", "cross_entropy", "draw"]
-__all__ += ["frozen", "mixup", "mtlat_loss", "targeted_fgsm", "tlat"]
+__all__ += ["frozen", "log_odds", "mixup", "mtlat_loss", "targeted_fgsm", "tlat"]
 
 
 def mixup(
@@ -79,7 +79,7 @@ def targeted_fgsm(
     with frozen(model) as bare, torch.enable_grad():
         for _ in range(steps):
             x_adv = x_adv.detach().requires_grad_()
-            loss = attack_loss(bare(x_adv), y_target).sum()  # a mean could underflow in fp16
+            loss = attack_loss(bare(x_adv), y_target)
             (gradient,) = torch.autograd.grad(loss, x_adv)
             x_adv = (x_adv.detach() - step * gradient.sign()).clamp(x - epsilon, x + epsilon)
     return x_adv.clamp(0, 1) if clip else x_adv
@@ -197,19 +197,35 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def attack_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Per image (B,), a loss whose gradient has the sign of L's and survives in float32.
+    """Return a scalar whose gradient is a positive multiple of that of the batch's summed L.
 
-    For a class y: -log(p_y / (1 - p_y)), the others' logsumexp minus logit y. Its gradient is L's
-    over 1 - p_y, while L's own vanishes when p_y rounds to 1. For soft labels: L itself.
+    Cross-entropy's own gradient vanishes in float32 where p_y rounds to 1. That of the log-odds
+    does not: for a class y it is cross-entropy's divided by 1 - p_y. Each image is weighted by its
+    1 - p_y, since BatchNorm in training mode lets every image move every other image's logits. The
+    weights are divided by the largest of the batch, and kept large enough for a backward pass in
+    the logits' dtype. Soft labels have no such limit and keep the cross-entropy.
     """
     _check_fit(logits, y)
+    limits = torch.finfo(logits.dtype)
+    floor = math.log(limits.tiny * limits.eps) / 2  # half of its exponents, the other half is left
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    own = y[:, None] if y.ndim == 1 else y.argmax(1, keepdim=True)
-    log_odds = logits.scatter(1, own, -math.inf).logsumexp(1) - logits.gather(1, own).squeeze(1)
-    if y.ndim == 1:
-        return log_odds
-    soft = -(y.to(logits.dtype) * logits.log_softmax(1)).sum(1)
-    return torch.where(y.amax(1) == 1, log_odds, soft)
+    loss = log_odds(logits, y if y.ndim == 1 else y.argmax(1))
+    log_weight = F.logsigmoid(loss.detach())  # log(1 - p_y)
+    if y.ndim == 2:
+        one_hot = y.amax(1) == 1
+        soft = -(y.to(logits.dtype) * logits.log_softmax(1)).sum(1)
+        loss, log_weight = torch.where(one_hot, loss, soft), log_weight.where(one_hot, 0)
+    return ((log_weight - log_weight.amax()).clamp_min(floor).exp() * loss).sum()
+
+
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """Compute -log(p_y / (1 - p_y)) per image, (B,): logsumexp of the other logits minus logit y.
+
+    One image alone is attacked alike by this and by L: the two gradients differ by a positive
+    factor.
+    """
+    own = y[:, None]
+    return logits.scatter(1, own, -math.inf).logsumexp(1) - logits.gather(1, own).squeeze(1)
 
 
 @contextmanager

@@ -94,17 +94,20 @@ def test_inputs_are_untouched_and_x_adv_is_a_constant(seed, batch):
 # ---------------------------------------------------------------- numerics
 
 
-def test_attack_loss_has_the_sign_of_cross_entropy_and_survives_confidence():
-    z = torch.randn(64, 5, generator=seeded(0), dtype=torch.float64)
-    one_hot = torch.eye(5, dtype=torch.float64)[torch.arange(64) % 5]
+def test_attack_loss_has_the_direction_of_cross_entropy_and_survives_confidence():
+    z = 5 * torch.randn(64, 5, generator=seeded(0), dtype=torch.float64)
+    y = torch.arange(64) % 5
+    one_hot = torch.eye(5, dtype=torch.float64)[y]
     soft = soft_labels(0, 64, 5, torch.float64)
+    both = torch.cat([one_hot[:32], soft[32:]])
     logits = z.requires_grad_()
-    for y, exact in ((torch.arange(64) % 5, one_hot), (one_hot, one_hot), (soft, soft)):
-        (gradient,) = torch.autograd.grad(mtlat.attack_loss(logits, y).sum(), logits)
+    for labels, exact in ((y, one_hot), (one_hot, one_hot), (soft, soft), (both, both)):
+        (gradient,) = torch.autograd.grad(mtlat.attack_loss(logits, labels), logits)
         expected = z.detach().softmax(1) - exact  # cross-entropy's
-        if exact is one_hot:
-            expected = expected / expected[one_hot == 1, None].abs()
-        assert_close(gradient, expected)
+        assert_close(gradient / gradient.norm(), expected / expected.norm())
+    (gradient,) = torch.autograd.grad(mtlat.log_odds(logits, y).sum(), logits)
+    expected = z.detach().softmax(1) - one_hot
+    assert_close(gradient, expected / expected[one_hot == 1, None].abs())
     model = network(4, norm=False)
     with torch.no_grad():
         for weight in model[4].parameters():
