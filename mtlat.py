@@ -6,27 +6,16 @@ Labeling Adversarial Training", 2020 (arXiv:2008.08384). One file, torch only: c
     loss = F.cross_entropy(model(x), y)                     # before
     loss = mtlat_loss(model, x, y, num_classes=100)         # after; pixels of x in [0, 1]
 
-Paper        Code                Paper        Code                  Paper         Code
-Eq. 1        mixup               Eq. 5        targeted_fgsm         "Require"     draw, Draws
-Eq. 4, 6     tlat                Algorithm 1  algorithm1            L             cross_entropy
+Paper          Code                Paper      Code             Paper      Code
+Algorithm 1    algorithm1          Eq. 1      mixup            Eq. 5      targeted_fgsm
+"Require"      Draws, draw         Eq. 4, 6   target_labels    L          cross_entropy
 
-Everywhere: x is (B, ...) float, pixels in [0, 1]; y and y_target are class indices (B,) int64 or
-distributions (B, N) float; lam and epsilon are a float or (B,), in [0, 1]; N counts the classes.
-Bad input raises ValueError or TypeError with the value, the rule and the fix.
+Shapes: images x are (B, ...), floating point, with pixels in [0, 1]; labels y are distributions
+over the N classes, (B, N); a target is class indices (B,) or distributions (B, N); lam and epsilon
+are a float or (B,), in [0, 1]. Bad input raises ValueError or TypeError with the value, the rule
+and the fix. On a GPU, values are checked in the first call only, because reading them stalls it.
 
-Readings of the paper: what it leaves open, what is done here, how to do otherwise
- 1. lambda, epsilon and the target are drawn per image, as Algorithm 1 is written for one set of
-    couples. `per_batch=True` draws one pair of lambdas and one epsilon for the minibatch.
- 2. The target is uniform over all classes, as printed. Otherwise: give `algorithm1` your `Draws`.
- 3. `mtlat_loss` makes the four couples of one minibatch: itself and three random permutations.
-    Otherwise: give `algorithm1` four independent minibatches.
- 4. x_mtlat is not clipped to [0, 1], as Eq. 5 is printed. `clip=True` clips it.
- 5. The attack runs in the mode the caller set (BatchNorm in training mode takes the batch's
-    statistics) and moves no running statistics. Otherwise: call `tlat` in eval mode.
- 6. Each loss has its own forward pass, so each half its own batch statistics, and the losses are
-    summed. Otherwise: concatenate both halves for one forward pass and double its cross-entropy.
- 7. x_mtlat is a constant in loss2, since sign has no slope; sign(0) = 0 leaves a pixel alone.
- 8. epsilon is one number for image and label: normalise inside the model, by `Normalize`.
+Comments that begin with "Reading" mark what the paper leaves open, and how to do otherwise.
 """
 
 import math
@@ -42,138 +31,169 @@ Model = Callable[[Tensor], Tensor]  # pixels (B, ...) -> logits (B, N)
 Pair = tuple[Tensor, Tensor]  # (x, y)
 Numbers = Tensor | float  # one per image (B,), or one for all
 
-__all__ = ["Draws", "Losses", "Normalize", "algorithm1", "attack_loss", "cross_entropy", "draw"]
-__all__ += ["frozen", "log_odds", "mixup", "mtlat_loss", "targeted_fgsm", "tlat"]
+ALPHA, EPSILON_MAX = 0.4, 0.025  # the paper's
 
-
-def mixup(
-    x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor, lam: Numbers, *, num_classes: int = 0
-) -> Pair:
-    """Eq. 1: mix two images, and their labels alike; lam is the weight of the first.
-
-    Returns x_mix like x1 and y_mix (B, N). Two labels of class indices need `num_classes`.
-    """
-    check_images(x1, x2)
-    y1, y2 = _distributions(x1, y1, y2, num_classes=num_classes)
-    lam_x, lam_y = _per_image("lam", lam, x1), _per_image("lam", lam, y1)
-    return lam_x * x1 + (1 - lam_x) * x2, lam_y * y1 + (1 - lam_y) * y2
-
-
-def targeted_fgsm(
-    model: Model, x: Tensor, y_target: Tensor, epsilon: Numbers,
-    *, away: bool = False, steps: int = 1, clip: bool = False,
-) -> Tensor:  # fmt: skip
-    """Eq. 5: x - epsilon sign(grad_x L(x, y_target)), a step that makes the target likelier.
-
-    `away` steps away from it: with the true label, the untargeted FGSM. `steps` > 1 is iterative
-    (the paper's future work): steps of 2.5 epsilon / steps, epsilon at most, each projected back
-    into the epsilon-ball. `clip` ends in [0, 1]. Takes `steps` forward and input-only backward
-    passes; returns a detached tensor; leaves the model as it was.
-    """
-    check_images(x)
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; the attack takes at least 1")
-    epsilon = _per_image("epsilon", epsilon, x)
-    step = epsilon * min(1.0, 2.5 / steps) * (-1 if away else 1)
-    x_adv = x = x.detach()
-    with frozen(model) as bare, torch.enable_grad():
-        for _ in range(steps):
-            x_adv = x_adv.detach().requires_grad_()
-            loss = attack_loss(bare(x_adv), y_target)
-            (gradient,) = torch.autograd.grad(loss, x_adv)
-            x_adv = (x_adv.detach() - step * gradient.sign()).clamp(x - epsilon, x + epsilon)
-    return x_adv.clamp(0, 1) if clip else x_adv
-
-
-def tlat(
-    model: Model, x: Tensor, y: Tensor, y_target: Tensor, epsilon: Numbers, **attack: Any
-) -> Pair:
-    """Eq. 4, and Eq. 6 where (x, y) is mixed: the attacked image, labelled partly as its target.
-
-    Returns x_adv = targeted_fgsm(..., **attack) and y_adv = (1-epsilon) y + epsilon y_target.
-    """
-    x_adv = targeted_fgsm(model, x, y_target, epsilon, **attack)
-    y, y_target = _distributions(x, y, y_target, model=model)
-    epsilon = _per_image("epsilon", epsilon, y)
-    return x_adv, (1 - epsilon) * y + epsilon * y_target
+__all__ = ["Draws", "Normalize", "algorithm1", "cross_entropy", "draw", "mixup", "mtlat_loss"]
+__all__ += ["target_labels", "targeted_fgsm"]
 
 
 class Draws(NamedTuple):
-    """The random numbers of a step of Algorithm 1, one per image, (B,) each."""
+    """The random numbers of one step of Algorithm 1, one per image, (B,) each."""
 
     lam1: Tensor
     lam2: Tensor
     epsilon: Tensor
-    target: Tensor
+    target: Tensor  # class indices
+
+
+def algorithm1(
+    model: Model, pair1: Pair, pair2: Pair, pair3: Pair, pair4: Pair, draws: Draws, **attack: Any
+) -> Iterator[Tensor]:
+    """Yield the two losses of Algorithm 1, scalars; the model is trained on their sum.
+
+    Run the backward pass of loss1 before asking for loss2: then the step keeps the activations of
+    one minibatch at a time.
+
+    Args:
+        model: maps pixels to logits (B, N).
+        pair1, pair2, pair3, pair4: four couples of images and labels, (x, y) each.
+        draws: one lam1, lam2, epsilon and target for each image.
+        attack: `steps` and `clip` of `targeted_fgsm`.
+    """
+    (x1, y1), (x2, y2), (x3, y3), (x4, y4) = pair1, pair2, pair3, pair4
+    lam1, lam2, epsilon, target = draws
+    x_mix1, y_mix1 = mixup(x1, y1, x2, y2, lam1)  # Eq. 1
+    # Reading 1: each loss has its own forward pass, so that BatchNorm normalizes each half by its
+    # own statistics. Otherwise: concatenate both halves, and double the cross-entropy of the whole.
+    yield cross_entropy(model(x_mix1), y_mix1)  # loss1
+    x_mix2, y_mix2 = mixup(x3, y3, x4, y4, lam2)  # Eq. 1
+    # Reading 2: epsilon is the same number in the pixels and in the label, so pixels are in [0, 1]
+    # and normalization belongs inside the model (`Normalize`).
+    x_mtlat = targeted_fgsm(model, x_mix2, target, epsilon, **attack)  # Eq. 5
+    y_mtlat = target_labels(y_mix2, target, epsilon)  # Eq. 6
+    yield cross_entropy(model(x_mtlat), y_mtlat)  # loss2
 
 
 def draw(
     batch_size: int, num_classes: int, *, alpha: float, epsilon_max: float, per_batch: bool = False,
     generator: torch.Generator | None = None, device: torch.device | str | None = None
 ) -> Draws:  # fmt: skip
-    """Algorithm 1, "Require": lam1, lam2 ~ Beta(alpha, alpha), epsilon ~ U[0, epsilon_max],
-    target uniform over the classes. Drawn where the generator lives, returned on `device`.
+    """Draw lam1, lam2 ~ Beta(alpha, alpha), epsilon ~ U[0, epsilon_max], and a uniform target.
+
+    The numbers are drawn on the generator's device (None: torch's global generator on `device`),
+    and returned on `device`.
     """
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha}; Beta(alpha, alpha) needs alpha > 0 (paper: 0.4)")
     if not 0 <= epsilon_max <= 1:
         raise ValueError(f"epsilon_max is {epsilon_max}; it must lie in [0, 1] (paper: 0.025)")
     if batch_size < 1 or num_classes < 2:
-        raise ValueError(f"{batch_size} images, {num_classes} classes: 1 and 2 are the fewest")
+        raise ValueError(f"{batch_size} images, {num_classes} classes: need at least 1 and 2")
     home = device if generator is None else generator.device
+    # Reading 3: every image has its own lambdas and epsilon, as Algorithm 1 is written for one set
+    # of couples. `per_batch` draws one of each for the whole minibatch.
     u = torch.rand(9, 1 if per_batch else batch_size, generator=generator, device=home)
+    # Reading 4: the target may be any class, also one of the image's own, as printed.
     target = torch.randint(num_classes, (batch_size,), generator=generator, device=home)
     drawn = _beta(alpha, u[:4]), _beta(alpha, u[4:8]), epsilon_max * u[8], target
     return Draws(*(t.expand(batch_size).to(device or home) for t in drawn))
 
 
-class Losses(NamedTuple):
-    """The two terms of Algorithm 1's loss, scalar means over the batch."""
+def mixup(x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor, lam: Numbers) -> Pair:
+    """Mix two images and their labels, Eq. 1. `lam` is the weight of the first."""
+    check_images(x1, x2)
+    check_labels(x1, y1, y2)
+    lam_x, lam_y = _per_image("lam", lam, x1), _per_image("lam", lam, y1)
+    return lam_x * x1 + (1 - lam_x) * x2, lam_y * y1 + (1 - lam_y) * y2
 
-    mixup: Tensor
-    tlat: Tensor
 
+def targeted_fgsm(
+    model: Model, x: Tensor, target: Tensor, epsilon: Numbers,
+    *, away: bool = False, steps: int = 1, clip: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attack images by one step towards their target, Eq. 5: x - epsilon sign(grad_x L(x, target)).
 
-def algorithm1(
-    model: Model, pair1: Pair, pair2: Pair, pair3: Pair, pair4: Pair, draws: Draws, **attack: Any
-) -> Losses:
-    """Algorithm 1 as printed: four couples in, loss1 and loss2 out; their sum trains the model.
+    Args:
+        model: maps pixels to logits (B, N). Its parameters, their gradients and its running
+            statistics stay as they are.
+        x: images.
+        target: class indices (B,) or distributions (B, N).
+        epsilon: size of the step, of pixels in [0, 1].
+        away: step away from `target`; with the true label this is the untargeted FGSM.
+        steps: above 1, the attack is iterative (the paper's future work): steps of at most
+            2.5 epsilon / steps, each projected back into the epsilon-ball around x.
+        clip: clip the result to [0, 1], see Reading 7.
 
-    `attack` is steps and clip of `targeted_fgsm`. Where all labels are class indices, the model is
-    asked for N, with two images.
+    Returns:
+        The attacked images, detached. Takes `steps` forward passes and input-only backward passes.
     """
-    (x1, y1), (x2, y2), (x3, y3), (x4, y4) = pair1, pair2, pair3, pair4
-    lam1, lam2, epsilon, target = draws
-    y1, y2, y3, y4 = _distributions(x1, y1, y2, y3, y4, model=model)
-    x_mix1, y_mix1 = mixup(x1, y1, x2, y2, lam1)
-    loss1 = cross_entropy(model(x_mix1), y_mix1)
-    x_mix2, y_mix2 = mixup(x3, y3, x4, y4, lam2)
-    x_mtlat, y_mtlat = tlat(model, x_mix2, y_mix2, target, epsilon, **attack)
-    loss2 = cross_entropy(model(x_mtlat), y_mtlat)
-    return Losses(loss1, loss2)
+    check_images(x)
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; the attack takes at least 1")
+    epsilon = _per_image("epsilon", epsilon, x)
+    step = epsilon * min(1.0, 2.5 / steps) * (-1 if away else 1)
+    x_adv = x = x.detach()  # Reading 5: x_mtlat is a constant in loss2, because sign has no slope
+    # Reading 6: the attack runs in the mode that the caller set. In training mode BatchNorm uses
+    # the batch's statistics, without updating the running ones. Otherwise: call it in eval mode.
+    with frozen(model) as bare, torch.enable_grad():
+        for _ in range(steps):
+            x_adv = x_adv.detach().requires_grad_()
+            loss = attack_loss(bare(x_adv), target)  # has the sign of L's gradient
+            (gradient,) = torch.autograd.grad(loss, x_adv)
+            x_adv = (x_adv.detach() - step * gradient.sign()).clamp(x - epsilon, x + epsilon)
+    # Reading 7: the result may leave [0, 1] by epsilon, as Eq. 5 is printed.
+    return x_adv.clamp(0, 1) if clip else x_adv
+
+
+def target_labels(y: Tensor, target: Tensor, epsilon: Numbers) -> Tensor:
+    """Label attacked images partly as their target, Eq. 4 and 6: (1-epsilon) y + epsilon target."""
+    if target.ndim == 1:
+        target = F.one_hot(target, y.shape[1]).to(y.dtype)
+    epsilon = _per_image("epsilon", epsilon, y)
+    return (1 - epsilon) * y + epsilon * target
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Compute L: the batch mean of -sum_k y_k log softmax(logits)_k, in float32 at least."""
+    _check_fit(logits, y)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), y if y.ndim == 1 else y.to(wide))
 
 
 def mtlat_loss(
-    model: Model, x: Tensor, y: Tensor, *, num_classes: int, alpha: float = 0.4,
-    epsilon_max: float = 0.025, per_batch: bool = False, generator: torch.Generator | None = None,
-    **attack: Any,
+    model: Model, x: Tensor, y: Tensor, *, num_classes: int, alpha: float = ALPHA,
+    epsilon_max: float = EPSILON_MAX, per_batch: bool = False,
+    generator: torch.Generator | None = None, **attack: Any,
 ) -> Tensor:  # fmt: skip
-    """loss1 + loss2 of one minibatch and three permutations of it: the line for a training loop.
+    """Compute loss1 + loss2 of Algorithm 1 on one minibatch: the line for a training loop.
 
-    Returns a scalar. Costs 8/3 of the plain step; BatchNorm's running statistics move twice.
+    Args:
+        model: maps pixels to logits (B, num_classes).
+        x: images (B, ...) in [0, 1].
+        y: class indices (B,) int64, or distributions (B, num_classes).
+        num_classes: N.
+        alpha, epsilon_max, per_batch, generator: see `draw`; the defaults are the paper's.
+        attack: `steps` and `clip` of `targeted_fgsm`.
+
+    Returns:
+        A scalar. Costs 8/3 of the plain step, and updates BatchNorm's running statistics twice.
     """
-    (y,) = _distributions(x, y, num_classes=num_classes)
+    check_labels(x, y, num_classes=num_classes)
+    if y.ndim == 1:
+        y = F.one_hot(y, num_classes).to(torch.promote_types(x.dtype, torch.float32))
     draws = draw(len(x), num_classes, alpha=alpha, epsilon_max=epsilon_max, per_batch=per_batch,
                  generator=generator, device=x.device)  # fmt: skip
+    # Reading 8: the four couples are the minibatch and three random permutations of it. Otherwise:
+    # give `algorithm1` four independent minibatches.
     home = x.device if generator is None else generator.device
     orders = torch.rand(3, len(x), generator=generator, device=home).argsort().to(x.device)
     pair2, pair3, pair4 = ((x[order], y[order]) for order in orders)
-    losses = algorithm1(model, (x, y), pair2, pair3, pair4, draws, **attack)
-    return losses.mixup + losses.tlat
+    loss1, loss2 = algorithm1(model, (x, y), pair2, pair3, pair4, draws, **attack)
+    return loss1 + loss2
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel of x (B, C, H, W); one number per channel, kept as buffers."""
+    """Layer that computes (x - mean) / std per channel of x (B, C, H, W)."""
 
     mean: Tensor
     std: Tensor
@@ -189,25 +209,20 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """L: the mean over the batch of -sum_k y_k log softmax(logits)_k, in float32 at least."""
-    _check_fit(logits, y)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide), y if y.ndim == 1 else y.to(wide))
+# ---------------------------------------------------------------- numerics and input checks
 
 
 def attack_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Return a scalar whose gradient is a positive multiple of that of the batch's summed L.
+    """Compute a scalar whose gradient is a positive multiple of that of the batch's summed L.
 
-    Cross-entropy's own gradient vanishes in float32 where p_y rounds to 1. That of the log-odds
-    does not: for a class y it is cross-entropy's divided by 1 - p_y. Each image is weighted by its
-    1 - p_y, since BatchNorm in training mode lets every image move every other image's logits. The
-    weights are divided by the largest of the batch, and kept large enough for a backward pass in
-    the logits' dtype. Soft labels have no such limit and keep the cross-entropy.
+    Cross-entropy's own gradient vanishes in float32 where p_y rounds to 1; that of the log-odds
+    does not. Each image's log-odds are weighted by 1 - p_y, because BatchNorm in training mode lets
+    every image change all logits. The weights are relative to the batch's largest, and large enough
+    for a backward pass in the logits' dtype. Soft labels keep the cross-entropy.
     """
     _check_fit(logits, y)
     limits = torch.finfo(logits.dtype)
-    floor = math.log(limits.tiny * limits.eps) / 2  # half of its exponents, the other half is left
+    floor = math.log(limits.tiny * limits.eps) / 2  # half of the exponents; gradients use the rest
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = log_odds(logits, y if y.ndim == 1 else y.argmax(1))
     log_weight = F.logsigmoid(loss.detach())  # log(1 - p_y)
@@ -219,29 +234,24 @@ def attack_loss(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def log_odds(logits: Tensor, y: Tensor) -> Tensor:
-    """Compute -log(p_y / (1 - p_y)) per image, (B,): logsumexp of the other logits minus logit y.
-
-    One image alone is attacked alike by this and by L: the two gradients differ by a positive
-    factor.
-    """
+    """Compute -log(p_y / (1 - p_y)) per image, (B,). Its gradient is L's divided by 1 - p_y."""
     own = y[:, None]
     return logits.scatter(1, own, -math.inf).logsumexp(1) - logits.gather(1, own).squeeze(1)
 
 
 @contextmanager
 def frozen(model: Model) -> Iterator[Model]:
-    """Let gradients reach the input alone, and keep BatchNorm's running statistics as they are.
+    """Let gradients reach the input alone, and keep BatchNorm's running statistics unchanged.
 
-    `torch.autograd.grad` skips the weights anyway, but a compiled model only if they are frozen.
-    Training-mode BatchNorm goes on using the batch's statistics; it just does not remember them.
-    Gives what to call: of DistributedDataParallel its module, as it awaits gradients of weights.
+    Yields the model to call: DistributedDataParallel's module, as the wrapper awaits the weights'
+    gradients. Compiled models skip these only if the weights do not require gradients.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    on: list[tuple[Any, str]] = [(p, "requires_grad") for m in modules for p in m.parameters(False)]
-    on += [(m, "track_running_stats") for m in modules if m.training]
-    on = [(owner, flag) for owner, flag in on if getattr(owner, flag, False)]
+    owners: list[tuple[Any, str]] = [(m, "track_running_stats") for m in modules if m.training]
+    owners += [(p, "requires_grad") for m in modules for p in m.parameters(False)]
+    on = [(owner, flag) for owner, flag in owners if getattr(owner, flag, False)]
     try:
         for owner, flag in on:
             setattr(owner, flag, False)
@@ -263,42 +273,8 @@ def _beta(alpha: float, u: Tensor) -> Tensor:
     return torch.sigmoid(torch.logit(b) + (log_u[2] - log_u[3]) / alpha)
 
 
-def _distributions(
-    x: Tensor, *labels: Tensor, num_classes: int = 0, model: Model | None = None
-) -> list[Tensor]:
-    """The labels of images x as checked (B, N); N is given, or a label's, or the model's."""
-    n = num_classes or next((y.shape[1] for y in labels if y.ndim == 2), 0)
-    if not n:
-        if model is None:
-            raise ValueError("class indices need num_classes=N; or give distributions (B, N)")
-        with frozen(model) as bare, torch.no_grad():
-            n = bare(x[:2]).shape[1]
-    for y in labels:
-        if y.shape not in {(len(x),), (len(x), n)}:
-            wanted = f"({len(x)},) or ({len(x)}, {n})"
-            raise ValueError(f"labels have shape {tuple(y.shape)}; these images need {wanted}")
-        if y.dtype != torch.int64 if y.ndim == 1 else not y.is_floating_point():
-            raise TypeError(f"labels are {y.dtype}; give int64 indices or float distributions")
-        if y.ndim == 1:
-            check_values("class indices", y, 0, n - 1, "count the classes from 0")
-        else:
-            check_values("label weights", y, 0, 1, "give probabilities, not logits")
-            check_values("sums of label weights", y.sum(1), 1, 1, "divide each row by its sum")
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return [F.one_hot(y, n).to(wide) if y.ndim == 1 else y for y in labels]
-
-
-def _check_fit(logits: Tensor, y: Tensor) -> None:
-    """Raise if the logits are not (B, N), or the labels (B,) or (B, N) are not theirs."""
-    if logits.ndim != 2 or y.shape not in {logits.shape, logits.shape[:1]}:
-        given, made = tuple(y.shape), tuple(logits.shape)
-        raise ValueError(f"labels {given}, logits {made}; the model's N must be yours")
-    if y.ndim == 1:
-        check_values("labels", y, 0, logits.shape[1] - 1, "the model's N must be yours")
-
-
 def _per_image(name: str, value: Numbers, like: Tensor) -> Tensor:
-    """A float, or one number per image (B,), shaped to multiply `like` (B, ...)."""
+    """Shape a float, or one number per image (B,), to multiply `like` (B, ...)."""
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     if value.shape not in {(), (len(like),)}:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; give a float or ({len(like)},)")
@@ -307,26 +283,54 @@ def _per_image(name: str, value: Numbers, like: Tensor) -> Tensor:
 
 
 def check_images(*images: Tensor) -> None:
-    """Raise if images (B, ...) are no float pixels in [0, 1], all of one shape."""
+    """Raise unless all images (B, ...) are floating point, in [0, 1], and of one shape."""
     for x in images:
         if not (isinstance(x, Tensor) and x.is_floating_point()):
             kind = getattr(x, "dtype", type(x).__name__)
             raise TypeError(f"images are {kind}; give floating point: x.float() / 255")
         if x.shape != images[0].shape:
             raise ValueError(f"images {tuple(images[0].shape)} do not match {tuple(x.shape)}")
-        check_values("pixels", x, 0, 1, "normalise inside the model, see Normalize")
+        check_values("pixels", x, 0, 1, "normalize inside the model, see Normalize")
 
 
-_asked: set[str] = set()
+def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0) -> None:
+    """Raise unless labels are distributions (B, N) or, where N is given, class indices (B,)."""
+    n = num_classes or labels[0].shape[-1]
+    for y in labels:
+        if y.shape != (len(x), n) and not (num_classes and y.shape == (len(x),)):
+            rule = f"({len(x)},) or ({len(x)}, {n})" if num_classes else f"({len(x)}, N)"
+            raise ValueError(
+                f"labels have shape {tuple(y.shape)}; these images need {rule}; class indices"
+                " become distributions by F.one_hot(y, N).float()"
+            )
+        if y.dtype != torch.int64 if y.ndim == 1 else not y.is_floating_point():
+            raise TypeError(f"labels are {y.dtype}; give int64 indices or float distributions")
+        if y.ndim == 1:
+            check_values("class indices", y, 0, num_classes - 1, "count the classes from 0")
+        else:
+            check_values("label weights", y, 0, 1, "give probabilities, not logits")
+            check_values("sums of label weights", y.sum(1), 1, 1, "divide each row by its sum")
+
+
+def _check_fit(logits: Tensor, y: Tensor) -> None:
+    """Raise unless the logits are (B, N) and the labels (B,) or (B, N)."""
+    if logits.ndim != 2 or y.shape not in {logits.shape, logits.shape[:1]}:
+        given, made = tuple(y.shape), tuple(logits.shape)
+        raise ValueError(f"labels {given}, logits {made}; the model's N must be yours")
+    if y.ndim == 1:
+        check_values("labels", y, 0, logits.shape[1] - 1, "the model's N must be yours")
+
+
+_checked: set[str] = set()
 
 
 def check_values(name: str, values: Tensor, low: int, high: int, fix: str) -> None:
-    """Raise if values leave [low, high]; off the CPU at the first call only, as it stalls a GPU."""
+    """Raise unless all values are in [low, high]; off the CPU in the first call only."""
     if not values.numel():
         raise ValueError(f"{name}: none; rule: at least one image; fix: leave out empty batches")
     place = f"{name} {values.device.type}"
-    if values.device.type == "cpu" or place not in _asked:
-        _asked.add(place)
+    if values.device.type == "cpu" or place not in _checked:
+        _checked.add(place)
         least, most = (v.item() for v in values.detach().aminmax())
-        if not (low - 1e-3 <= least and most <= high + 1e-3):  # rounding passes, NaN does not
+        if not (low - 1e-3 <= least and most <= high + 1e-3):  # allows rounding, refuses NaN
             raise ValueError(f"{name}: {least:g} to {most:g}; rule: [{low}, {high}]; fix: {fix}")

@@ -1,16 +1,13 @@
 #!/usr/bin/env python3
-"""Train an image classifier with M-TLAT, or with one of the trainings that the paper compares.
+"""Train an image classifier with M-TLAT, or with one of the methods that the paper compares.
 
-python train.py --arch resnet50                        # the embedded set, on any machine
+python train.py --arch resnet50                        # the embedded dataset, on any machine
 python train.py --data IMAGENET --classes 100 --amp bf16 --channels-last
-python train.py --resume runs/mtlat/last.pt            # go on where it was stopped
-torchrun --nproc-per-node=4 train.py ...               # on four GPUs, or processes
+python train.py --resume runs/resnet50-mtlat/last.pt   # continue where it was stopped
+torchrun --nproc-per-node=4 train.py ...               # on four GPUs, or in four processes
 """
 
-import argparse
-import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -28,287 +25,259 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data
-import parallel
-from common import (
-    UserError,
-    check_logits,
-    count_correct,
-    load_model,
-    locked,
-    refuse_differences,
-    run,
-    save_checkpoint,
-    start_model,
-    versions,
-    write,
+from harness import distributed
+from harness.checkpoints import save_checkpoint
+from harness.devices import environment_info, require_same_on_all_ranks
+from harness.errors import UserError, run_script
+from harness.files import atomic_write, lock_folder
+from harness.images.datasets import Dataset, load_dataset
+from harness.images.loader import BatchLoader, to_device
+from harness.models import MeanStd, check_logits, count_correct, create_model, restore_model
+from harness.training.config import (
+    TrainConfig,
+    parse_train_config,
+    refuse_overwriting,
+    saved_settings,
 )
-from feed import Feed, send
-from methods import METHODS
+from harness.training.log import header, log_csv, log_line
+from harness.training.methods import METHODS
 from mtlat import Draws, Pair, draw
-from settings import parse_args, refuse_overwriting
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class Run:
-    """Everything that a training needs from one epoch to the next."""
+class Training:
+    """Everything that a training carries from one epoch to the next."""
 
-    args: argparse.Namespace
-    classes: list[str]
-    fingerprint: str
-    train: Feed
-    test: Feed
+    data: Dataset
+    train_loader: BatchLoader
+    test_loader: BatchLoader
     model: nn.Module
-    normalize: Any
+    normalize: MeanStd | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     log: list[dict[str, Any]]
 
 
-def minibatch_size(args: argparse.Namespace) -> int:
-    """Images per minibatch: the batch, or, where two losses share it, half of it each."""
-    return int(args.batch_size // (1 if args.whole_batches else METHODS[args.method].terms))
+# ---------------------------------------------------------------- building and restoring
 
 
-def learning_rate(args: argparse.Namespace, progress: float) -> float:
-    """The learning rate after `progress` epochs: gamma for every milestone passed."""
-    return float(args.lr * args.gamma ** sum(progress >= m for m in args.milestones))
-
-
-def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    fused = not args.device.startswith("mps")
-    common: dict[str, Any] = {"lr": args.lr, "weight_decay": args.wd, "fused": fused}
-    if args.opt == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=args.momentum, **common)
-    kind = torch.optim.AdamW if args.opt == "adamw" else torch.optim.Adam
-    return kind(model.parameters(), **common)
-
-
-def load_images(args: argparse.Namespace) -> data.Data:
-    """Load the images that these settings name."""
-    with parallel.one_first():
-        return data.load(
-            args.data, size=args.size, num_classes=args.classes, seed=args.data_seed,
-            download=args.download, skip_bad_images=args.skip_bad_images, cache_dir=args.cache_dir,
+def load_data(config: TrainConfig) -> Dataset:
+    """Load the dataset that the configuration names, in one process of each machine first."""
+    with distributed.local_rank_zero_first():
+        return load_dataset(
+            config.data, size=config.size, num_classes=config.classes, seed=config.data_seed,
+            download=config.download, skip_bad_images=config.skip_bad_images,
+            cache_dir=config.cache_dir,
         )  # fmt: skip
 
 
-def prepare(args: argparse.Namespace, checkpoint: dict[str, Any] | None, sets: data.Data) -> Run:
-    """Make or restore the model and its optimizer, for these images."""
-    if args.deterministic:
+def check_batch_size(config: TrainConfig, images: int) -> None:
+    """Raise `UserError` unless every process gets images of every minibatch."""
+    size, processes = config.minibatch_size, distributed.world_size()
+    message = f"--batch-size {config.batch_size} makes minibatches of {size}"
+    if not 0 < size <= images:
+        raise UserError(f"{message}, and there are {images} training images: choose another")
+    if size < 2 * processes > 2:
+        raise UserError(f"{message}, and each of {processes} processes needs 2 of them: raise it")
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer that the configuration names."""
+    fused = not config.device.startswith("mps")
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.wd, "fused": fused}
+    if config.opt == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)
+    kind = torch.optim.AdamW if config.opt == "adamw" else torch.optim.Adam
+    return kind(model.parameters(), **common)
+
+
+def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None) -> Training:
+    """Build the model and the optimizer, or restore them from the checkpoint."""
+    if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not args.deterministic
-    count, size = len(sets.train.labels), minibatch_size(args)
-    if not 0 < size <= count:
-        raise UserError(f"--batch-size {args.batch_size} makes minibatches of {size}, and there are"
-                        f" {count} training images: choose another")  # fmt: skip
-    if size < 2 * parallel.world() > 2:
-        raise UserError(f"--batch-size {args.batch_size} makes minibatches of {size}, and each of"
-                        f" {parallel.world()} processes needs 2 of them: raise it")  # fmt: skip
-    torch.manual_seed(args.seed)
-    log = []
+    torch.backends.cudnn.benchmark = not config.deterministic
+    check_batch_size(config, len(data.train.labels))
+    torch.manual_seed(config.seed)
+    log: list[dict[str, Any]] = []
     if checkpoint is None:
-        model, normalize = start_model(args.arch, len(sets.classes), args.weights)
+        model, normalize = create_model(config.arch, len(data.classes), config.weights)
     else:
-        if checkpoint["fingerprint"] != sets.fingerprint:
+        if checkpoint["fingerprint"] != data.fingerprint:
             raise UserError(
-                f"--data {args.data} is not the set that {args.resume} was trained on, or has other"
-                " pixels now: restore it, or start anew in another --output-dir"
+                f"--data {config.data} differs from the dataset that {config.resume} was trained on"
+                " (other files or changed pixels): restore it, or choose another --output-dir to"
+                " start again"
             )
-        model, normalize, log = load_model(checkpoint), checkpoint["normalize"], checkpoint["log"]
-    refuse_differences(sets.fingerprint, log)
-    parallel.copy_from_first(list(model.state_dict().values()))
-    device = torch.device(args.device)
+        model, normalize = restore_model(checkpoint), checkpoint["normalize"]
+        log = checkpoint["log"]
+    require_same_on_all_ranks(data.fingerprint, log)
+    distributed.broadcast(list(model.state_dict().values()))
+    device = torch.device(config.device)
     model.to(device)
-    if args.channels_last:
+    if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    if args.sync_bn:
+    if config.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    feeds = Feed(sets.train, device), Feed(sets.test, device)
-    if checkpoint is None:  # not again, as a look changes what some layers remember
-        some = torch.arange(size)[parallel.share(size)]
-        check_logits(f"--arch {args.arch}", model, feeds[0](some)[0], len(sets.classes))
-    optimizer = make_optimizer(args, model)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    loaders = BatchLoader(data.train, device), BatchLoader(data.test, device)
+    if checkpoint is None:  # a forward pass changes what some layers remember: not after resuming
+        rows = torch.arange(config.minibatch_size)[distributed.shard_rows(config.minibatch_size)]
+        check_logits(f"--arch {config.arch}", model, loaders[0](rows)[0], len(data.classes))
+    optimizer = build_optimizer(config, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     if checkpoint is not None:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-    if args.compile:
+    if config.compile:
         model.compile()
-    return Run(
-        args, sets.classes, sets.fingerprint, *feeds, model, normalize, optimizer, scaler, log
-    )
+    return Training(data, *loaders, model, normalize, optimizer, scaler, log)
 
 
-def minibatches(run: Run, generator: torch.Generator) -> Iterator[tuple[list[Pair], Draws]]:
-    """One epoch of steps: for each, the method's minibatches, every one in an order of its own.
-
-    Every process draws the whole step and takes its rows, so that what is drawn for an image does
-    not depend on how many there are.
-    """
-    args, device, classes = run.args, run.train.device, len(run.classes)
-    size, couples = minibatch_size(args), METHODS[args.method].couples
-    rows = parallel.share(size)
-    orders = [torch.randperm(len(run.train), generator=generator) for _ in range(couples)]
-    starts = range(0, len(run.train) - size + 1, size)
-    batches = run.train.ahead(order[i : i + size][rows] for i in starts for order in orders)
-    for _ in starts:
-        pairs = []
-        for x, y in islice(batches, couples):
-            if args.channels_last:
-                x = x.to(memory_format=torch.channels_last)
-            pairs.append((x, F.one_hot(y, classes).to(x.dtype)))
-        draws = draw(size, classes, alpha=args.alpha, epsilon_max=args.epsilon_max,
-                     generator=generator)  # fmt: skip
-        yield pairs, Draws(*(send(drawn[rows], device) for drawn in draws))
+# ---------------------------------------------------------------- the training loop
 
 
-def take_step(run: Run, pairs: list[Pair], draws: Draws, totals: Tensor) -> None:
-    """Move the weights by one step, and add its losses to the totals; on CUDA, without waiting."""
-    args, method = run.args, METHODS[run.args.method]
-    share = len(draws.target) / minibatch_size(args)  # of the step's images, in this process
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
-    run.optimizer.zero_grad()
-    losses = method.losses(run.model, pairs, draws, args.attack_steps)
-    for term in range(method.terms):
-        with torch.autocast(run.train.device.type, dtype, enabled=dtype is not None):
-            loss = share * next(losses)
-        run.scaler.scale(loss).backward()
-        totals[term] += loss.detach()
-    parallel.add_up([p.grad for p in run.model.parameters() if p.grad is not None])
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-
-
-def train_epoch(run: Run, epoch: int) -> list[float]:
-    """One pass over the training set; give the mean of each loss.
-
-    Every random number is a function of the seed and the epoch, so nothing random need be saved.
-    """
-    args = run.args
-    digest = hashlib.sha256(f"{args.seed} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-    torch.manual_seed(int.from_bytes(digest[7:14]) + parallel.rank())  # for dropout
-    steps = len(run.train) // minibatch_size(args)
-    totals = torch.zeros(METHODS[args.method].terms, device=run.train.device)
-    run.model.train()
-    title = f"epoch {epoch + 1}/{args.epochs}"
-    bar = tqdm(minibatches(run, generator), title, steps, leave=False, disable=None)
-    for step, (pairs, draws) in enumerate(bar, 1):
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(args, epoch + (step - 1) / steps)
-        take_step(run, pairs, draws, totals)
-        if step % args.print_freq == 0 or step == steps:
-            shares = parallel.gather((totals / step).tolist())
-            means = [sum(terms) for terms in zip(*shares, strict=True)]
-            if not math.isfinite(sum(means)):
-                raise UserError(
-                    f"the loss became {sum(means)} in epoch {epoch + 1} before step {step + 1}:"
-                    f" lower --lr ({args.lr}); {args.output_dir} keeps the epochs before"
-                )
-            bar.set_postfix_str(" ".join(f"loss{i} {m:.3f}" for i, m in enumerate(means, 1)))
-    # Each process has its own running statistics of BatchNorm, of its share of every minibatch.
-    statistics = [b for name, b in run.model.named_buffers() if "running_" in name]
-    parallel.add_up(statistics)
-    for statistic in statistics:
-        statistic.div_(parallel.world())
-    return means
-
-
-def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
-    """Train from the checkpoint, or from the start, to the last epoch."""
-    run = prepare(args, checkpoint, load_images(args))
-    with locked(Path(args.output_dir)) if parallel.rank() == 0 else nullcontext():
-        refuse_overwriting(args, checkpoint)  # another run may have ended meanwhile
-        train_epochs(run)
-
-
-def train_epochs(run: Run) -> None:
-    """Do what is left to do, and keep a checkpoint after every epoch."""
-    args, out, log = run.args, Path(run.args.output_dir), run.log
-    settings = {**vars(args), **versions(args.device), "processes": parallel.world(),
-                "command": " ".join(sys.argv)}  # fmt: skip
-    if parallel.rank() == 0:
-        write(out / "args.json", json.dumps(settings, indent=2) + "\n")
+def train(config: TrainConfig, training: Training) -> None:
+    """Train the epochs that are left, and save a checkpoint after each."""
+    data, log, out = training.data, training.log, Path(config.output_dir)
+    settings = saved_settings(
+        config, **environment_info(config.device), processes=distributed.world_size(),
+        command=" ".join(sys.argv),
+    )  # fmt: skip
+    if distributed.rank() == 0:
+        atomic_write(out / "args.json", json.dumps(settings, indent=2) + "\n")
         if log:
-            write(out / "log.csv", log_csv(log))  # whatever became of it
-    print(describe(run), flush=True)
+            atomic_write(out / "log.csv", log_csv(log))  # in case it was lost
+    print(header(config, data), flush=True)
     started, first = time.monotonic(), len(log)
-    for epoch in range(first, args.epochs):
-        clock = time.monotonic()
-        losses = train_epoch(run, epoch)
-        seconds = time.monotonic() - clock
-        size, terms = minibatch_size(args), METHODS[args.method].terms
-        correct = parallel.gather(count_correct(run.model, run.test.in_order(args.batch_size)))
-        score = sum(correct) / len(run.test)
+    for epoch in range(first, config.epochs):
+        epoch_started = time.monotonic()
+        losses = train_one_epoch(config, training, epoch)
+        seconds = time.monotonic() - epoch_started
+        correct = count_correct(training.model, training.test_loader.in_order(config.batch_size))
+        steps = len(data.train.labels) // config.minibatch_size
+        images = len(losses) * steps * config.minibatch_size
         per_epoch = (time.monotonic() - started) / (epoch + 1 - first)
         log.append({
             "epoch": epoch + 1,
-            "lr": learning_rate(args, epoch),
+            "lr": training.optimizer.param_groups[0]["lr"],
             "loss1": losses[0],
-            "loss2": losses[-1] if terms > 1 else None,
-            "clean_accuracy": score,
-            "images_per_second": round(len(run.train) // size * size * terms / seconds, 1),
-            "seconds_left": round(per_epoch * (args.epochs - epoch - 1)),
+            "loss2": losses[1] if len(losses) > 1 else None,
+            "clean_accuracy": sum(distributed.all_gather(correct)) / len(data.test.labels),
+            "images_per_second": round(images / seconds, 1),
+            "seconds_left": round(per_epoch * (config.epochs - epoch - 1)),
         })  # fmt: skip
-        print(log_line(log[-1], args.epochs), flush=True)
-        if parallel.rank() == 0:
-            save(run, out, settings)
+        print(log_line(log[-1], config.epochs), flush=True)
+        if distributed.rank() == 0:
+            save(config, training, settings)
     print(
-        f"clean accuracy {100 * log[-1]['clean_accuracy']:.1f} % on {len(run.test)} images\n"
-        f"checkpoint: {out / 'last.pt'}\nnext: python evaluate.py {out / 'last.pt'}"
+        f"clean accuracy {100 * log[-1]['clean_accuracy']:.1f} % on {len(data.test.labels)} images"
+        f"\ncheckpoint: {out / 'last.pt'}\nnext: python evaluate.py {out / 'last.pt'}"
     )
 
 
-def save(run: Run, out: Path, settings: dict[str, Any]) -> None:
-    """Write what a run keeps; last.pt comes last: what a crash leaves undone, is done again."""
-    write(out / "log.csv", log_csv(run.log))
-    scores = [row["clean_accuracy"] for row in run.log]
+def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list[float]:
+    """Train for one epoch. Returns the mean of each loss.
+
+    Every random number is a function of the seed and the epoch, so no generator is saved.
+    """
+    model, optimizer, scaler = training.model, training.optimizer, training.scaler
+    method, device = METHODS[config.method], training.train_loader.device
+    digest = hashlib.sha256(f"{config.seed} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+    torch.manual_seed(int.from_bytes(digest[7:14]) + distributed.rank())  # for dropout
+    steps = len(training.train_loader) // config.minibatch_size
+    totals = torch.zeros(method.terms, device=device)
+    model.train()
+    title = f"epoch {epoch + 1}/{config.epochs}"
+    bar = tqdm(draw_steps(config, training, generator), title, steps, leave=False, disable=None)
+    for step, (pairs, draws) in enumerate(bar, 1):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate(epoch + (step - 1) / steps)
+        optimizer.zero_grad()
+        share = len(draws.target) / config.minibatch_size  # of the images, in this process
+        losses = method.losses(model, pairs, draws, config.attack_steps)
+        for term in range(method.terms):
+            dtype = AMP_DTYPES.get(config.amp)
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss = share * next(losses)
+            scaler.scale(loss).backward()
+            totals[term] += loss.detach()
+        distributed.all_reduce_sum([p.grad for p in model.parameters() if p.grad is not None])
+        scaler.step(optimizer)
+        scaler.update()
+        if step % config.print_freq == 0 or step == steps:
+            means = mean_losses(totals / step)
+            if not math.isfinite(sum(means)):
+                raise UserError(
+                    f"the loss became {sum(means)} in epoch {epoch + 1} before step {step + 1}:"
+                    f" lower --lr ({config.lr}); {config.output_dir} keeps the epochs before"
+                )
+            bar.set_postfix_str(" ".join(f"loss{i} {m:.3f}" for i, m in enumerate(means, 1)))
+    average_running_statistics(model)
+    return means
+
+
+def draw_steps(
+    config: TrainConfig, training: Training, generator: torch.Generator
+) -> Iterator[tuple[list[Pair], Draws]]:
+    """Yield the minibatches and the random numbers of each step of an epoch.
+
+    Each minibatch of a step follows a random order of its own. Every process draws the whole step
+    and takes its rows, so that what is drawn for an image does not depend on their number.
+    """
+    loader, classes, size = training.train_loader, len(training.data.classes), config.minibatch_size
+    minibatches, rows = METHODS[config.method].minibatches, distributed.shard_rows(size)
+    orders = [torch.randperm(len(loader), generator=generator) for _ in range(minibatches)]
+    starts = range(0, len(loader) - size + 1, size)
+    batches = loader.prefetch(order[i : i + size][rows] for i in starts for order in orders)
+    for _ in starts:
+        pairs = []
+        for x, y in islice(batches, minibatches):
+            if config.channels_last:
+                x = x.to(memory_format=torch.channels_last)
+            pairs.append((x, F.one_hot(y, classes).to(x.dtype)))
+        draws = draw(size, classes, alpha=config.alpha, epsilon_max=config.epsilon_max,
+                     generator=generator)  # fmt: skip
+        yield pairs, Draws(*(to_device(drawn[rows], loader.device) for drawn in draws))
+
+
+def mean_losses(shares: Tensor) -> list[float]:
+    """Sum each loss over the processes."""
+    return [sum(terms) for terms in zip(*distributed.all_gather(shares.tolist()), strict=True)]
+
+
+def average_running_statistics(model: nn.Module) -> None:
+    """Average BatchNorm's running statistics over the processes, each of which saw its own rows."""
+    statistics = [buffer for name, buffer in model.named_buffers() if "running_" in name]
+    distributed.all_reduce_sum(statistics)
+    for statistic in statistics:
+        statistic.div_(distributed.world_size())
+
+
+def save(config: TrainConfig, training: Training, settings: dict[str, Any]) -> None:
+    """Write log.csv, best.pt, last.pt. A crash before last.pt, the last one, redoes the epoch."""
+    out, log = Path(config.output_dir), training.log
+    atomic_write(out / "log.csv", log_csv(log))
+    scores = [row["clean_accuracy"] for row in log]
     best = scores[-1] > max(scores[:-1], default=-1)
     save_checkpoint(
         [out / "best.pt"] * best + [out / "last.pt"],
-        arch=run.args.arch, normalize=run.normalize, classes=run.classes, size=run.args.size,
-        fingerprint=run.fingerprint, model=run.model.state_dict(), log=run.log, settings=settings,
-        optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
+        arch=config.arch, normalize=training.normalize, classes=training.data.classes,
+        size=config.size, fingerprint=training.data.fingerprint,
+        model=training.model.state_dict(), log=log, settings=settings,
+        optimizer=training.optimizer.state_dict(), scaler=training.scaler.state_dict(),
     )  # fmt: skip
 
 
-def log_csv(log: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    rows = csv.DictWriter(text, log[0], lineterminator="\n")
-    rows.writeheader()
-    rows.writerows(log)
-    return text.getvalue()
-
-
-def log_line(row: dict[str, Any], epochs: int) -> str:
-    losses = "  ".join(f"{k} {row[k]:.4f}" for k in ("loss1", "loss2") if row[k] is not None)
-    minutes, seconds = divmod(row["seconds_left"], 60)
-    return (
-        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  lr {row['lr']:.1e}  {losses}"
-        f"  clean accuracy {100 * row['clean_accuracy']:5.1f} %"
-        f"  {row['images_per_second']:.0f} images/s  {minutes}:{seconds:02} left"
-    )
-
-
-def describe(run: Run) -> str:
-    args, method, size = run.args, METHODS[run.args.method], minibatch_size(run.args)
-    steps = len(run.train) // size
-    return (
-        f"{args.arch} by {args.method} ({method.description}) on {args.device}, into"
-        f" {args.output_dir}\n"
-        f"{args.data}: {len(run.train)} training and {len(run.test)} test images of"
-        f" {args.size}x{args.size}, set {run.fingerprint[:16]}\n"
-        f"{len(run.classes)} classes: {' '.join(run.classes)}\n"
-        f"{steps} steps per epoch, {method.couples} x {size} images drawn for each:"
-        f" {steps * method.couples * size} per epoch"
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
-    train(*parse_args(argv, __doc__))
+    config, checkpoint = parse_train_config(argv, __doc__)
+    training = build(config, load_data(config), checkpoint)
+    with lock_folder(Path(config.output_dir)) if distributed.rank() == 0 else nullcontext():
+        refuse_overwriting(config.output_dir, config.resume if checkpoint else None)  # meanwhile
+        train(config, training)
 
 
 if __name__ == "__main__":
-    run(main, "add --resume auto to go on")
+    run_script(main, "add --resume auto to continue")

@@ -1,9 +1,9 @@
-"""Draw a contact sheet of one picture, or write an ImageNet-C-style tree of a folder of classes.
+"""Write a contact sheet of one image, or an ImageNet-C-style tree of a folder of class folders.
 
-    python -m corruptions IMAGE --out sheet.png     every corruption by every severity
+    python -m corruptions IMAGE --out sheet.png     every corruption at every severity
     python -m corruptions DIR --out DIR_C           DIR_C/name/severity/class/file
 
-An interrupted tree goes on where it stopped when the same command is given again.
+To resume an interrupted tree, run the same command again.
 """
 
 import argparse
@@ -22,34 +22,45 @@ from tqdm import tqdm
 
 from corruptions import CORRUPTIONS, SEVERITIES, corrupt, frost_source
 
-_BATCH = 64  # pictures held at a time
-# ImageNet-C's files went through JPEG once more after their corruption.
+_BATCH = 64  # images in memory at a time
+# ImageNet-C's published files were compressed as JPEG again after the corruption.
 _PUBLISHED = {"format": "JPEG", "quality": 85, "optimize": True}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m corruptions", description="Write corrupted pictures."
+        prog="python -m corruptions", description="Write corrupted images."
     )
-    parser.add_argument("source", type=Path, help="a picture, or a folder of class folders")
-    parser.add_argument("--out", type=Path, required=True, help="the sheet's file, or the tree")
+    parser.add_argument("source", type=Path, help="an image file, or a folder of class folders")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="file of the contact sheet, or folder of the tree"
+    )
     parser.add_argument(
         "--size",
         type=int,
         default=224,
-        help="side in px (224): at 224 scaled to 256 and cropped as ImageNet-C, else scaled to fit",
+        help="side of the output images in pixels (default: 224); at 224 the images are resized to "
+        "256 and cropped as for ImageNet-C, at other sizes they are resized to the square",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws (0)")
-    parser.add_argument("--only", nargs="+", choices=CORRUPTIONS, metavar="NAME", help="not all 19")
-    parser.add_argument("--png", action="store_true", help="lossless files, not ImageNet-C's JPEG")
-    parser.add_argument("--device", default="cpu", help="torch device to compute on (cpu)")
-    parser.add_argument("--frost-dir", help="folder of ImageNet-C's frost pictures")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=CORRUPTIONS,
+        metavar="NAME",
+        help="corruptions to apply (default: all 19)",
+    )
+    parser.add_argument(
+        "--png", action="store_true", help="write lossless PNG files instead of ImageNet-C's JPEG"
+    )
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    parser.add_argument("--frost-dir", help="folder with ImageNet-C's frost photographs")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw the sheet of a picture, write the tree of a folder; what is wrong takes one line."""
+    """Write the sheet or the tree. Print an error as one line and exit with code 2."""
     args = parse_args(argv)
     args.only = args.only or list(CORRUPTIONS)
     try:
@@ -58,17 +69,23 @@ def main(argv: list[str] | None = None) -> None:
         elif args.source.is_file():
             draw_sheet(args)
         else:
-            raise ValueError(f"{args.source} is no picture and no folder of class folders")
+            raise ValueError(
+                f"{args.source} is neither an image file nor a folder; "
+                "pass an image or a folder of class folders"
+            )
     except (OSError, RuntimeError, ValueError, Image.DecompressionBombError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 
 
 def load(path: str | Path, size: int) -> Tensor:
-    """Read a picture as uint8 (3, size, size).
+    """Load an image as uint8 (3, size, size).
 
-    At 224 as ImageNet-C was made: the shorter side to 256, bilinear, then the middle. At others
-    as Tiny-ImageNet-C: resized to the square.
+    Args:
+        path: image file.
+        size: side in px. 224 prepares the image as for ImageNet-C: the shorter side is resized to
+            256 (bilinear) and the center is cropped. Other sizes prepare it as for
+            Tiny-ImageNet-C: it is resized to the square.
     """
     with Image.open(path) as file:
         picture = file.convert("RGB")
@@ -81,7 +98,18 @@ def load(path: str | Path, size: int) -> Tensor:
 def apply(
     args: argparse.Namespace, images: Tensor, name: str, severity: int, index: list[int]
 ) -> Tensor:
-    """Corrupt the images numbered `index` as the command line asks."""
+    """Corrupt images with the seed, device and frost folder of the command line.
+
+    Args:
+        args: the parsed command line.
+        images: uint8 (B, 3, H, W).
+        name: name of the corruption.
+        severity: 1 to 5.
+        index: indices of the B images in the dataset.
+
+    Returns:
+        uint8 (B, 3, H, W) on the CPU.
+    """
     options = {"frost_dir": args.frost_dir} if name == "frost" else {}
     corrupted = corrupt(
         images.to(args.device), name, severity, seed=args.seed, index=index, **options
@@ -90,7 +118,7 @@ def apply(
 
 
 def draw_sheet(args: argparse.Namespace) -> None:
-    """Draw one picture under all corruptions: a row for each, a column for each severity."""
+    """Write a contact sheet of one image: a row per corruption and a column per severity."""
     picture = load(args.source, args.size)[None]
     rows = []
     for name in tqdm(args.only):
@@ -112,12 +140,12 @@ def draw_sheet(args: argparse.Namespace) -> None:
 
 
 def write_tree(args: argparse.Namespace) -> None:
-    """Write out/name/severity/class/file for all pictures, those that exist already apart."""
+    """Write out/name/severity/class/file for all images. Existing files are skipped."""
     paths = [Path(path) for path, _ in ImageFolder(args.source).samples]
     suffix = ".png" if args.png else ".JPEG"
     targets = [path.relative_to(args.source).with_suffix(suffix) for path in paths]
     if len(set(targets)) < len(targets):
-        raise ValueError(f"two pictures of {args.source} differ in their suffix only; rename one")
+        raise ValueError(f"two images in {args.source} differ only in their suffix; rename one")
     check_settings(args)
     with tqdm(total=len(paths) * len(args.only) * len(SEVERITIES), unit="file") as bar:
         for start in range(0, len(paths), _BATCH):
@@ -138,7 +166,7 @@ def write_tree(args: argparse.Namespace) -> None:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Note in the tree how its pixels are made; refuse to go on with a tree made otherwise."""
+    """Save the settings of the tree. Raise ValueError if it was begun with other settings."""
     settings = {
         "source": str(args.source.resolve()),
         "size": args.size,
@@ -149,14 +177,22 @@ def check_settings(args: argparse.Namespace) -> None:
     note = args.out / "settings.json"
     if note.exists():
         if (found := json.loads(note.read_text())) != settings:
-            raise ValueError(f"{args.out} was begun with {found}; choose another --out")
+            raise ValueError(
+                f"{args.out} was begun with {found}; use these settings or another --out"
+            )
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def save(image: Tensor, path: Path, *, png: bool) -> None:
-    """Write uint8 (3, H, W) to a file that is never seen half written."""
+    """Write an image to a file atomically.
+
+    Args:
+        image: uint8 (3, H, W) on the CPU.
+        path: target file. Its parent folders are created.
+        png: write PNG instead of JPEG.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     options = {"format": "PNG"} if png else _PUBLISHED

@@ -1,10 +1,7 @@
-"""ImageNet-C's four blurs: defocus_blur, glass_blur, motion_blur, zoom_blur.
+"""ImageNet-C's four blur corruptions: defocus_blur, glass_blur, motion_blur, zoom_blur.
 
-Tables: rows of severities 1 to 5 for sides 224 (ImageNet-C), 64 (Tiny-ImageNet-C) and 32
-(CIFAR-10-C), from the original scripts (Hendrycks and Dietterich, ICLR 2019).
-
-The applying functions take uint8 (B, 3, H, W) images and give the raw float32 result in [0, 255],
-before truncation to uint8. `corruptions.corrupt` validates, draws, applies and truncates.
+Given the same fields, the result of `glass_blur` is exactly the original's. The others are equal to
+it up to rounding. `corruptions.registry` has the conventions.
 """
 
 import math
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from corruptions.rng import Stream
 
-# Radius of the disk in pixels and standard deviation of the Gaussian that softens its edge.
+# Radius of the disk in px, and standard deviation in px of the Gaussian that smooths its edge.
 DEFOCUS_BLUR = {
     224: ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
     64: ((0.5, 0.6), (1, 0.1), (1.5, 0.1), (2.5, 0.01), (3, 0.1)),
@@ -27,17 +24,18 @@ DEFOCUS_BLUR = {
 
 
 def defocus_blur(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
-    """Correlate with a soft disk, borders mirrored about the edge pixels; exact up to rounding."""
+    """Correlate with a smoothed disk. Borders are mirrored about the edge pixels."""
     kernel = torch.from_numpy(_disk(*DEFOCUS_BLUR[profile][severity - 1])).to(images.device)
     return _correlate(images.float(), kernel, "reflect").clamp_(0, 255)
 
 
 @cache
 def _disk(radius: float, sigma: float) -> np.ndarray:
-    """Build the float32 disk kernel; above radius 6 at 224 px it sums to more than 1.
+    """Build the float32 disk kernel. At radius 8 and 10 it sums to more than 1.
 
-    The original softens the edge within the array, mirrored about its border: the disks of radius
-    8 and 10 touch that border, and what is mirrored counts twice. Published images have that gain.
+    The original smooths the disk inside its array and mirrors the array at the border. Disks of
+    radius 8 and 10 touch the border, and the mirrored values count twice. The published images
+    have this gain.
     """
     reach = 8 if radius <= 8 else int(radius)
     axis = np.arange(-reach, reach + 1)
@@ -46,7 +44,7 @@ def _disk(radius: float, sigma: float) -> np.ndarray:
     half = 1 if radius <= 8 else 2
     taps = np.exp(-(np.arange(-half, half + 1) ** 2) / (2 * sigma**2))
     taps /= taps.sum()
-    for _ in range(2):  # along rows, then, transposed, along columns
+    for _ in range(2):  # along rows, then along columns by transposing
         padded = np.pad(disk, ((half, half), (0, 0)), mode="reflect")
         disk = sum(tap * padded[i : i + len(disk)] for i, tap in enumerate(taps)).T
     return disk.astype(np.float32)
@@ -55,16 +53,17 @@ def _disk(radius: float, sigma: float) -> np.ndarray:
 def _correlate(planes: Tensor, kernels: Tensor, border: str) -> Tensor:
     """Correlate (B, C, H, W) planes with odd square kernels (K, K) or (B, 1, K, K) by FFT.
 
-    The spectra are multiplied in operations that round one by one: a fused complex product rounds
-    by its place in memory, and the result would depend on the batch and the number of threads. For
-    the same reason a single plane is transformed back twice: MKL rounds it otherwise when alone.
+    The spectra are multiplied by separate real operations. The rounding of a fused complex product
+    depends on its place in memory, so the result would depend on the batch and the number of
+    threads. A single plane is duplicated before the inverse transform for the same reason: MKL
+    rounds a plane differently if it is the only one.
     """
     height, width = planes.shape[-2:]
     reach = kernels.shape[-1] // 2
     padded = F.pad(planes, (reach, reach, reach, reach), mode=border)
     size = [next_fast_len(side, real=True) for side in padded.shape[-2:]]
     image, kernel = torch.fft.rfft2(padded, s=size), torch.fft.rfft2(kernels, s=size)
-    real = image.real * kernel.real + image.imag * kernel.imag  # times the conjugate: correlation
+    real = image.real * kernel.real + image.imag * kernel.imag  # by the conjugate: correlation
     imaginary = image.imag * kernel.real - image.real * kernel.imag
     spectrum = torch.complex(real, imaginary)
     if planes.shape[:2] == (1, 1):
@@ -73,7 +72,7 @@ def _correlate(planes: Tensor, kernels: Tensor, border: str) -> Tensor:
     return full[: len(planes), :, :height, :width]
 
 
-# Standard deviation in pixels of the Gaussians, farthest jump in pixels, passes.
+# Standard deviation of the Gaussians in px, largest offset d in px, number of passes.
 GLASS_BLUR = {
     224: ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
     64: ((0.1, 1, 1), (0.5, 1, 1), (0.6, 1, 2), (0.7, 2, 1), (0.9, 2, 2)),
@@ -84,9 +83,11 @@ GLASS_BLUR = {
 def draw_glass_blur(
     stream: Stream, severity: int, size: tuple[int, int], profile: int
 ) -> tuple[Tensor, ...]:
-    """Draw where each pixel is copied from: int32 (B, passes, 2, H - 2 d, W - 2 d), in [-d, d).
+    """Draw the offset of the source of each pixel.
 
-    Element [b, p, :, i, j] is the (row, column) offset of pixel (d + 1 + i, d + 1 + j).
+    Returns:
+        `offsets`, int32 (B, passes, 2, H - 2 d, W - 2 d) in [-d, d). Element [b, p, :, i, j] is
+        the (row, column) offset of pixel (d + 1 + i, d + 1 + j).
     """
     _, jump, passes = GLASS_BLUR[profile][severity - 1]
     height, width = size
@@ -94,12 +95,15 @@ def draw_glass_blur(
 
 
 def glass_blur(images: Tensor, severity: int, offsets: Tensor, *, profile: int = 224) -> Tensor:
-    """Blur, truncate, copy every pixel from a near one, blur; exact given `offsets`.
+    """Blur, truncate, copy each pixel from a nearby one, and blur again.
 
-    A pass visits the pixels from the last to the first and copies in place, so that what a pixel
-    copies may have been overwritten before. (The original means to swap, but its swap of NumPy
-    views only copies.) The first blur is in float64 where there is one, in SciPy's order of
-    additions: its truncation decides by the last bit in even areas.
+    A pass visits the pixels from the last to the first and copies in place, so a pixel may copy a
+    value that has already been overwritten. (The original intends a swap, but its swap of NumPy
+    views only copies.) The first blur uses float64 where the device has it, and SciPy's order of
+    additions, because in uniform areas the last bit decides the truncation.
+
+    Args:
+        offsets: as returned by `draw_glass_blur`.
     """
     sigma, jump, _ = GLASS_BLUR[profile][severity - 1]
     wide = images.to(wide_float(images.device)).div_(255)
@@ -110,11 +114,11 @@ def glass_blur(images: Tensor, severity: int, offsets: Tensor, *, profile: int =
 
 
 def _glass_sources(offsets: Tensor, jump: int, height: int, width: int) -> Tensor:
-    """Follow every pixel through all passes to the one its value comes from: int64 (B, H * W).
+    """Trace each pixel through all passes to its source pixel, int64 (B, H * W).
 
-    A pixel that copies from a later one, which was visited before it, gets what that one got, and
-    so on along a chain; from an earlier one it gets the old value. The ends of all chains are
-    found at once by pointer jumping: doubling the links until none moves.
+    Later pixels are visited first. A pixel that copies from a later one gets the value that this
+    one received, so copies form chains. A pixel that copies from an earlier one gets the old value.
+    Pointer jumping finds the ends of all chains at once: links are doubled until none changes.
     """
     pixels = torch.arange(height * width, device=offsets.device)
     visited = (slice(jump + 1, height - jump + 1), slice(jump + 1, width - jump + 1))
@@ -130,11 +134,11 @@ def _glass_sources(offsets: Tensor, jump: int, height: int, width: int) -> Tenso
 
 
 def _gaussian(planes: Tensor, sigma: float) -> Tensor:
-    """Blur (..., H, W) planes: radius 4 sigma, edge pixels repeated, rows first as SciPy does."""
+    """Blur (B, C, H, W) planes with radius 4 sigma and repeated edges, axis 2 first like SciPy."""
     radius = int(4 * sigma + 0.5)
     taps = np.exp(-0.5 / sigma**2 * np.arange(-radius, radius + 1) ** 2)
     taps = (taps / taps.sum())[radius:]
-    pair = torch.empty_like(planes)  # reused: a fresh one per tap would cost as much as its sums
+    pair = torch.empty_like(planes)  # buffer: allocating it per tap costs as much as the sums
     for axis in (2, 3):
         side = planes.shape[axis]
         pad = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
@@ -148,11 +152,11 @@ def _gaussian(planes: Tensor, sigma: float) -> Tensor:
 
 
 def wide_float(device: torch.device) -> torch.dtype:
-    """Return the widest floating type of the device: float64, but for Apple's GPUs float32."""
+    """Return the widest floating-point dtype of the device: float32 on MPS, else float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-# Radius in pixels and standard deviation of the half Gaussian along the path.
+# Radius in px, and standard deviation in px of the half Gaussian along the path.
 MOTION_BLUR = {
     224: ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
     64: ((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
@@ -163,21 +167,38 @@ MOTION_BLUR = {
 def draw_motion_blur(
     stream: Stream, severity: int, size: tuple[int, int], profile: int
 ) -> tuple[Tensor, ...]:
-    """Draw the direction: degrees in [-45, 45), float32 (B,), positive to the right and down."""
+    """Draw the direction of the motion.
+
+    Returns:
+        `angle`, float32 (B,), in degrees in [-45, 45). Positive angles point right and down.
+    """
     return (stream.uniform().mul_(90).sub_(45),)
 
 
 def motion_blur(images: Tensor, severity: int, angle: Tensor, *, profile: int = 224) -> Tensor:
-    """Blur along `angle` (B,) degrees, as ImageMagick does to 8 bits; exact up to rounding."""
+    """Blur along a straight path, as ImageMagick does with 8 bits.
+
+    Args:
+        angle: direction of the path, (B,), in degrees.
+    """
     radius, sigma = MOTION_BLUR[profile][severity - 1]
     return magick_motion_blur(images.float(), radius, sigma, angle)
 
 
 def magick_motion_blur(planes: Tensor, radius: int, sigma: float, angle: Tensor) -> Tensor:
-    """Blur float (B, C, H, W) planes of values in [0, 255] as ImageMagick 6 does; gives integers.
+    """Apply the motion blur of ImageMagick 6.
 
-    The path is one-sided: 2 radius + 1 taps that start at the pixel itself, edge pixels repeated.
-    ImageMagick rounds to 16 bits (257 steps per level) and its PNG export truncates to 8.
+    The path is one-sided: it has 2 radius + 1 taps and starts at the pixel itself. Edge pixels are
+    repeated. ImageMagick rounds to 16 bits (257 steps per level). Its PNG export truncates to 8.
+
+    Args:
+        planes: floating point (B, C, H, W) in [0, 255].
+        radius: in px.
+        sigma: standard deviation of the half Gaussian along the path, in px.
+        angle: direction of the path, (B,), in degrees.
+
+    Returns:
+        The blurred planes, of the same shape and dtype, with integer values.
     """
     reach = 2 * radius
     steps = torch.arange(reach + 1, device=planes.device, dtype=wide_float(planes.device))
@@ -194,8 +215,8 @@ def magick_motion_blur(planes: Tensor, radius: int, sigma: float, angle: Tensor)
     return blurred.mul_(257).add_(0.5).floor_().div_(257).floor_().clamp_(0, 255)
 
 
-# End (excluded) and step of the zoom factors, from 1, as `numpy.arange` takes them: its rounding
-# lets 1.11 in at severity 1, and with 64 and 32 px 1.06 and 1.11.
+# End (excluded) and step of the zoom factors that start at 1, as arguments of `numpy.arange`. By
+# its rounding the ends 1.06 and 1.11 are included.
 ZOOM_BLUR = {
     224: ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
     64: ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
@@ -204,10 +225,10 @@ ZOOM_BLUR = {
 
 
 def zoom_blur(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
-    """Average the image and its enlargements by all factors; exact up to rounding.
+    """Average the image and its enlargements by all factors.
 
-    The image counts twice, once as itself and once as the factor 1. All enlargements are one sparse
-    matrix of four pixels per factor and pixel, which `embedding_bag` multiplies with the planes.
+    The image counts twice: as itself and as the factor 1. All enlargements together are one sparse
+    matrix with four entries per factor and pixel. `embedding_bag` multiplies it with the planes.
     """
     end, step = ZOOM_BLUR[profile][severity - 1]
     height, width = images.shape[2:]
@@ -217,13 +238,13 @@ def zoom_blur(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
     return zoomed.T.contiguous().add_(planes).div_(1 + pixels.shape[1] // 4).view(images.shape)
 
 
-@lru_cache(maxsize=5)  # one table's severities
+@lru_cache(maxsize=5)  # the five severities of a profile
 def _zoom_matrix(
     end: float, step: float, height: int, width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """List the pixels that each pixel of the sum takes and their weights, both (H * W, 4 n).
+    """Return the sources, int32, and weights, float32, of each pixel of the sum: (H * W, 4 n).
 
-    8 bytes per entry: 20 MB at 224 px.
+    n is the number of factors. An entry takes 8 bytes: up to 20 MB at 224 px.
     """
     pixels, weights = [], []
     for factor in np.arange(1, end, step):
@@ -242,10 +263,18 @@ def _zoom_matrix(
 
 
 def zoom_axis(side: int, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return which coordinate each pixel of an enlarged axis lies behind, and by how much.
+    """Compute the source coordinates of the pixels of an enlarged axis.
 
-    The central ceil(side / factor) pixels are stretched, corner on corner, to the original's
-    rounded length, of which the central `side` are kept. Gives int64 and float64 (side,).
+    As in the original, the central ceil(side / factor) pixels are stretched with aligned corners.
+    The stretched length is rounded, and its central `side` pixels are kept.
+
+    Args:
+        side: length of the axis in px.
+        factor: zoom factor, at least 1.
+
+    Returns:
+        int64 (side,), the last source coordinate before each pixel, and float64 (side,), the
+        distance from it in px.
     """
     crop = math.ceil(side / factor)
     length = round(crop * factor)

@@ -1,13 +1,13 @@
-"""Find the ranges of the paper's four corruptions for another model, as the paper found them."""
+"""Calibrate the ranges of the paper's four corruptions for another model, as the paper did."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-import corruptions
+from corruptions.apply import corrupt
 
-# Where the search ends, and how finely it ends: px at 224, share of full scale, px, degrees.
+# Upper end and precision of the search, in px at 224, shares of full scale, px at 224, degrees.
 _SEARCH = {
     "occlusion": (224.0, 1.0),
     "color_distortion": (1.0, 0.005),
@@ -16,7 +16,6 @@ _SEARCH = {
 }
 
 
-@torch.no_grad()
 def calibrate(
     model: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -27,63 +26,74 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 128,
 ) -> tuple[float, float]:
-    """Find the range of `name` over which the model loses between 5 and 30 points of accuracy.
+    """Search for the range of a corruption that costs the model 5 to 30 points of accuracy.
 
-    Losses are of absolute accuracy: the robustness of the paper's own ResNet-50 on these four,
-    0.68 to 0.78 at 73.3 % clean, is what a loss of 5 to 30 points leaves and not one of 5 to 30 %.
+    The paper's own ResNet-50 has a robustness of 0.68 to 0.78 on these four at 73.3 % clean
+    accuracy: a loss of 5 to 30 points of absolute accuracy, and not of 5 to 30 %.
 
     Args:
-        model: maps float32 images (B, 3, H, W) in [0, 1] to logits (B, classes); set it to
-            evaluation mode first.
-        images: uint8 (N, 3, H, W), or floating point in [0, 1].
-        labels: int64 (N,).
+        model: in eval mode; maps float32 (B, 3, H, W) in [0, 1] to logits (B, classes).
+        images, labels: uint8 (N, 3, H, W), or floating point in [0, 1], and int64 (N,).
         name: occlusion, color_distortion, translation or rotation.
-        losses: what the two ends shall cost, as shares of all images.
+        losses: losses of accuracy at the ends of the range, as shares of all images.
 
     Returns:
-        (low, high) in the units of `corruptions.geometric`, to be passed as
-        `corrupt(..., bounds=...)`. Each end is the smallest amount that bisection finds to cost its
-        loss: to one px, one degree, or 0.005 of full scale.
+        (low, high), in the units of `corruptions.geometric`, for `corrupt(..., bounds=...)`. Each
+        end is the smallest amount with its loss, to one px, one degree or 0.005 of full scale.
 
     Raises:
-        ValueError: another name, no images, losses out of order, or more than the corruption takes.
+        ValueError: an argument is invalid, or the corruption costs less than `losses[1]`.
     """
     if name not in _SEARCH:
-        raise ValueError(f"only {', '.join(_SEARCH)} have a range to calibrate, got {name!r}")
+        raise ValueError(f"name must be one of {', '.join(_SEARCH)}, got {name!r}")
     if len(images) == 0 or len(images) != len(labels):
-        raise ValueError(f"need as many labels as images, got {len(images)} and {len(labels)}")
+        raise ValueError(f"pass images and as many labels, got {len(images)} and {len(labels)}")
     if not 0 < losses[0] <= losses[1]:
         raise ValueError(f"losses must satisfy 0 < low <= high, got {losses}")
 
     def accuracy(amount: float) -> float:
-        """Measure with every image corrupted by exactly `amount`."""
-        correct = 0
-        for start in range(0, len(images), batch_size):
-            part = slice(start, start + batch_size)
-            index = torch.arange(len(images))[part]
-            corrupted = corruptions.corrupt(
-                images[part], name, 1, seed=seed, index=index, bounds=(amount, amount)
-            )
-            if corrupted.dtype == torch.uint8:
-                corrupted = corrupted.float().div_(255)
-            correct += int((model(corrupted).argmax(1) == labels[part]).sum())
-        return correct / len(images)
+        return _accuracy(model, images, labels, name, amount, seed, batch_size)
 
-    largest, step = _SEARCH[name]
+    largest, precision = _SEARCH[name]
     clean, worst = accuracy(0.0), accuracy(largest)
     if clean - worst < losses[1]:
         raise ValueError(
-            f"{name} costs this model at most {clean - worst:.3f} of its accuracy, less than "
-            f"{losses[1]}; lower `losses`"
+            f"{name} costs this model at most {clean - worst:.3f} of accuracy, less than "
+            f"losses[1] = {losses[1]}; lower `losses`"
         )
-    ends = []
-    for loss in losses:
-        low, high = 0.0, largest
-        while high - low > step:
-            middle = (low + high) / 2
-            if clean - accuracy(middle) < loss:
-                low = middle
-            else:
-                high = middle
-        ends.append(high)
-    return ends[0], ends[1]
+    low, high = (
+        _bisect(lambda amount: clean - accuracy(amount), loss, largest, precision)
+        for loss in losses
+    )
+    return low, high
+
+
+@torch.no_grad()
+def _accuracy(
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, name: str, amount: float,
+    seed: int, batch_size: int,
+) -> float:  # fmt: skip
+    """Compute the accuracy on images that are all corrupted by exactly `amount`."""
+    correct = 0
+    for index in torch.arange(len(images)).split(batch_size):
+        part = slice(int(index[0]), int(index[-1]) + 1)
+        bounds = (amount, amount)
+        corrupted = corrupt(images[part], name, 1, seed=seed, index=index, bounds=bounds)
+        if corrupted.dtype == torch.uint8:
+            corrupted = corrupted.float().div_(255)
+        correct += int((model(corrupted).argmax(1) == labels[part]).sum())
+    return correct / len(images)
+
+
+def _bisect(
+    lost: Callable[[float], float], wanted: float, largest: float, precision: float
+) -> float:
+    """Bisect for the smallest amount that costs at least `wanted` accuracy, up to `precision`."""
+    low, high = 0.0, largest
+    while high - low > precision:
+        middle = (low + high) / 2
+        if lost(middle) < wanted:
+            low = middle
+        else:
+            high = middle
+    return high

@@ -1,10 +1,7 @@
 """ImageNet-C's four digital corruptions: contrast, elastic_transform, pixelate, jpeg_compression.
 
-Tables: rows of severities 1 to 5 for sides 224 (ImageNet-C), 64 (Tiny-ImageNet-C) and 32
-(CIFAR-10-C), from the original scripts (Hendrycks and Dietterich, ICLR 2019).
-
-The applying functions take uint8 (B, 3, H, W) images and give the raw float32 result in [0, 255],
-before truncation to uint8. `corruptions.corrupt` validates, draws, applies and truncates.
+The results are exactly the original's, except for `elastic_transform`. `corruptions.registry` has
+the conventions.
 """
 
 import warnings
@@ -19,7 +16,7 @@ from torchvision.transforms.v2.functional import jpeg
 from corruptions.jpeg import round_trip
 from corruptions.rng import Stream
 
-# Share of the contrast that is left.
+# Share of the contrast that remains.
 CONTRAST = {
     224: (0.4, 0.3, 0.2, 0.1, 0.05),
     64: (0.4, 0.3, 0.2, 0.1, 0.05),
@@ -28,15 +25,15 @@ CONTRAST = {
 
 
 def contrast(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
-    """Pull every channel towards its own mean over the image; exact."""
+    """Blend each channel with its own mean over the image."""
     left = CONTRAST[profile][severity - 1]
     pixels = images.shape[2] * images.shape[3]
-    mean = images.sum((2, 3), keepdim=True).float().div_(pixels)  # the sum is exact, in integers
+    mean = images.sum((2, 3), keepdim=True).float().div_(pixels)  # an integer sum is exact
     return torch.add(mean * (1 - left), images, alpha=left).clamp_(0, 255)
 
 
 # alpha (px of displacement before smoothing), sigma of the smoothing (px), affine jitter (px).
-# At 224 the original multiplies its factors by 244, a slip that the published images have.
+# At 224 the original multiplies its factors by 244, a typo that affects the published images.
 ELASTIC_TRANSFORM = {
     224: (
         (244 * 2, 244 * 0.7, 244 * 0.1),
@@ -65,10 +62,11 @@ ELASTIC_TRANSFORM = {
 def draw_elastic_transform(
     stream: Stream, severity: int, size: tuple[int, int], profile: int
 ) -> tuple[Tensor, ...]:
-    """Draw the affine jitter and the two fields that become displacements.
+    """Draw the affine jitter and the displacements before smoothing.
 
-    Returns float32 (B, 3, 2), the moves of three points as (x, y) in px, and (B, H, W) twice,
-    uniforms in [-1, 1) for x and y.
+    Returns:
+        `moves`, float32 (B, 3, 2), the moves of three points as (x, y) in px; `along_x` and
+        `along_y`, float32 (B, H, W), uniform in [-1, 1).
     """
     jitter = ELASTIC_TRANSFORM[profile][severity - 1][2]
     moves, along_x, along_y = (stream.uniform(*shape) for shape in ((3, 2), size, size))
@@ -88,10 +86,13 @@ def elastic_transform(
     *,
     profile: int = 224,
 ) -> Tensor:
-    """Warp by a random affine map, then by smooth random displacements, both bilinear.
+    """Warp by a random affine map, then by smooth random displacements, both bilinearly.
 
-    The original's arithmetic, within 0.01 of a level given its fields (OpenCV 4 and older round
-    the affine map's coordinates to 1/32 px, which is up to 4 levels from this).
+    Given the same fields, the result is within 0.01 of a level of the original's. With OpenCV 4 and
+    older, which round the affine map's coordinates to 1/32 px, the difference is up to 4 levels.
+
+    Args:
+        moves, along_x, along_y: as returned by `draw_elastic_transform`.
     """
     alpha, sigma, _ = ELASTIC_TRANSFORM[profile][severity - 1]
     height, width = images.shape[2:]
@@ -110,16 +111,16 @@ def elastic_transform(
 
 
 def _undo_affine(x: Tensor, y: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
-    """Map output pixels (x, y) to where the affine map that `moves` three points took them from.
+    """Map output pixels (x, y) to their sources under the affine map that moves three points.
 
-    The points are the centre plus (q, q), (q, -q) and (-q, -q), q a third of the shorter side.
+    The points are the center plus (q, q), (q, -q) and (-q, -q). q is a third of the shorter side.
     """
     height, width = y.shape[0], x.shape[0]
     arm = min(height, width) // 3
     corner_x, corner_y = width // 2 - arm, height // 2 - arm
     first, second, third = moves[:, :, :, None, None].unbind(1)
-    xx, yx = ((second - third) / (2 * arm)).unbind(1)  # how a step right moves, beyond itself
-    xy, yy = ((first - second) / (2 * arm)).unbind(1)  # how a step down moves, beyond itself
+    xx, yx = ((second - third) / (2 * arm)).unbind(1)  # extra move per step to the right
+    xy, yy = ((first - second) / (2 * arm)).unbind(1)  # extra move per step down
     xx, yy = xx + 1, yy + 1
     x, y = x - corner_x - third[:, 0], y - corner_y - third[:, 1]
     determinant = xx * yy - xy * yx
@@ -130,10 +131,10 @@ def _undo_affine(x: Tensor, y: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sample(images: Tensor, x: Tensor, y: Tensor, *, align_corners: bool) -> Tensor:
-    """Read float32 (B, C, H, W) bilinearly at pixel coordinates (B, H, W), reflected at borders.
+    """Sample float32 (B, C, H, W) bilinearly at pixel coordinates (B, H, W), reflecting borders.
 
-    Borders are reflected about the edge pixels' centres if `align_corners` (OpenCV's reflect101),
-    else about the image's edges (SciPy's reflect).
+    If `align_corners`, borders are reflected about the centers of the edge pixels (OpenCV's
+    reflect101), else about the edges of the image (SciPy's reflect).
     """
     height, width = images.shape[2:]
     if align_corners:
@@ -145,7 +146,7 @@ def _sample(images: Tensor, x: Tensor, y: Tensor, *, align_corners: bool) -> Ten
 
 @cache
 def _smoothing(size: int, sigma: float) -> Tensor:
-    """Build the float32 (size, size) matrix of a Gaussian cut at 3 sigma, borders mirrored."""
+    """Build the float32 (size, size) matrix of a Gaussian cut at 3 sigma with mirrored borders."""
     radius = int(3 * sigma + 0.5)
     offsets = np.arange(-radius, radius + 1)
     taps = np.exp(-0.5 * (offsets / sigma) ** 2)
@@ -158,7 +159,7 @@ def _smoothing(size: int, sigma: float) -> Tensor:
     return torch.from_numpy(matrix).float()
 
 
-# Side of the small image, as a share of the full one.
+# Side of the small image, as a share of the full side.
 PIXELATE = {
     224: (0.6, 0.5, 0.4, 0.3, 0.25),
     64: (0.9, 0.8, 0.7, 0.6, 0.5),
@@ -167,7 +168,7 @@ PIXELATE = {
 
 
 def pixelate(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
-    """Shrink with a box filter and enlarge by repetition, as Pillow does; exact to the bit."""
+    """Shrink with a box filter and enlarge by repeating pixels, bit for bit like Pillow."""
     share = PIXELATE[profile][severity - 1]
     height, width = images.shape[2:]
     small = images.float()
@@ -181,9 +182,9 @@ def pixelate(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
 
 
 def _box(rows: Tensor, size: int) -> Tensor:
-    """Shrink the last axis of (..., W) integers to `size` as Pillow's BOX: 8 bit, 22-bit weights.
+    """Shrink the last axis of (..., W) to `size` with Pillow's 8-bit BOX filter, 22-bit weights.
 
-    Sums of 0..255 times 0 or 1 are exact in float32 however they are added up.
+    Sums of integers in 0..255 times 0 or 1 are exact in float32 in any order of additions.
     """
     members, weights = (part.to(rows.device) for part in _box_weights(rows.shape[-1], size))
     sums = torch.matmul(rows, members).int()
@@ -192,15 +193,15 @@ def _box(rows: Tensor, size: int) -> Tensor:
 
 @cache
 def _box_weights(full: int, size: int) -> tuple[Tensor, Tensor]:
-    """Find which of `full` pixels each of `size` averages: 0/1 (full, size), int32 weights.
+    """Return the 0/1 mask (full, size) of the pixels that are averaged, and the int32 weights.
 
-    Pillow counts a pixel wholly or not at all; the comparisons are in its double precision.
+    Pillow counts a pixel fully or not at all. As in Pillow, comparisons use double precision.
     """
     scale = full / size
-    centre = (np.arange(size) + 0.5) * scale
+    center = (np.arange(size) + 0.5) * scale
     pixel = np.arange(full)[:, None]
-    place = (pixel - centre + 0.5) / scale
-    first, end = (centre - scale / 2 + 0.5).astype(int), (centre + scale / 2 + 0.5).astype(int)
+    place = (pixel - center + 0.5) / scale
+    first, end = (center - scale / 2 + 0.5).astype(int), (center + scale / 2 + 0.5).astype(int)
     members = (pixel >= first) & (pixel < end) & (place > -0.5) & (place <= 0.5)
     weights = np.floor(2**22 / members.sum(axis=0) + 0.5)
     return torch.from_numpy(members).float(), torch.from_numpy(weights).int()
@@ -215,10 +216,10 @@ JPEG_COMPRESSION = {
 
 
 def jpeg_compression(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
-    """Save as JPEG (4:2:0) and read back; exact to the bit.
+    """Encode as JPEG (4:2:0) and decode, bit for bit like Pillow.
 
-    On a CPU by torchvision's codec, which is several times faster there; elsewhere by
-    `corruptions.jpeg`, since the codec of CUDA keeps the chroma at full resolution.
+    On a CPU this uses torchvision's codec, which is several times faster there. Other devices use
+    `corruptions.jpeg`, because the CUDA codec keeps the chroma at full resolution.
     """
     quality = JPEG_COMPRESSION[profile][severity - 1]
     if images.device.type != "cpu":

@@ -1,7 +1,7 @@
-"""Frost textures: procedural ones, or the photographs of ImageNet-C from a folder.
+"""Procedural frost textures, and ImageNet-C's frost photographs from a folder.
 
-ImageNet-C overlays five photographs of frost whose authors are not stated, so they are not shipped.
-The procedural textures have their statistics (mean, spread, quantiles, spectrum, tint); a folder
+ImageNet-C overlays five photographs of frost whose authors are not stated, so none is shipped.
+The procedural textures have the same statistics (mean, spread, quantiles, spectrum, tint). A folder
 with the photographs (frost1.png to frost3.png, frost4.jpg, frost5.jpg) gives the original's pixels.
 """
 
@@ -20,26 +20,26 @@ from torch import Tensor
 
 from corruptions.rng import Stream
 
-FROST_DIR = "MTLAT_FROST_DIR"  # the environment variable that names the folder
+FROST_DIR = "MTLAT_FROST_DIR"  # environment variable with the path of the folder
 PICTURES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
 
-# What the original's scripts for smaller images shrink the pictures to.
+# Factors by which the original scripts for smaller images resize the photographs.
 _SHRINK = {224: 1.0, 64: 0.3, 32: 0.2}
 
 
 class Textures(NamedTuple):
-    """Textures one behind the other, ready for crops of one size."""
+    """Textures in one tensor, prepared for crops of one size."""
 
-    pixels: Tensor  # uint8 (3, N): RGB, rows one behind the other
-    starts: Tensor  # int64 (T,), where each texture starts
+    pixels: Tensor  # uint8 (3, N): RGB, all textures flattened row by row
+    starts: Tensor  # int64 (T,), index of the first pixel of each texture
     heights: Tensor  # int64 (T,)
     widths: Tensor  # int64 (T,)
 
 
 def frost_source(frost_dir: str | PathLike[str] | None = None) -> str:
-    """Name what frost is made of: "procedural", or the absolute path of the folder of pictures.
+    """Return "procedural", or the absolute path of the folder with the photographs.
 
-    `frost_dir` None means the folder that the environment variable MTLAT_FROST_DIR names, if any.
+    If `frost_dir` is None, the folder is read from the environment variable MTLAT_FROST_DIR.
     """
     folder = frost_dir if frost_dir is not None else os.environ.get(FROST_DIR) or None
     return "procedural" if folder is None else str(Path(folder).resolve())
@@ -51,9 +51,17 @@ def frost_textures(
     profile: int,
     device: torch.device,
 ) -> Textures:
-    """Load or grow the five textures, scaled for the profile and larger than `size` (H, W).
+    """Load or generate the five textures, scaled for the profile and larger than the images.
 
-    Raises FileNotFoundError if a picture is missing, ValueError if one cannot be read.
+    Args:
+        frost_dir: as for `frost_source`.
+        size: (H, W) of the images in px.
+        profile: 224, 64 or 32.
+        device: device of the returned tensors.
+
+    Raises:
+        FileNotFoundError: a photograph is missing.
+        ValueError: a photograph cannot be read.
     """
     source = frost_source(frost_dir)
     scales = tuple(
@@ -65,6 +73,7 @@ def frost_textures(
 
 @lru_cache(maxsize=4)
 def _textures(source: str, scales: tuple[float, ...], device: torch.device) -> Textures:
+    """Scale the textures and concatenate them."""
     pictures = _pictures(source)
     scaled = [_resize(picture, scale) for picture, scale in zip(pictures, scales, strict=True)]
     areas = [picture[0].numel() for picture in scaled]
@@ -79,34 +88,35 @@ def _textures(source: str, scales: tuple[float, ...], device: torch.device) -> T
 
 @lru_cache(maxsize=2)
 def _pictures(source: str) -> tuple[Tensor, ...]:
-    """Grow the five pictures or read them from the folder `source`, uint8 (3, H, W)."""
+    """Generate the five textures, or read them from the folder `source`, uint8 (3, H, W)."""
     if source == "procedural":
         return tuple(
             _texture(_LOOKS[look], Stream(0, "frost texture", None, torch.tensor([number])))
-            for number, look in enumerate((1, 2, 2, 4, 5))  # photograph 3 equals 2
+            for number, look in enumerate((1, 2, 2, 4, 5))  # photograph 3 is a copy of 2
         )
     return tuple(_read(Path(source) / name) for name in PICTURES)
 
 
 def _read(path: Path) -> Tensor:
+    """Read a photograph as uint8 (3, H, W)."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"no {path.name} in the frost folder {path.parent}: it must hold "
-            f"{', '.join(PICTURES)}; unset frost_dir and {FROST_DIR} for procedural frost"
+            f"no {path.name} in the frost folder {path.parent}, which must contain "
+            f"{', '.join(PICTURES)}; for procedural frost, unset frost_dir and {FROST_DIR}"
         )
     try:
         with Image.open(path) as picture:
             pixels = np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow's for a damaged PNG is a SyntaxError
-        raise ValueError(f"cannot read the frost picture {path}: {error}") from error
+    except (OSError, SyntaxError) as error:  # SyntaxError: Pillow's for a damaged PNG
+        raise ValueError(f"cannot read {path} ({error}); replace the file") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _resize(picture: Tensor, scale: float) -> Tensor:
-    """Resize uint8 (3, H, W) bilinearly with OpenCV's 8-bit arithmetic, bit for bit.
+    """Resize uint8 (3, H, W) bilinearly, bit for bit like OpenCV's 8-bit arithmetic.
 
-    Pixel centres correspond, nothing is smoothed; weights have 11 bits, the vertical pass drops 4
-    bits of the horizontal one's sums and 16 of each product before it rounds.
+    Pixel centers are aligned, and there is no antialiasing. Weights have 11 bits. The vertical pass
+    drops 4 bits of the horizontal sums and 16 bits of each product before it rounds.
     """
     values = picture.long()
     for axis in (2, 1):
@@ -123,20 +133,20 @@ def _resize(picture: Tensor, scale: float) -> Tensor:
     return values.to(torch.uint8)
 
 
-SIDE = 512  # of a procedural texture in pixels
+SIDE = 512  # side of a procedural texture in px
 _RADII = (0.5, 1, 2, 4, 8, 16, 32, 64, 112, 150)  # spatial frequencies in cycles per 224 px
 _PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
 
 class _Look(NamedTuple):
-    """What one procedural texture takes from a photograph, and the crystals it is grown from."""
+    """Statistics of one photograph, and parameters of the crystals in its procedural texture."""
 
-    power: tuple[float, ...]  # log10 of the luma's variance per frequency cell at _RADII
-    levels: tuple[tuple[int, ...], ...]  # of R, G and B at _PERCENTILES
-    lean: tuple[float, float]  # of R and B to a second field of colour, degrees
+    power: tuple[float, ...]  # log10 of the luma variance per frequency bin at _RADII
+    levels: tuple[tuple[int, ...], ...]  # values of R, G and B at _PERCENTILES
+    lean: tuple[float, float]  # angles that mix R and B with a second field, degrees
     crystals: int
-    longest: float  # stem in pixels
-    branches: int  # on each side of a stem
+    longest: float  # longest stem in px
+    branches: int  # per side of a stem
 
 
 _LOOKS = {
@@ -192,15 +202,15 @@ _LOOKS = {
 
 
 def _texture(look: _Look, stream: Stream) -> Tensor:
-    """Grow crystals and give them the photograph's spectrum and levels.
+    """Generate crystals and match the spectrum and the levels of the photograph.
 
-    Twice, because each of the two moves the other.
+    Both are matched twice, because matching one changes the other.
     """
     field = np.log1p(2 * _crystals(look, stream))
     field = field / field.std() + 0.1 * _numbers(stream.normal(SIDE, SIDE))
-    tint = _colour(_numbers(stream.normal(SIDE, SIDE)), look.power)
+    tint = _color(_numbers(stream.normal(SIDE, SIDE)), look.power)
     for _ in range(2):
-        field = _level(_colour(field, look.power), look.levels[1])
+        field = _level(_color(field, look.power), look.levels[1])
     spread = (field - field.mean()) / field.std()
     planes = []
     for levels, lean in zip(look.levels, (look.lean[0], 0, look.lean[1]), strict=True):
@@ -210,11 +220,12 @@ def _texture(look: _Look, stream: Stream) -> Tensor:
 
 
 def _numbers(draws: Tensor) -> np.ndarray:
+    """Convert the draws of the first image to float64."""
     return draws[0].double().numpy()
 
 
 def _crystals(look: _Look, stream: Stream) -> np.ndarray:
-    """Draw bent stems with branches at about 60 degrees on both sides, on a torus (SIDE, SIDE)."""
+    """Draw bent stems with branches at about 60 degrees on both sides, on a (SIDE, SIDE) torus."""
     row, column, heading, length, bend, weight = _numbers(stream.uniform(6, look.crystals, 1))
     along = np.linspace(0, 1, look.branches)
     heading = 2 * math.pi * heading + (bend - 0.5) * along
@@ -237,7 +248,7 @@ def _crystals(look: _Look, stream: Stream) -> np.ndarray:
 
 
 def _stamp(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Add weighted points x + iy to a torus (SIDE, SIDE), each shared among its four pixels."""
+    """Add weighted points x + iy to a (SIDE, SIDE) torus, each split among its four pixels."""
     row, column = np.floor(points.imag).astype(int), np.floor(points.real).astype(int)
     down, right = points.imag - row, points.real - column
     total = np.zeros(SIDE * SIDE)
@@ -248,8 +259,8 @@ def _stamp(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return total.reshape(SIDE, SIDE)
 
 
-def _colour(field: np.ndarray, power: tuple[float, ...]) -> np.ndarray:
-    """Scale a periodic field's spectrum, ring by ring, to `power` at _RADII; the phases stay."""
+def _color(field: np.ndarray, power: tuple[float, ...]) -> np.ndarray:
+    """Scale the spectrum of a periodic field, ring by ring, to `power` at _RADII. Keep phases."""
     spectrum = np.fft.rfft2(field)
     radius = SIDE * np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE))
     ring = np.rint(radius).astype(int)
@@ -261,7 +272,7 @@ def _colour(field: np.ndarray, power: tuple[float, ...]) -> np.ndarray:
 
 
 def _level(field: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
-    """Map the values by their ranks to those of a picture with `levels` at _PERCENTILES."""
+    """Match the histogram to `levels` at _PERCENTILES by mapping the values by rank."""
     rank = np.empty(field.size)
     rank[field.ravel().argsort()] = np.linspace(0, 100, field.size)
     values: np.ndarray = PchipInterpolator(_PERCENTILES, levels)(rank)

@@ -1,16 +1,15 @@
-"""The M-TLAT paper's own four: occlusion, color_distortion, translation, rotation.
+"""The M-TLAT paper's four corruptions: occlusion, color_distortion, translation, rotation.
 
-Laugros, Caplier and Ospici (2020), section 4.1, gives the ranges below; their first author's public
-benchmark code of that year gives the sampling: uniform, whole numbers with both ends included,
-independent signs. Lengths are px at a side of 224 and scale with the shorter side.
+Section 4.1 of Laugros, Caplier and Ospici (2020) gives the ranges below. The first author's public
+benchmark code of that year gives the sampling: uniform, integers with both ends included,
+independent signs. Lengths are in px at a side of 224 and scale with the shorter side.
 
-A range was set so that a standard ResNet-50 loses 5 % of accuracy at its low end and 30 % at its
-high end; `corruptions.calibrate` does the same for another model. Severities 1 to 5 are five equal
-steps from end to end; severity None draws uniformly from the range for every image.
+The paper chose each range so that a standard ResNet-50 loses 5 % of accuracy at the low end and
+30 % at the high end. `corruptions.calibrate` does the same for another model. Severities 1 to 5 are
+five evenly spaced amounts from end to end. Severity None draws an amount for each image uniformly.
 
-The applying functions take uint8 (B, 3, H, W) images and give the raw float32 result in [0, 255],
-before truncation to uint8. Their argument `severity` only keeps the families alike: the fields say
-it all.
+`draw_NAME` has an option `bounds`, which replaces the range. `NAME` ignores `severity` and
+`profile`. `corruptions.registry` has the other conventions.
 """
 
 import math
@@ -22,11 +21,11 @@ from torch import Tensor
 from corruptions.blur import wide_float
 from corruptions.rng import Stream
 
-Bounds = tuple[float, float]  # the low and the high end of a range
+Bounds = tuple[float, float]  # low and high end of a range
 
 
 def _amount(stream: Stream, severity: int | None, bounds: Bounds, largest: float) -> Tensor:
-    """Draw float32 (B,) uniformly from `bounds`, or give the severity's step of them."""
+    """Draw float32 (B,) uniformly from `bounds`, or return the amount of the severity."""
     low, high = bounds
     if not 0 <= low <= high <= largest:
         raise ValueError(f"bounds must satisfy 0 <= low <= high <= {largest:g}, got {bounds}")
@@ -37,15 +36,15 @@ def _amount(stream: Stream, severity: int | None, bounds: Bounds, largest: float
 
 
 def _whole(stream: Stream, severity: int | None, bounds: Bounds, largest: int) -> Tensor:
-    """Draw whole numbers, int32 (B,), both ends included, or give the severity's step."""
+    """Draw integers, int32 (B,), both ends included, or return the amount of the severity."""
     low, high = (math.floor(bound + 0.5) for bound in bounds)
-    if severity is None:  # every whole number owns an interval of one
+    if severity is None:  # each integer has an interval of length 1
         return _amount(stream, None, (low, high + 1), largest + 1).int().clamp_(max=high)
     return _amount(stream, severity, (low, high), largest).add_(0.5).int()
 
 
 def _length(stream: Stream, severity: int | None, bounds: Bounds, size: tuple[int, int]) -> Tensor:
-    """Draw lengths, int32 (B,) px of an image of `size`, from bounds in px of one of 224."""
+    """Draw lengths in px, int32 (B,), from `bounds` in px at a side of 224."""
     side = min(size)
     low, high = bounds
     return _whole(stream, severity, (low * side / 224, high * side / 224), side)
@@ -56,7 +55,7 @@ def _sign(stream: Stream) -> Tensor:
     return stream.integers(0, 2).mul_(2).sub_(1)
 
 
-# Side of the square, px.
+# Side of the square in px.
 OCCLUSION: Bounds = (60, 127)
 
 
@@ -69,9 +68,13 @@ def draw_occlusion(
     bounds: Bounds = OCCLUSION,
     grey: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """Draw a square wholly inside the image: its side, top and left, int32 (B,), and grey, float32.
+    """Draw a square inside the image. All positions are equally likely.
 
-    Every place is equally likely. The grey in [0, 1) is drawn too unless `grey` fixes it.
+    Args:
+        grey: gray value in [0, 1]. Default: drawn uniformly from [0, 1).
+
+    Returns:
+        `side`, `top` and `left` in px, int32 (B,); `grey`, float32 (B,).
     """
     side = _length(stream, severity, bounds, size)
     top, left = (stream.uniform().mul_(length + 1 - side).int() for length in size)
@@ -89,14 +92,19 @@ def occlusion(
     *,
     profile: int = 224,
 ) -> Tensor:
-    """Cover a square of `side` px at (`top`, `left`) with `grey` in [0, 1]; fields are (B,)."""
+    """Cover a square with a gray value.
+
+    Args:
+        side, top, left: side and position of the square in px, integers (B,).
+        grey: gray value in [0, 1], (B,).
+    """
     row, column = _pixel_grid(images)
     side, top, left = side[:, None, None], top[:, None, None], left[:, None, None]
     inside = (row >= top) & (row < top + side) & (column >= left) & (column < left + side)
     return torch.where(inside[:, None], 255 * grey[:, None, None, None], images.float())
 
 
-# Amount added to one channel, of a full scale of 1.
+# Amount added to one channel, as a share of full scale.
 COLOR_DISTORTION: Bounds = (0.08, 0.30)
 
 
@@ -108,20 +116,29 @@ def draw_color_distortion(
     *,
     bounds: Bounds = COLOR_DISTORTION,
 ) -> tuple[Tensor, ...]:
-    """Draw the channel, int32 (B,) in 0..2, and the amount, float32 (B,)."""
+    """Draw the channel and the amount.
+
+    Returns:
+        `channel`, int32 (B,), in 0..2; `amount`, float32 (B,), as a share of full scale.
+    """
     return stream.integers(0, 3), _amount(stream, severity, bounds, 1)
 
 
 def color_distortion(
     images: Tensor, severity: int | None, channel: Tensor, amount: Tensor, *, profile: int = 224
 ) -> Tensor:
-    """Add `amount` (of 1) to the values of one `channel`, clipped at full; fields are (B,)."""
+    """Add a constant to one channel and clip at full scale.
+
+    Args:
+        channel: 0, 1 or 2, integers (B,).
+        amount: constant as a share of full scale, (B,).
+    """
     chosen = torch.arange(3, device=images.device) == channel[:, None]
     added = 255 * amount[:, None] * chosen
     return (images + added[:, :, None, None]).clamp_(0, 255)
 
 
-# Shift along each axis, px.
+# Shift along each axis in px.
 TRANSLATION: Bounds = (15, 62)
 
 
@@ -133,7 +150,11 @@ def draw_translation(
     *,
     bounds: Bounds = TRANSLATION,
 ) -> tuple[Tensor, ...]:
-    """Draw the shifts down and to the right, int32 (B,): lengths and signs all independent."""
+    """Draw the shifts with independent lengths and signs.
+
+    Returns:
+        `down` and `right` in px, int32 (B,).
+    """
     down, right = (_length(stream, severity, bounds, size) for _ in size)
     return down.mul_(_sign(stream)), right.mul_(_sign(stream))
 
@@ -141,12 +162,16 @@ def draw_translation(
 def translation(
     images: Tensor, severity: int | None, down: Tensor, right: Tensor, *, profile: int = 224
 ) -> Tensor:
-    """Move the image by whole px, int32 (B,); what it uncovers is 0."""
+    """Shift the image. Uncovered pixels are 0.
+
+    Args:
+        down, right: shifts in px, int32 (B,).
+    """
     row, column = _pixel_grid(images)
     return _fetch(images, row - down[:, None, None], column - right[:, None, None])
 
 
-# Angle, degrees.
+# Angle in degrees.
 ROTATION: Bounds = (8, 40)
 
 
@@ -158,7 +183,11 @@ def draw_rotation(
     *,
     bounds: Bounds = ROTATION,
 ) -> tuple[Tensor, ...]:
-    """Draw the angle in whole degrees, either way round, int32 (B,)."""
+    """Draw the angle with a random sign.
+
+    Returns:
+        `angle` in degrees, int32 (B,).
+    """
     return (_whole(stream, severity, bounds, 180).mul_(_sign(stream)),)
 
 
@@ -170,9 +199,12 @@ def rotation(
     profile: int = 224,
     bilinear: bool = False,
 ) -> Tensor:
-    """Turn the image about its centre by `angle` (B,) degrees, counter-clockwise; outside is 0.
+    """Rotate the image counterclockwise about its center. Uncovered pixels are 0.
 
-    Nearest pixels, in Pillow's 16-bit fixed point, or `bilinear` ones.
+    Args:
+        angle: (B,), in degrees.
+        bilinear: interpolate bilinearly instead of taking the nearest pixel in Pillow's 16-bit
+            fixed-point arithmetic.
     """
     height, width = images.shape[2:]
     radians = torch.deg2rad(angle.to(wide_float(images.device)))[:, None, None]
@@ -186,21 +218,21 @@ def rotation(
         )
         return F.grid_sample(images.float(), grid, "bilinear", "zeros", align_corners=False)
     sine, cosine = (part.mul(2**16).round_().to(torch.int32) for part in (sine, cosine))
-    x, y = 2 * column + 1 - width, 2 * row + 1 - height  # twice the distance from the centre
+    x, y = 2 * column + 1 - width, 2 * row + 1 - height  # twice the distance from the center
     source_column = (cosine * x - sine * y + (width << 16)).bitwise_right_shift_(17)
     source_row = (sine * x + cosine * y + (height << 16)).bitwise_right_shift_(17)
     return _fetch(images, source_row, source_column)
 
 
 def _pixel_grid(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Number the rows, int32 (H, 1), and the columns, int32 (W,)."""
+    """Return the row indices, int32 (H, 1), and the column indices, int32 (W,)."""
     height, width = images.shape[2:]
     row = torch.arange(height, dtype=torch.int32, device=images.device)[:, None]
     return row, torch.arange(width, dtype=torch.int32, device=images.device)
 
 
 def _fetch(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Take pixels by int32 coordinates that broadcast to (B, H, W), 0 outside, as float32."""
+    """Gather pixels at int32 coordinates that broadcast to (B, H, W), as float32, 0 outside."""
     height, width = images.shape[2:]
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     flat = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)

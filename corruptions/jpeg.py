@@ -1,16 +1,17 @@
-"""The JPEG round trip, encode and decode, in integer tensor arithmetic: libjpeg-turbo's pixels.
+"""JPEG encoding and decoding in integer tensor arithmetic, with the pixels of libjpeg-turbo.
 
-Baseline JPEG as Pillow and torchvision write and read it by default: 4:2:0 chroma, the slow integer
-DCT both ways, triangle-filter chroma upsampling. Entropy coding is lossless and left out. Equal to
-Pillow to the bit at every quality and size, on every device, with no loop over images.
+This is baseline JPEG with the defaults of Pillow and torchvision: 4:2:0 chroma, the slow integer
+DCT in both directions, and chroma upsampling with a triangle filter. Entropy coding is omitted,
+because it is lossless. The result equals Pillow's bit for bit at every quality and size, on every
+device. There is no loop over images.
 
-Constants: ITU-T T.81 (quantisation tables, Annex K), JFIF 1.02 (colour), libjpeg (fixed point).
+Constants: ITU-T T.81 (quantization tables, Annex K), JFIF 1.02 (color), libjpeg (fixed point).
 """
 
 import torch
 from torch import Tensor
 
-# ITU-T T.81, tables K.1 and K.2; a row is one vertical frequency.
+# ITU-T T.81, tables K.1 and K.2. Each row is one vertical frequency.
 _LUMINANCE = (
     (16, 11, 10, 16, 24, 40, 51, 61),
     (12, 12, 14, 19, 26, 58, 60, 55),
@@ -29,9 +30,9 @@ _CHROMINANCE = (
     *(((99,) * 8,) * 4),
 )
 
-# The one-dimensional DCT, a row per frequency, its first four columns (the others mirror them, with
-# the opposite sign in odd rows): sqrt(8) * 2^12 times the orthonormal DCT-II, in the rounding that
-# libjpeg's factorisation into 13-bit constants gives when multiplied out.
+# First four columns of the one-dimensional DCT, one row per frequency. The other columns mirror
+# them, with the opposite sign in odd rows. The values are sqrt(8) * 2^12 times the orthonormal
+# DCT-II, rounded as by multiplying out libjpeg's factorization into 13-bit constants.
 _DCT = (
     (8192, 8192, 8192, 8192),
     (11363, 9633, 6437, 2260),
@@ -49,17 +50,25 @@ _INVERSE = tuple(zip(*_FORWARD, strict=True))
 
 
 def round_trip(images: Tensor, quality: int) -> Tensor:
-    """Encode uint8 (B, 3, H, W) images as JPEG of `quality` 1 to 100 and decode them, as int32."""
+    """Encode images as JPEG and decode them.
+
+    Args:
+        images: RGB, uint8 (B, 3, H, W).
+        quality: JPEG quality, 1 to 100.
+
+    Returns:
+        RGB, int32 (B, 3, H, W) in 0..255.
+    """
     height, width = images.shape[2:]
     luma, chroma = _from_rgb(images)
-    # libjpeg fills up blocks with columns of full chroma, but with rows of halved chroma.
+    # libjpeg pads blocks with columns before it halves the chroma, and with rows afterwards.
     chroma = _halve(_extend(_extend(chroma, 3, 16), 2, 2))
     planes = (_extend(_extend(luma, 3, 8), 2, 8), _extend(chroma, 2, 8))
     blocks = torch.cat([_to_blocks(plane) for plane in planes], dim=2).sub_(128)
     blocks = _transform(_transform(blocks, _FORWARD, 1, 11), _FORWARD, 0, 15)
     counts = [plane.numel() // 64 for plane in planes]
     for part, table in zip(torch.split(blocks, counts, 2), (_LUMINANCE, _CHROMINANCE), strict=True):
-        _quantise(part, table, quality)
+        _quantize(part, table, quality)
     blocks = _transform(_transform(blocks, _INVERSE, 0, 11), _INVERSE, 1, 18)
     parts = torch.split(blocks.add_(128).clamp_(0, 255), counts, 2)
     luma, chroma = (
@@ -70,7 +79,7 @@ def round_trip(images: Tensor, quality: int) -> Tensor:
 
 
 def _from_rgb(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert RGB to int32 luma (B, 1, H, W) and chroma (B, 2, H, W), 16 fraction bits inside."""
+    """Convert RGB to int32 luma (B, 1, H, W) and chroma (B, 2, H, W) with 16 fraction bits."""
     red, green, blue = torch.split(images.int(), 1, dim=1)
     luma = (19595 * red).add_(green, alpha=38470).add_(blue, alpha=7471)
     offset = (128 << 16) + 32767
@@ -80,14 +89,14 @@ def _from_rgb(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_rgb(luma: Tensor, chroma: Tensor) -> Tensor:
-    """Convert luma (B, 1, H, W) and chroma (B, 2, H, W) to RGB (B, 3, H, W), clamped to 0..255."""
+    """Convert luma (B, 1, H, W) and chroma (B, 2, H, W) to RGB (B, 3, H, W) in 0..255."""
     cb, cr = torch.split(chroma - 128, 1, dim=1)
     rgb = torch.cat([91881 * cr, (-22554 * cb).sub_(cr, alpha=46802), 116130 * cb], dim=1)
     return _round_shift(rgb, 16).add_(luma).clamp_(0, 255)
 
 
 def _extend(planes: Tensor, dim: int, multiple: int) -> Tensor:
-    """Repeat the last row (dim 2) or column (dim 3) until their number is a multiple."""
+    """Repeat the last row (dim 2) or column (dim 3) until the size is a multiple of `multiple`."""
     size = planes.shape[dim]
     if size % multiple == 0:
         return planes
@@ -96,7 +105,7 @@ def _extend(planes: Tensor, dim: int, multiple: int) -> Tensor:
 
 
 def _halve(planes: Tensor) -> Tensor:
-    """Average 2 x 2 pixels, the rounding alternately down and up along a row."""
+    """Average 2 x 2 pixels, rounding ties down and up alternately along a row."""
     columns = planes[..., ::2] + planes[..., 1::2]
     total = columns[..., ::2, :] + columns[..., 1::2, :]
     total[..., ::2].add_(1)
@@ -105,9 +114,9 @@ def _halve(planes: Tensor) -> Tensor:
 
 
 def _double(planes: Tensor) -> Tensor:
-    """Upsample by two on both axes: 3/4 of the near sample and 1/4 of the far one, ends repeated.
+    """Upsample both axes by two: 3/4 of the near sample plus 1/4 of the far one, ends repeated.
 
-    The rounding goes alternately up and down along a row.
+    Ties are rounded up and down alternately along a row.
     """
     total = _interleave(_interleave(planes, 2), 3)
     total[..., ::2].add_(8)
@@ -116,7 +125,7 @@ def _double(planes: Tensor) -> Tensor:
 
 
 def _interleave(planes: Tensor, dim: int) -> Tensor:
-    """Double dimension `dim`: three times each sample plus the one before, then plus the next."""
+    """Double dimension `dim`: 3 times each sample plus the previous, then the next one."""
     size = planes.shape[dim]
     near = 3 * planes
     before = torch.cat([planes.narrow(dim, 0, 1), planes.narrow(dim, 0, size - 1)], dim)
@@ -125,21 +134,21 @@ def _interleave(planes: Tensor, dim: int) -> Tensor:
 
 
 def _to_blocks(planes: Tensor) -> Tensor:
-    """Cut (B, C, H, W) into 8 x 8 blocks: (8, 8, blocks), place within the block first."""
+    """Split (B, C, H, W) into 8 x 8 blocks, (8, 8, blocks): position in the block first."""
     batch, channels, height, width = planes.shape
     grid = planes.reshape(batch * channels, height // 8, 8, width // 8, 8)
     return grid.permute(2, 4, 0, 1, 3).reshape(8, 8, -1)
 
 
 def _from_blocks(blocks: Tensor, shape: torch.Size) -> Tensor:
-    """Undo `_to_blocks` for planes of `shape`."""
+    """Invert `_to_blocks` for planes of `shape`."""
     batch, channels, height, width = shape
     grid = blocks.reshape(8, 8, batch * channels, height // 8, width // 8)
     return grid.permute(2, 3, 0, 4, 1).reshape(shape)
 
 
 def _transform(blocks: Tensor, table: tuple[tuple[int, ...], ...], dim: int, bits: int) -> Tensor:
-    """Multiply dimension `dim` of int32 `blocks` by the 8 x 8 `table`, then divide by 2^bits."""
+    """Multiply dimension `dim` of int32 `blocks` by the 8 x 8 `table` and divide by 2^bits."""
     out = torch.empty_like(blocks)
     sources = blocks.unbind(dim)
     for weights, target in zip(table, out.unbind(dim), strict=True):
@@ -149,10 +158,10 @@ def _transform(blocks: Tensor, table: tuple[tuple[int, ...], ...], dim: int, bit
     return _round_shift(out, bits)
 
 
-def _quantise(coefficients: Tensor, base: tuple[tuple[int, ...], ...], quality: int) -> None:
-    """Round int32 (8, 8, blocks) of 8 x DCT in place to the multiples that `quality` keeps.
+def _quantize(coefficients: Tensor, base: tuple[tuple[int, ...], ...], quality: int) -> None:
+    """Quantize and dequantize int32 (8, 8, blocks) of 8 times the DCT in place.
 
-    Halves go away from zero. Float32 is exact here: dividend and divisor are below 2^15.
+    Ties round away from zero. Float32 is exact here: dividend and divisor are below 2^15.
     """
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     table = torch.tensor(base, device=coefficients.device)
@@ -164,5 +173,5 @@ def _quantise(coefficients: Tensor, base: tuple[tuple[int, ...], ...], quality: 
 
 
 def _round_shift(values: Tensor, bits: int) -> Tensor:
-    """Divide in place by 2^bits, rounding half up."""
+    """Divide in place by 2^bits, rounding halves up."""
     return values.add_(1 << (bits - 1)).bitwise_right_shift_(bits)

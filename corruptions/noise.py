@@ -1,10 +1,7 @@
-"""ImageNet-C's three noises: gaussian_noise, shot_noise, impulse_noise.
+"""ImageNet-C's three noise corruptions: gaussian_noise, shot_noise, impulse_noise.
 
-Tables: rows of severities 1 to 5 for sides 224 (ImageNet-C), 64 (Tiny-ImageNet-C) and 32
-(CIFAR-10-C), from the original scripts (Hendrycks and Dietterich, ICLR 2019).
-
-The applying functions take uint8 (B, 3, H, W) images and give the raw float32 result in [0, 255],
-before truncation to uint8. `corruptions.corrupt` validates, draws, applies and truncates.
+Given the same fields, the results are exactly the original's. `corruptions.registry` has the
+conventions.
 """
 
 from functools import cache
@@ -16,7 +13,7 @@ from torch import Tensor
 
 from corruptions.rng import Stream
 
-# Standard deviation of the noise, of a full scale of 1.
+# Standard deviation of the noise, as a share of full scale.
 GAUSSIAN_NOISE = {
     224: (0.08, 0.12, 0.18, 0.26, 0.38),
     64: (0.04, 0.08, 0.12, 0.15, 0.18),
@@ -27,17 +24,17 @@ GAUSSIAN_NOISE = {
 def draw_gaussian_noise(
     stream: Stream, severity: int, size: tuple[int, int], profile: int
 ) -> tuple[Tensor, ...]:
-    """Draw the noise: standard normals, float32 (B, 3, H, W)."""
+    """Draw `noise`: standard normal, float32 (B, 3, H, W)."""
     return (stream.normal(3, *size),)
 
 
 def gaussian_noise(images: Tensor, severity: int, noise: Tensor, *, profile: int = 224) -> Tensor:
-    """Add independent normal noise to every value; exact given `noise` (B, 3, H, W)."""
+    """Add independent normal noise, given as standard normal `noise` (B, 3, H, W)."""
     scale = GAUSSIAN_NOISE[profile][severity - 1]
     return torch.add(images, noise, alpha=255 * scale).clamp_(0, 255)
 
 
-# Photons at full scale: the smaller, the grainier.
+# Photons at full scale. Fewer photons mean more noise.
 SHOT_NOISE = {
     224: (60, 25, 12, 5, 3),
     64: (250, 100, 50, 30, 15),
@@ -48,11 +45,15 @@ SHOT_NOISE = {
 def draw_shot_noise(
     stream: Stream, severity: int, size: tuple[int, int], profile: int, *, images: Tensor
 ) -> tuple[Tensor, ...]:
-    """Draw the photon counts of the pixels of `images`: int32 (B, 3, H, W), exactly Poisson.
+    """Draw Poisson-distributed photon counts for the pixels of `images`.
 
-    The rate of a pixel x is c * x / 255. One 32-bit word per value picks a slot of that rate's
-    alias table with its low bits and, as a whole, decides between the slot's two counts
-    (A. J. Walker, ACM TOMS 3, 1977): every probability is exact to the words' resolution.
+    The rate of a pixel x is x / 255 times the photons at full scale. One 32-bit word per value is
+    used twice. Its low bits select a slot of the rate's alias table, and the whole word decides
+    between the two counts of the slot (A. J. Walker, ACM TOMS 3, 1977). The probabilities are exact
+    to the resolution of the words.
+
+    Returns:
+        `counts`, int32 (B, 3, H, W).
     """
     thresholds, aliases = (
         torch.from_numpy(table).to(images.device)
@@ -67,9 +68,10 @@ def draw_shot_noise(
 
 
 def shot_noise(images: Tensor, severity: int, counts: Tensor, *, profile: int = 224) -> Tensor:
-    """Show the photon `counts` (B, 3, H, W) of the pixels; exact given `counts`.
+    """Convert the photon counts of the pixels to values.
 
-    Only the counts matter: those of `draw_shot_noise` were drawn from the pixels of `images`.
+    Args:
+        counts: (B, 3, H, W). `draw_shot_noise` has drawn them from `images`, which are not used.
     """
     return counts.float().mul_(255 / SHOT_NOISE[profile][severity - 1]).clamp_(0, 255)
 
@@ -78,8 +80,9 @@ def shot_noise(images: Tensor, severity: int, counts: Tensor, *, profile: int = 
 def _poisson_tables(full_scale: int) -> tuple[np.ndarray, np.ndarray]:
     """Build the alias tables of Poisson(full_scale * x / 255) for the 256 pixel values x.
 
-    Returns int32 (256, slots) thresholds and aliases: a word w gives its slot k if w is below
-    thresholds[x, k], else aliases[x, k]. Counts beyond the table have a probability below 2^-40.
+    Returns int32 (256, slots) thresholds and aliases. A word w with slot k gives the count k if w
+    is below thresholds[x, k], else aliases[x, k]. Counts beyond the table have a probability
+    below 2^-40.
     """
     slots = 1 << (full_scale + 8 * isqrt(full_scale) + 8).bit_length()
     rates = full_scale * np.arange(256)[:, None] / 255
@@ -89,7 +92,7 @@ def _poisson_tables(full_scale: int) -> tuple[np.ndarray, np.ndarray]:
     keep = np.ones_like(share)
     aliases = np.tile(np.arange(slots), (256, 1))
     rows, settled = np.arange(256), np.zeros(share.shape, dtype=bool)
-    for _ in range(slots - 1):  # the poorest open slot of every row is filled up by the richest
+    for _ in range(slots - 1):  # the richest slot of each row fills up its poorest
         poor = np.where(settled, np.inf, share).argmin(axis=1)
         rich = np.where(settled, -np.inf, share).argmax(axis=1)
         keep[rows, poor], aliases[rows, poor] = share[rows, poor], rich
@@ -99,7 +102,7 @@ def _poisson_tables(full_scale: int) -> tuple[np.ndarray, np.ndarray]:
     return thresholds.astype(np.int32), aliases.astype(np.int32)
 
 
-# Share of the values that turn black or white.
+# Share of the values that are set to 0 or 255.
 IMPULSE_NOISE = {
     224: (0.03, 0.06, 0.09, 0.17, 0.27),
     64: (0.01, 0.02, 0.05, 0.08, 0.14),
@@ -110,13 +113,18 @@ IMPULSE_NOISE = {
 def draw_impulse_noise(
     stream: Stream, severity: int, size: tuple[int, int], profile: int
 ) -> tuple[Tensor, ...]:
-    """Draw the two fields `flip` and `salt`: uniforms in [0, 1), float32 (B, 3, H, W)."""
+    """Draw `flip` and `salt`: uniform in [0, 1), float32 (B, 3, H, W)."""
     return stream.uniform(3, *size), stream.uniform(3, *size)
 
 
 def impulse_noise(
     images: Tensor, severity: int, flip: Tensor, salt: Tensor, *, profile: int = 224
 ) -> Tensor:
-    """Set values to 255 or 0 where `flip` is small, evenly by `salt`; exact given both fields."""
+    """Set a share of the values to 255 or 0.
+
+    Args:
+        flip: (B, 3, H, W) in [0, 1]. Values change where it is at most the share.
+        salt: (B, 3, H, W) in [0, 1]. These values become 255 where it is at most 0.5, else 0.
+    """
     share = IMPULSE_NOISE[profile][severity - 1]
     return torch.where(flip <= share, (salt <= 0.5) * 255.0, images.float())

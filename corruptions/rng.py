@@ -1,14 +1,14 @@
-"""Counter-based random numbers: every value is a pure function of what it is for.
+"""Counter-based random numbers: each value is a pure function of its purpose.
 
-A value depends on (seed, corruption name, severity, image number, call number, position) and on
-nothing else, so the same picture comes out whatever the batch size, the order of the images, the
-number of threads or the device. Nothing is stored and nothing is consumed: a 64-bit key is hashed
-per image, and a keyed scramble of the position gives 32 random bits. All of it is 32-bit integer
-tensor arithmetic, which wraps the same way on every device.
+A value depends only on (seed, corruption name, severity, image index, call number, position).
+Therefore the batch size, the order of the images, the number of threads and the device do not
+change an image. There is no generator state. A 64-bit key is hashed for each image, and a keyed
+hash of the position gives 32 random bits. All arithmetic uses 32-bit integer tensors, which wrap
+around in the same way on every device.
 
-The scramble is the two-multiplication integer hash of C. Wellons, "Hash function prospector"
-(constants 0x21f0aaad, 0xd35a2d97; shifts 16, 15, 15), with half of the key added before it and half
-between its two rounds, so that two keys give unrelated sequences and not shifted copies of one.
+The hash is the two-multiplication integer hash of C. Wellons, "Hash function prospector" (constants
+0x21f0aaad, 0xd35a2d97; shifts 16, 15, 15). Half of the key is added before it and half between its
+two rounds, so that two keys give unrelated sequences and not shifted copies of one sequence.
 """
 
 import hashlib
@@ -18,21 +18,21 @@ import struct
 import torch
 from torch import Tensor
 
-_GOLDEN = -1640531527  # 0x9e3779b9 as a signed word: spreads neighbouring positions apart
+_GOLDEN = -1640531527  # 0x9e3779b9 as a signed word, to spread neighboring positions
 _ROUND_1 = 0x21F0AAAD
 _ROUND_2 = 0xD35A2D97 - 2**32
 _WORDS = 6  # key words per call: two 64-bit image keys, three words each
 
 
 def _fold(words: Tensor, shift: int, scratch: Tensor) -> None:
-    """Xor `words` in place with itself shifted right by `shift`, zeros shifted in."""
+    """Xor `words` in place with itself shifted right by `shift`, filling with zeros."""
     torch.bitwise_right_shift(words, shift, out=scratch)
-    scratch.bitwise_and_((1 << (32 - shift)) - 1)  # int32 shifts copies of the sign in
+    scratch.bitwise_and_((1 << (32 - shift)) - 1)  # int32 fills with the sign bit
     words.bitwise_xor_(scratch)
 
 
 def _scramble(words: Tensor, key: Tensor) -> Tensor:
-    """Map int32 `words` in place through the bijection that `key` (broadcast) selects."""
+    """Hash int32 `words` in place by the bijection that `key` (broadcast) selects."""
     scratch = torch.empty_like(words)
     _fold(words, 16, scratch)
     words.mul_(_ROUND_1).add_(key)
@@ -43,17 +43,17 @@ def _scramble(words: Tensor, key: Tensor) -> Tensor:
 
 
 class Stream:
-    """Random numbers for one corruption of the images numbered `index`.
+    """Random number stream for one corruption of a batch of images.
+
+    Each method returns (B, *shape) and counts as one call. The n-th call of a stream always returns
+    the same numbers for the same image. Bits, uniforms and integers are equal on all devices.
+    Normals are equal up to the rounding of `torch.erfinv`.
 
     Args:
         seed: any integer.
-        name: the corruption's name.
-        severity: 1 to 5, or None for one drawn per image.
-        index: int64 (B,), the images' numbers in their set; its device is the device of the draws.
-
-    Each method returns (B, *shape) and is one call: the n-th call of a stream always gives the same
-    numbers for the same image. Bits, uniforms and integers are equal on all devices, normals up to
-    the rounding of `torch.erfinv`.
+        name: name of the corruption.
+        severity: 1 to 5, or None if it is drawn for each image.
+        index: indices of the images in the dataset, int64 (B,). The draws are on its device.
     """
 
     def __init__(self, seed: int, name: str, severity: int | None, index: Tensor) -> None:
@@ -62,7 +62,7 @@ class Stream:
         self._calls = 0
 
     def _keys(self) -> tuple[Tensor, Tensor]:
-        """Hash the next call's two int32 key words of every image, each (B, 1)."""
+        """Compute the two int32 key words of each image for the next call, each (B, 1)."""
         text = repr((*self._purpose, self._calls))
         digest = hashlib.blake2b(text.encode(), digest_size=4 * _WORDS).digest()
         words = torch.tensor(struct.unpack(f"<{_WORDS}i", digest), dtype=torch.int32)
@@ -73,26 +73,32 @@ class Stream:
         return keys[0], keys[1]
 
     def bits(self, *shape: int) -> Tensor:
-        """Draw int32 words, all 2^32 values equally likely."""
+        """Draw int32 words. All 2^32 values are equally likely."""
         first, second = self._keys()
         count = math.prod(shape)
         position = torch.arange(count, dtype=torch.int32, device=first.device).mul_(_GOLDEN)
         return _scramble(position + first, second).view(len(first), *shape)
 
     def uniform(self, *shape: int) -> Tensor:
-        """Draw float32 in [0, 1), multiples of 2^-24, all equally likely."""
+        """Draw float32 in [0, 1). All multiples of 2^-24 are equally likely."""
         words = self.bits(*shape)
         return words.bitwise_right_shift_(8).bitwise_and_(2**24 - 1).float().mul_(2.0**-24)
 
     def normal(self, *shape: int) -> Tensor:
-        """Draw float32 standard normals: the quantile of a 24-bit uniform, within +-5.4."""
-        centred = self.uniform(*shape).mul_(2.0).sub_(1.0 - 2.0**-24)  # exact, symmetric, not +-1
-        return torch.erfinv(centred, out=centred).mul_(math.sqrt(2.0))
+        """Draw float32 standard normals as quantiles of a 24-bit uniform, within +-5.4."""
+        centered = self.uniform(*shape).mul_(2.0).sub_(1.0 - 2.0**-24)  # exact, symmetric, not +-1
+        return torch.erfinv(centered, out=centered).mul_(math.sqrt(2.0))
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """Draw int32 in [low, high), high excluded; at most 2^16 values, equal within 2^-8 parts.
+        """Draw int32 in [low, high).
 
-        The product below is one float32 rounding of u * n with u <= 1 - 2^-24, which never reaches
-        n, so the result is in range and the same everywhere.
+        The product below is one float32 rounding of u * n with u <= 1 - 2^-24. It never reaches n,
+        so the result is in the range and equal on all devices.
+
+        Args:
+            low: lowest value.
+            high: highest value plus 1, at most low + 2^16. Up to this limit the probabilities of
+                the values are equal to within a relative 2^-8.
+            shape: shape of the draws of one image.
         """
         return self.uniform(*shape).mul_(high - low).to(torch.int32).add_(low)

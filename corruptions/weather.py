@@ -1,10 +1,7 @@
-"""ImageNet-C's four kinds of weather: snow, frost, fog, brightness.
+"""ImageNet-C's four weather corruptions: snow, frost, fog, brightness.
 
-Tables: rows of severities 1 to 5 for sides 224 (ImageNet-C), 64 (Tiny-ImageNet-C) and 32
-(CIFAR-10-C), from the original scripts (Hendrycks and Dietterich, ICLR 2019).
-
-The applying functions take uint8 (B, 3, H, W) images and give the raw float32 result in [0, 255],
-before truncation to uint8. `corruptions.corrupt` validates, draws, applies and truncates.
+Given the same fields, the results are exactly the original's. For `frost` this requires the
+original's photographs. `corruptions.registry` has the conventions.
 """
 
 from os import PathLike
@@ -16,8 +13,8 @@ from corruptions.blur import magick_motion_blur, zoom_axis
 from corruptions.frost import frost_textures
 from corruptions.rng import Stream
 
-# Mean and standard deviation of the flakes' noise, its enlargement, the threshold below which no
-# flake falls, radius and deviation of the motion blur, share of the image's own colour.
+# Mean and standard deviation of the flake noise, its zoom factor, the threshold below which it is
+# set to 0, radius and standard deviation of the motion blur in px, share of the original colors.
 SNOW = {
     224: (
         (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
@@ -46,9 +43,11 @@ SNOW = {
 def draw_snow(
     stream: Stream, severity: int, size: tuple[int, int], profile: int
 ) -> tuple[Tensor, ...]:
-    """Draw the flakes, standard normals (B, H, W), and their direction, degrees (B,), downwards.
+    """Draw the flakes and their direction.
 
-    Both float32; the angle lies in [-135, -45), and the blur looks up along it.
+    Returns:
+        `noise`, standard normal, float32 (B, H, W); `angle`, float32 (B,), in degrees in
+        [-135, -45). Flakes fall downwards, so the one-sided path of the blur points up.
     """
     return stream.normal(*size), stream.uniform().mul_(90).sub_(135)
 
@@ -56,10 +55,14 @@ def draw_snow(
 def snow(
     images: Tensor, severity: int, noise: Tensor, angle: Tensor, *, profile: int = 224
 ) -> Tensor:
-    """Whiten the image and add streaks of snow and their half turn; exact given the fields.
+    """Whiten the image, then add a snow layer and its copy rotated by 180 degrees.
 
-    The layer is computed in the dtype of `noise` (B, H, W): it is rounded to 8 bits twice, and
-    float64 noise, such as the original's, meets the original's side of every rounding.
+    The snow layer is rounded to 8 bits twice. It is computed in the dtype of `noise`, so that
+    float64 noise, such as the original's, rounds in the same direction as in the original.
+
+    Args:
+        noise: standard normal, floating point (B, H, W).
+        angle: direction of the motion blur, (B,), in degrees.
     """
     mean, spread, factor, threshold, radius, sigma, own = SNOW[profile][severity - 1]
     flakes = _zoom(noise * spread + mean, factor)
@@ -73,7 +76,7 @@ def snow(
 
 
 def _zoom(planes: Tensor, factor: float) -> Tensor:
-    """Enlarge (B, H, W) planes about their centre, bilinearly; the size stays."""
+    """Enlarge (B, H, W) planes bilinearly about their center and keep the size."""
     for axis in (1, 2):
         first, part = zoom_axis(planes.shape[axis], factor)
         behind = torch.from_numpy(first).to(planes.device)
@@ -86,7 +89,7 @@ def _zoom(planes: Tensor, factor: float) -> Tensor:
     return planes
 
 
-# Shares of the image and of the frost.
+# Weights of the image and of the frost.
 FROST = {
     224: ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)),
     64: ((1, 0.3), (0.9, 0.4), (0.8, 0.45), (0.75, 0.5), (0.7, 0.55)),
@@ -102,9 +105,15 @@ def draw_frost(
     *,
     frost_dir: str | PathLike[str] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Draw the texture's number and the crop's top and left, int64 (B,) each.
+    """Draw the texture and the position of the crop.
 
     As in the original, the last row and column of a texture are never used.
+
+    Args:
+        frost_dir: as for `frost`.
+
+    Returns:
+        `which`, the index of the texture, and `top` and `left` of the crop in px, int64 (B,) each.
     """
     uniform = stream.uniform(3)
     textures = frost_textures(frost_dir, size, profile, uniform.device)
@@ -124,10 +133,12 @@ def frost(
     profile: int = 224,
     frost_dir: str | PathLike[str] | None = None,
 ) -> Tensor:
-    """Add a crop of a frost texture; exact given the crop where `frost_dir` has the original's.
+    """Add a crop of a frost texture.
 
-    Without `frost_dir` the textures are those of the folder that the environment variable
-    MTLAT_FROST_DIR names, and without that procedural ones.
+    Args:
+        which, top, left: as returned by `draw_frost`.
+        frost_dir: folder with the original's photographs. If None, it is read from the environment
+            variable MTLAT_FROST_DIR, and if that is not set, the textures are procedural.
     """
     own, added = FROST[profile][severity - 1]
     height, width = images.shape[2:]
@@ -138,7 +149,7 @@ def frost(
     return images.float().mul_(own).add_(crops.transpose(0, 1), alpha=added).clamp_(0, 255)
 
 
-# Density of the fog at its thickest, and the decay of its details from level to level.
+# Maximum density of the fog, and decay of its amplitude from level to level.
 FOG = {
     224: ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
     64: ((0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
@@ -149,17 +160,23 @@ FOG = {
 def draw_fog(
     stream: Stream, severity: int, size: tuple[int, int], profile: int
 ) -> tuple[Tensor, ...]:
-    """Draw the plasma's displacements: uniforms in [-1, 1), float32 (B, n * n - 1).
+    """Draw the displacements of the plasma fractal.
 
-    n is the power of two from the longer side on. The order is the original's: from the coarsest
-    level, for each the centres, the upper edges and the left edges, row by row.
+    Returns:
+        `displacements`, uniform in [-1, 1), float32 (B, n * n - 1). n is the smallest power of two
+        that is at least the longer side. The order is the original's: levels from coarse to fine,
+        and in each level the centers, the upper edges and the left edges, row by row.
     """
     side = 1 << (max(size) - 1).bit_length()
     return (stream.uniform(side * side - 1).mul_(2).sub_(1),)
 
 
 def fog(images: Tensor, severity: int, displacements: Tensor, *, profile: int = 224) -> Tensor:
-    """Add a plasma and scale back to the image's brightest value; exact given `displacements`."""
+    """Add a plasma fractal, then rescale to the brightest value of the image.
+
+    Args:
+        displacements: as returned by `draw_fog`.
+    """
     density, decay = FOG[profile][severity - 1]
     height, width = images.shape[2:]
     plasma = _plasma(displacements, decay)[:, None, :height, :width]
@@ -170,10 +187,10 @@ def fog(images: Tensor, severity: int, displacements: Tensor, *, profile: int = 
 
 
 def _plasma(displacements: Tensor, decay: float) -> Tensor:
-    """Build plasma fractals by diamonds and squares on a torus, in [0, 1]: (B, n, n).
+    """Compute plasma fractals, (B, n, n) in [0, 1], by the diamond-square algorithm on a torus.
 
-    The amplitude falls by the square of `decay` per level, because the original multiplies it in
-    twice. Every level interleaves the grid's corners with the centres and edges of its cells.
+    The amplitude falls by the square of `decay` per level, because the original applies the decay
+    twice. Each level interleaves the grid points with the centers and edges of their cells.
     """
     grid = displacements.new_zeros(len(displacements), 1, 1)
     used, amplitude = 0, 100.0**2
@@ -183,10 +200,10 @@ def _plasma(displacements: Tensor, decay: float) -> Tensor:
         moves = displacements[:, used : used + count].view(-1, 3, cells, cells) * amplitude
         right, down = grid.roll(-1, 2), grid.roll(-1, 1)
         across = grid + right
-        centre = (across + across.roll(-1, 1)).mul_(0.25).add_(moves[:, 0])
-        upper = (centre + centre.roll(1, 1)).add_(across).mul_(0.25).add_(moves[:, 1])
-        left = (centre + centre.roll(1, 2)).add_(grid + down).mul_(0.25).add_(moves[:, 2])
-        even, odd = torch.stack((grid, upper), 3), torch.stack((left, centre), 3)
+        center = (across + across.roll(-1, 1)).mul_(0.25).add_(moves[:, 0])
+        upper = (center + center.roll(1, 1)).add_(across).mul_(0.25).add_(moves[:, 1])
+        left = (center + center.roll(1, 2)).add_(grid + down).mul_(0.25).add_(moves[:, 2])
+        even, odd = torch.stack((grid, upper), 3), torch.stack((left, center), 3)
         grid = torch.stack((even, odd), 2).view(-1, 2 * cells, 2 * cells)
         used, amplitude = used + count, amplitude / decay**2
     low, high = grid.aminmax(dim=-1)
@@ -194,7 +211,7 @@ def _plasma(displacements: Tensor, decay: float) -> Tensor:
     return grid.sub_(low).div_(high - low)
 
 
-# Added to the value of the HSV colour space, of a full scale of 1.
+# Amount added to the V channel of HSV, as a share of full scale.
 BRIGHTNESS = {
     224: (0.1, 0.2, 0.3, 0.4, 0.5),
     64: (0.1, 0.2, 0.3, 0.4, 0.5),
@@ -203,9 +220,9 @@ BRIGHTNESS = {
 
 
 def brightness(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
-    """Raise the value of HSV, the largest of R, G and B; hue and saturation stay; exact.
+    """Raise the V channel of HSV, the maximum of R, G and B, and keep hue and saturation.
 
-    All three channels scale alike; black, which has no hue, turns gray.
+    All three channels are scaled by the same factor. Black has no hue and becomes gray.
     """
     pixels = images.float()
     value = pixels.amax(1, keepdim=True)

@@ -1,15 +1,18 @@
-"""Break the project's mathematics in one place at a time, and see whether a test fails.
+"""Mutation testing: change the source code in one place at a time, and check that a test fails.
 
-    python tests/mutate.py                                # 40 mutants of each file: hours
-    python tests/mutate.py mtlat.py --sample 0            # every mutant of one file
-    python tests/mutate.py attacks.py --only 17 130       # these two again
+    python tests/mutate.py                                # 40 mutants of each file; takes hours
+    python tests/mutate.py mtlat.py --sample 0            # all mutants of one file
+    python tests/mutate.py attacks.py --only 17 130       # two mutants of one file, by number
 
-A mutant has one operator, comparison, constant, condition or statement changed; not in an
-annotation, a string, a decorator or an error. It is written into a copy of the project, where the
-file's own tests run until one fails, in a process forked from this one, which has imported what
-takes long. A mutant that runs for ten times as long as the unbroken file counts as found. What
-survives is printed, to be answered by a test or, where nothing is changed that can be seen, by a
-line in results/mutation.md.
+A mutant is a file with one changed operator, comparison, constant, condition or statement.
+Annotations, strings, decorators and raise statements are not changed.
+
+The tool copies the project and writes each mutant into the copy. There the tests of the file run
+until one fails. They run in a fork of this process, which has imported the slow packages already.
+A mutant is killed if a test fails, or if the tests take ten times as long as for the original file.
+
+The tool prints the mutants that survive. For each of them, add a test. If the change has no effect
+that a test could observe, add a line to results/mutation.md.
 """
 
 import argparse
@@ -26,25 +29,37 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CORRUPTION_TESTS = ["test_corruptions.py", "test_corruptions_statistics.py"]
-PIXEL_TESTS = ["test_parameters.py", "test_oracle_noise_digital.py", *CORRUPTION_TESTS]
-SCENE_TESTS = ["test_parameters.py", "test_blur_weather.py", "test_oracle_blur_weather.py"]
-TESTS = {  # of each file, the quickest to find a fault first
+CORRUPTION_TESTS = ["corruptions/test_corrupt.py", "corruptions/test_statistics.py"]
+PIXEL_TESTS = [
+    "corruptions/test_parameters.py",
+    "corruptions/test_oracle_noise_digital.py",
+    *CORRUPTION_TESTS,
+]
+SCENE_TESTS = [
+    "corruptions/test_parameters.py",
+    "corruptions/test_blur_weather.py",
+    "corruptions/test_oracle_blur_weather.py",
+]
+TABLE_TESTS = ["harness/benchmark/test_tables.py", "test_evaluate_cli.py"]
+# The tests of each file, relative to tests/. Those that usually fail first come first.
+TESTS = {
     "mtlat.py": ["test_mtlat.py", "test_mtlat_model.py"],
-    "methods.py": ["test_train.py"],
     "attacks.py": ["test_attacks.py", "test_attacks_contract.py"],
-    "sanity.py": ["test_sanity.py", "test_evaluate.py"],
-    "report.py": ["test_report.py", "test_evaluate_cli.py"],
-    "corruptions/__init__.py": CORRUPTION_TESTS,
-    "corruptions/rng.py": ["test_rng.py", *CORRUPTION_TESTS],
+    "harness/training/methods.py": ["test_train.py"],
+    "harness/benchmark/checks.py": ["harness/benchmark/test_checks.py", "test_evaluate.py"],
+    "harness/benchmark/metrics.py": TABLE_TESTS,
+    "harness/benchmark/tables.py": TABLE_TESTS,
+    "corruptions/apply.py": CORRUPTION_TESTS,
+    "corruptions/registry.py": CORRUPTION_TESTS,
+    "corruptions/rng.py": ["corruptions/test_rng.py", *CORRUPTION_TESTS],
     "corruptions/noise.py": PIXEL_TESTS,
     "corruptions/digital.py": PIXEL_TESTS,
     "corruptions/jpeg.py": PIXEL_TESTS,
     "corruptions/blur.py": SCENE_TESTS,
     "corruptions/weather.py": SCENE_TESTS,
     "corruptions/frost.py": SCENE_TESTS,
-    "corruptions/geometric.py": ["test_geometric.py", *CORRUPTION_TESTS],
-    "corruptions/calibration.py": ["test_geometric.py"],
+    "corruptions/geometric.py": ["corruptions/test_geometric.py", *CORRUPTION_TESTS],
+    "corruptions/calibration.py": ["corruptions/test_geometric.py"],
 }
 
 SWAPS: dict[type, type] = {
@@ -58,7 +73,7 @@ SWAPS: dict[type, type] = {
 
 
 class Mutator(ast.NodeTransformer):
-    """Changes the `wanted`th place of a tree; with None, counts the places."""
+    """Change the place of a tree with the index `wanted`; count the places if it is None."""
 
     def __init__(self, wanted: int | None = None) -> None:
         self.wanted, self.count, self.said = wanted, 0, ""
@@ -73,7 +88,7 @@ class Mutator(ast.NodeTransformer):
     def skip(self, node: ast.AST) -> ast.AST:
         return node
 
-    visit_JoinedStr = visit_Raise = skip  # messages have tests of their own
+    visit_JoinedStr = visit_Raise = skip  # other tests check the messages
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         node.args.defaults = [self.visit(d) for d in node.args.defaults]
@@ -91,7 +106,7 @@ class Mutator(ast.NodeTransformer):
             deletable = isinstance(statement, ast.AugAssign) or (
                 isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
             )
-            if deletable and self.here(statement, f"without {ast.unparse(statement)[:60]!r}"):
+            if deletable and self.here(statement, f"{ast.unparse(statement)[:60]!r} deleted"):
                 kept.append(ast.Pass())
             else:
                 kept.append(self.visit(statement))
@@ -115,7 +130,7 @@ class Mutator(ast.NodeTransformer):
     def swap(self, node: ast.AST, operator: ast.AST) -> ast.AST:
         other = SWAPS[type(operator)]
         old = type(operator).__name__
-        return other() if self.here(node, f"{old} to {other.__name__}") else operator
+        return other() if self.here(node, f"{old} replaced by {other.__name__}") else operator
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         node.op = self.swap(node, node.op)
@@ -128,12 +143,12 @@ class Mutator(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
-        if self.here(node, f"without {type(node.op).__name__}"):
+        if self.here(node, f"{type(node.op).__name__} removed"):
             return node.operand
         return self.generic_visit(node)
 
     def visit_If(self, node: ast.If | ast.IfExp) -> ast.AST:
-        if self.here(node, f"not {ast.unparse(node.test)[:60]}"):
+        if self.here(node, f"{ast.unparse(node.test)[:60]!r} negated"):
             node.test = ast.UnaryOp(ast.Not(), node.test)
         return self.generic_visit(node)
 
@@ -141,36 +156,36 @@ class Mutator(ast.NodeTransformer):
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
         if isinstance(node.value, bool):
-            return ast.Constant(not node.value) if self.here(node, f"not {node.value}") else node
+            what = f"{node.value} replaced by {not node.value}"
+            return ast.Constant(not node.value) if self.here(node, what) else node
         if isinstance(node.value, int | float):
             changed = node.value + 1 if isinstance(node.value, int) else 1.1 * node.value + 1e-3
-            return (
-                ast.Constant(changed) if self.here(node, f"{node.value} to {changed:g}") else node
-            )
+            what = f"{node.value} replaced by {changed:g}"
+            return ast.Constant(changed) if self.here(node, what) else node
         return node
 
 
 def mutants(path: Path) -> int:
-    """How many places of a file can be changed."""
+    """Return the number of places of a file that can be changed."""
     counter = Mutator()
     counter.visit(ast.parse(path.read_text()))
     return counter.count
 
 
 def mutate(path: Path, number: int) -> tuple[str, str]:
-    """The text of a mutant, and what is different in it."""
+    """Return the source code of a mutant, and a description of its change."""
     mutator = Mutator(number)
     tree = mutator.visit(ast.parse(path.read_text()))
     return ast.unparse(ast.fix_missing_locations(tree)), mutator.said
 
 
 def run_tests(copy: Path, tests: list[str], limit: float) -> bool:
-    """Whether these tests pass in the copy, in a forked process that ends after `limit` seconds."""
+    """Run tests of the copy in a fork; return whether all pass within `limit` seconds."""
     pid = os.fork()
     if not pid:
         os.setsid()
         os.chdir(copy)
-        sys.path.remove(str(ROOT / "tests"))  # whose modules are to come from the copy
+        sys.path.remove(str(ROOT / "tests"))  # import test modules from the copy only
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
@@ -193,11 +208,11 @@ def run_tests(copy: Path, tests: list[str], limit: float) -> bool:
 
 
 def survivors(name: str, numbers: list[int], copy: Path) -> Iterator[tuple[int, str]]:
-    """The mutants of a file that no test notices."""
+    """Yield the number and the description of each mutant that no test detects."""
     target, source = copy / name, ROOT / name
     start = time.monotonic()
     if not run_tests(copy, TESTS[name], 600):
-        raise SystemExit(f"{name}: its tests fail without any change")
+        raise SystemExit(f"{name}: the tests of the unchanged file fail")
     limit = 10 * (time.monotonic() - start) + 10
     for number in numbers:
         text, said = mutate(source, number)
@@ -208,16 +223,19 @@ def survivors(name: str, numbers: list[int], copy: Path) -> Iterator[tuple[int, 
 
 
 def main() -> None:
+    known = ", ".join(TESTS)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", default=list(TESTS), help=", ".join(TESTS))
-    parser.add_argument("--sample", type=int, default=40, help="mutants of each file; 0: all (40)")
-    parser.add_argument("--seed", type=int, default=0, help="that draws the sample (0)")
-    parser.add_argument("--only", type=int, nargs="+", help="these mutants of one file")
+    parser.add_argument("files", nargs="*", default=list(TESTS), help=f"default: all of {known}")
+    parser.add_argument(
+        "--sample", type=int, default=40, help="mutants per file, 0 for all (default: 40)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of mutants of one file")
     args = parser.parse_args()
     if unknown := set(args.files) - TESTS.keys():
-        parser.error(f"no tests are known for {', '.join(unknown)}; known: {', '.join(TESTS)}")
+        parser.error(f"no tests are listed for {', '.join(sorted(unknown))} (choose from {known})")
     import scipy.stats  # noqa: F401
     import torch
     import torchvision  # noqa: F401
@@ -237,10 +255,12 @@ def main() -> None:
                 numbers = sorted(random.Random(f"{args.seed} {name}").sample(numbers, args.sample))
             alive = list(survivors(name, numbers, copy))
             total, lost = total + len(numbers), lost + len(alive)
-            print(f"{name}: {len(numbers) - len(alive)} of {len(numbers)} found", flush=True)
+            print(
+                f"{name}: {len(numbers) - len(alive)} of {len(numbers)} mutants killed", flush=True
+            )
             for number, said in alive:
                 print(f"    {number:4} {said}", flush=True)
-    print(f"{total - lost} of {total} mutants found: {100 * (total - lost) / total:.1f} %")
+    print(f"{total - lost} of {total} mutants killed: {100 * (total - lost) / total:.1f} %")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The attacks against closed forms, plain per-image loops, and what their docstrings promise."""
+"""Test the attacks against closed forms, loops over images, and the claims of their docstrings."""
 
 import math
 from collections.abc import Callable, Generator
@@ -13,66 +13,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import attacks
-from attacks import broken_gradients, cw2, cw2_result, mi_fgsm, pgd, pgd_ll, sign_noise
-
-seeds = st.integers(0, 2**31)
-
-
-def images(seed: int, batch: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Noise, with an eighth of the values black and as many white."""
-    x = torch.rand(batch, 3, 6, 6, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    return (x * 1.25 - 0.125).clamp(0, 1)
-
-
-def labels(seed: int, batch: int = 3, classes: int = 4) -> Tensor:
-    return torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(seed))
-
-
-def network(dtype: torch.dtype = torch.float64, gain: float = 1.0) -> nn.Sequential:
-    """BatchNorm and dropout, so that the mode matters; sharply curved, so that steps matter."""
-    torch.manual_seed(7)
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.Dropout(), nn.Flatten(),
-        nn.Linear(128, 16), nn.Tanh(), nn.Linear(16, 4),
-    ).to(dtype)  # fmt: skip
-    for name, factor in {
-        "0.weight": 4,
-        "5.weight": 4,
-        "7.weight": 4 * gain,
-        "7.bias": gain,
-    }.items():
-        net.get_parameter(name).data *= factor
-    return net.eval()
-
-
-class Linear(nn.Module):
-    """Two classes, logit 1 - logit 0 = (x - 1/2) . slope: all the answers in closed form."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        slope = torch.randn(108, generator=generator, dtype=torch.float64)
-        self.slope = nn.Parameter(slope)
-
-    def forward(self, x: Tensor) -> Tensor:
-        lead = (x.flatten(1) - 0.5) @ self.slope
-        return torch.stack([0.3 - lead / 2, 0.3 + lead / 2], 1)
-
-
-def away(model: Linear, y: Tensor) -> Tensor:
-    """The sign of the gradient by which class y loses, per image."""
-    return ((1 - 2 * y)[:, None] * model.slope.detach().sign()).view(-1, 3, 6, 6)
-
-
-def lead(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The margin of the best wrong class, image by image."""
-    logits = model(x).detach().tolist()
-    rows = zip(logits, y.tolist(), strict=True)
-    return x.new_tensor([max(r[:k] + r[k + 1 :]) - r[k] for r, k in rows])
+from attacks import cw2, cw2_result, mi_fgsm, pgd, pgd_ll
+from harness.benchmark.checks import broken_gradients, sign_noise
+from tests.support.victims import Linear, away, images, labels, lead, network, seeds
 
 
 class Counting(nn.Module):
-    """Counts, over all images, those that go forward and those whose gradient comes back."""
+    """Wrap a model and count the images of its forward passes and of its backward passes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -131,14 +78,17 @@ def test_cw2_finds_the_distance_of_the_hyperplane(confidence: float) -> None:
         assert_close(result.l2, exact, rtol=tolerance, atol=0)
 
 
-# Plain loops, one image at a time
+# References that loop over single images
 
 
 def reference_linf(
     model: nn.Module, x: Tensor, aim: Tensor, start: Tensor, epsilon: float, step: float,
     steps: int, decay: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """PGD, and MI-FGSM where decay is above 0, by the formulas; a negative step approaches aim."""
+    """Compute PGD, or MI-FGSM if decay is above 0, from the formulas, one image at a time.
+
+    A negative step approaches the class `aim`.
+    """
     out = []
     for image, label, offset in zip(x, aim, start, strict=True):
         moved = torch.minimum(torch.maximum(image + epsilon * offset, image * 0), image * 0 + 1)
@@ -170,7 +120,10 @@ def test_pgd_is_its_formula(epsilon: float) -> None:
 
 @pytest.mark.parametrize(("decay", "gain"), [(0.5, 1.0), (1.0, 1.0), (0.5, 1e-9)])
 def test_mi_fgsm_is_its_formula(decay: float, gain: float) -> None:
-    """However small the gradients are: a floor under their norm would weigh the early ones less."""
+    """Check MI-FGSM also for very small gradients.
+
+    A lower limit of their norm would reduce the weight of the first gradients.
+    """
     model, x, y = network(gain=gain), images(4), labels(4)
     expected = reference_linf(model, x, y, 0 * x, 0.3, 0.05, 8, decay)
     found = mi_fgsm(model, x, y, epsilon=0.3, steps=8, step_size=0.05, decay=decay)
@@ -182,7 +135,10 @@ def test_mi_fgsm_is_its_formula(decay: float, gain: float) -> None:
 def reference_cw2(
     model: nn.Module, image: Tensor, y: int, confidence: float, const: float, steps: int
 ) -> tuple[Tensor, float, float]:
-    """One round for one image, by the formulas: the nearest success, its distance, the margin."""
+    """Compute one round of CW2 for one image from the formulas.
+
+    Returns the nearest successful image, its squared distance, and the largest margin.
+    """
     w = torch.atanh((2 * image - 1) * 0.999999).requires_grad_()
     origin = ((torch.tanh(w) + 1) / 2).detach()
     found, nearest, best = image, math.inf, -math.inf
@@ -222,7 +178,10 @@ def test_a_round_of_cw2_is_its_formula(const: float) -> None:
 def search(
     model: nn.Module, image: Tensor, y: int, confidence: float, consts: Generator[float, bool]
 ) -> float:
-    """The shortest way found in six rounds with these constants, each of which hears: reached?"""
+    """Return the smallest distance that six rounds find.
+
+    `consts` yields the constant of each round and receives whether the round succeeded.
+    """
     const, nearest = next(consts), math.inf
     for _ in range(6):
         _, distance, _ = reference_cw2(model, image, y, confidence, const, 40)
@@ -232,7 +191,7 @@ def search(
 
 
 def originals_consts() -> Generator[float, bool]:
-    """From the smallest by tens, then bisected."""
+    """Yield the constants of the original: the smallest, times ten until success, then bisected."""
     low, high, const = 0.0, math.inf, 1e-3
     while True:
         low, high = (low, const) if (yield const) else (const, high)
@@ -240,7 +199,7 @@ def originals_consts() -> Generator[float, bool]:
 
 
 def our_consts() -> Generator[float, bool]:
-    """The largest, then bisected on a log scale."""
+    """Yield the constants of our attack: the largest, then bisected on a log scale."""
     low, high, const = 1e-3, 1e2, 1e2
     while True:
         low, high = (low, const) if (yield const) else (const, high)
@@ -276,7 +235,7 @@ def test_cw2_bisects_the_constant_on_a_log_scale(monkeypatch: pytest.MonkeyPatch
     y = Linear()(x).argmax(1)
     result = cw2_result(Linear(), x, y, rounds=12)
     assert result.reached.tolist() == [True, True, True, False]
-    assert tried[0] == [1e5] * 4  # the largest first, and then without whom it misses
+    assert tried[0] == [1e5] * 4  # the largest first; images that it misses are dropped
     assert_close(tried[1], [10.0] * 3)
     assert_close(tried[2], [0.1, 0.1, 1000.0])
     assert [len(row) for row in tried[1:]] == [3] * 11
@@ -284,7 +243,7 @@ def test_cw2_bisects_the_constant_on_a_log_scale(monkeypatch: pytest.MonkeyPatch
         assert abs(math.log10(last / limit)) < 8 / 2**10
 
 
-# What cw2 reports
+# Results of CW2
 
 
 def test_cw2_result_is_true_of_its_images() -> None:
@@ -292,7 +251,7 @@ def test_cw2_result_is_true_of_its_images() -> None:
     result = cw2_result(model, x, y, confidence=7.0)
     reached = result.reached
     assert 0 < reached.sum() < 16
-    assert torch.equal(result.x_adv[~reached], x[~reached])  # given back unchanged, to the bit
+    assert torch.equal(result.x_adv[~reached], x[~reached])  # returned bit-identical
     assert (lead(model, result.x_adv, y)[reached] > 7.0).all()
     assert torch.equal(reached, result.margin > 7.0)
     assert torch.equal(result.misclassified, result.margin > 0)
@@ -307,10 +266,10 @@ def test_cw2_leaves_what_is_wrong_already_where_it_is() -> None:
     y = model(x).argmin(1)
     result = cw2_result(model, x, y, confidence=0.0)
     assert result.reached.all()
-    assert_close(result.x_adv, x, rtol=0, atol=1e-6)  # tanh space stops short of black and white
+    assert_close(result.x_adv, x, rtol=0, atol=1e-6)  # tanh space does not include 0 and 1
 
 
-# Passes
+# Number of passes
 
 
 @pytest.mark.parametrize(
@@ -318,8 +277,8 @@ def test_cw2_leaves_what_is_wrong_already_where_it_is() -> None:
     [
         (pgd, {}, 10, 10),
         (pgd, {"steps": 7, "random_start": False}, 7, 7),
-        (pgd, {"steps": 4, "restarts": 3}, 5, 4),  # the first run fools all
-        (pgd, {"steps": 4, "restarts": 3, "epsilon": 0.0}, 15, 12),  # none fools any
+        (pgd, {"steps": 4, "restarts": 3}, 5, 4),  # the first run succeeds on all
+        (pgd, {"steps": 4, "restarts": 3, "epsilon": 0.0}, 15, 12),  # no run succeeds on any
         (pgd_ll, {}, 11, 10),
         (pgd_ll, {"target": torch.tensor([0, 1, 0])}, 10, 10),
         (mi_fgsm, {}, 10, 10),

@@ -1,4 +1,7 @@
-"""Bad input to the public functions raises what they promise, in one line, and changes nothing."""
+"""Test the public functions with invalid input.
+
+They must raise the documented exception with a message of one line, and change no argument.
+"""
 
 import re
 from collections.abc import Callable
@@ -7,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import linear
 from torch import Tensor
-from world import SIDE
 
 import attacks
-import common
-import data
 import mtlat
-from common import UserError
 from corruptions import corrupt
-from sanity import doubts
+from harness import checkpoints, models
+from harness.benchmark.checks import failed_checks
+from harness.errors import UserError
+from harness.images import datasets
+from tests.support.tiny import linear
+from tests.support.world import SIDE
 
 X = torch.rand(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 0])
@@ -33,8 +36,8 @@ def broken(x: Tensor, value: float) -> Tensor:
     return x
 
 
-def mix(x: Any = X, y: Any = Y, lam: Any = 0.5, **options: Any) -> Any:
-    return mtlat.mixup(x, y, X, Y, lam, **{"num_classes": 3, **options})
+def mix(x: Any = X, y: Any = SOFT, lam: Any = 0.5) -> Any:
+    return mtlat.mixup(x, y, X, SOFT, lam)
 
 
 def loss(model: Any = NET, x: Any = X, y: Any = Y, num_classes: int = 3, **options: Any) -> Any:
@@ -70,17 +73,18 @@ FUNCTION_CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (partial(mix, X * 255), ValueError, "pixels"), (partial(mix, X - 1), ValueError, "pixels"),
     (partial(mix, broken(X, NAN)), ValueError, "nan"), (partial(mix, X[:2]), ValueError, "match"),
     (partial(mix, X[:, :, :9]), ValueError, "do not match"),
-    (partial(mix, X[:0], Y[:0]), ValueError, "match|at least one"),
-    (partial(mix, y=Y.int()), TypeError, "int32"), (partial(mix, y=Y[:2]), ValueError, "shape"),
-    (partial(mix, y=Y + 1), ValueError, "class indices: 1 to 3"),
-    (partial(mix, y=Y - 1), ValueError, "-1"), (partial(mix, y=Y.float()), TypeError, "float32"),
+    (partial(mix, X[:0], SOFT[:0]), ValueError, "match|at least one"),
+    (partial(loss, y=Y.int()), TypeError, "int32"), (partial(loss, y=Y[:2]), ValueError, "shape"),
+    (partial(loss, y=Y + 1), ValueError, "class indices: 1 to 3"),
+    (partial(loss, y=Y - 1), ValueError, "-1"), (partial(loss, y=Y.float()), TypeError, "float32"),
+    (partial(mix, y=SOFT[:2]), ValueError, "shape"),
     (partial(mix, y=2 * SOFT), ValueError, "probabilities"),
     (partial(mix, y=SOFT / 2), ValueError, "divide each row by its sum"),
     (partial(mix, y=broken(SOFT, NAN)), ValueError, "nan"),
     (partial(mix, y=SOFT.long()), TypeError, "int64"), (partial(mix, lam=2), ValueError, "lam"),
     (partial(mix, lam=NAN), ValueError, "nan"), (partial(mix, lam=-0.1), ValueError, "lam"),
     (partial(mix, lam=torch.rand(3)), ValueError, "lam has shape"),
-    (partial(mix, num_classes=0), ValueError, "class indices need num_classes"),
+    (partial(mix, y=Y), ValueError, r"class indices become distributions by F.one_hot\(y, N\)"),
     (partial(step, steps=0), ValueError, "at least 1"), (partial(step, epsilon=2), ValueError, "2"),
     (partial(step, epsilon=NAN), ValueError, "nan"), (partial(step, U8), TypeError, "uint8"),
     (partial(step, y=Y + 1), ValueError, r"labels: 1 to 3; rule: \[0, 2\]"),
@@ -133,14 +137,14 @@ FUNCTION_CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (partial(fog, index=torch.rand(4)), TypeError, "float32"), (partial(fog, x=1), TypeError, "x"),
     (partial(fog, profile=100), ValueError, "profile"),
     (partial(fog, name=None), ValueError, "None"),
-    (partial(data.load, "nowhere"), UserError, "no such folder"),
-    (partial(data.load, "shapes", size=-1), UserError, "--size -1 is out of range"),
-    (partial(data.load, "shapes", size=10**9), UserError, "out of range"),
-    (partial(data.load, "shapes", num_classes=11), UserError, "--classes 11: the set has 10"),
-    (partial(doubts, {"clean": NAN}), ValueError, "nan"),
-    (partial(doubts, {"a": 1.5}), ValueError, ""),
-    (partial(common.build_model, "", 3), UserError, "torchvision has no such classifier"),
-    (partial(common.load_checkpoint, ""), UserError, "No such file"),
+    (partial(datasets.load_dataset, "nowhere"), UserError, "no such folder"),
+    (partial(datasets.load_dataset, "shapes", size=-1), UserError, "--size -1 is out of range"),
+    (partial(datasets.load_dataset, "shapes", size=10**9), UserError, "out of range"),
+    (partial(datasets.load_dataset, "shapes", num_classes=11), UserError, "has 10 classes"),
+    (partial(failed_checks, {"clean": NAN}), ValueError, "nan"),
+    (partial(failed_checks, {"a": 1.5}), ValueError, ""),
+    (partial(models.build_model, "", 3), UserError, "torchvision has no such classifier"),
+    (partial(checkpoints.load_checkpoint, ""), UserError, "No such file"),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Bad input to the scripts ends in one line, with exit code 2, and changes no file."""
+"""Test that the scripts exit with code 2 and one line for invalid input, and change no file."""
 
 import os
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from world import BAD_IMAGES, EVALUATE, REPRODUCE, TRAIN, build
 
-import common
 import evaluate
 import reproduce
 import train
 from corruptions.__main__ import main as corruptions_main
+from harness import errors
+from tests.support.world import BAD_IMAGES, EVALUATE, REPRODUCE, TRAIN, build
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unchanged(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Work in the world; no file of it may change, and none appear but in the cache."""
+    """Run the test in the world folder, and check its files afterwards.
+
+    No file may change. New files may appear only in the cache, except for lock files.
+    """
 
     def files() -> dict[Path, bytes]:
         return {p: p.read_bytes() for p in world.rglob("*") if p.is_file()}
@@ -37,28 +40,29 @@ def unchanged(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 TRAIN_CASES = [
-    ("--epochs 0", "0 is out of range: from 1"), ("--epochs x", "'x' is no int"),
-    ("--epochs 1.5", "'1.5' is no int"), ("--epochs", "expected one argument"),
+    ("--epochs 0", "0 is out of range: from 1"), ("--epochs x", "'x' is not of type int"),
+    ("--epochs 1.5", "'1.5' is not of type int"), ("--epochs", "expected one argument"),
     ("--batch-size 0", "out of range"), ("--batch-size 1", "makes minibatches of 0"),
     ("-b 100", "minibatches of 50, and there are 27"), ("-b -3", "out of range"),
-    ("--batch-size 1e9", "'1e9' is no int"), ("--lr 0", "0 is out of range: above 0"),
+    ("--batch-size 1e9", "'1e9' is not of type int"), ("--lr 0", "0 is out of range: above 0"),
     ("--lr nan", "nan is out of range"), ("--lr inf", "inf is out of range"),
-    ("--lr -1", "out of range"), ("--lr fast", "'fast' is no float"), ("--wd -1", "out of range"),
+    ("--lr -1", "out of range"), ("--lr fast", "'fast' is not of type float"),
+    ("--wd -1", "out of range"),
     ("--momentum 2", "from 0 to 1"), ("--gamma 1.1", "from 0 to 1"), ("--gamma nan", "nan is out"),
-    ("--milestones 1 x", "'x' is no float"), ("--milestones -1", "out of range"),
+    ("--milestones 1 x", "'x' is not of type float"), ("--milestones -1", "out of range"),
     ("--alpha 0", "above 0"), ("--alpha nan", "nan is out of range"),
     ("--epsilon-max 1.1", "from 0 to 1"), ("--epsilon-max -0.1", "from 0 to 1"),
     ("--attack-steps 0", "from 1 up"), ("--size 7", "from 8 to 4096"),
     ("--size 1000000000", "from 8 to 4096"), ("--classes 1", "from 2"),
-    ("--classes 4", "--classes 4: the set has 3"), ("--seed -1", "from 0"),
-    ("--seed 4294967296", "out of range"), ("--data-seed x", "'x' is no int"),
+    ("--classes 4", "--classes 4: the dataset has 3"), ("--seed -1", "from 0"),
+    ("--seed 4294967296", "out of range"), ("--data-seed x", "'x' is not of type int"),
     ("--print-freq 0", "from 1"), ("--method mlat", "invalid choice: 'mlat'"),
     ("--opt adagrad", "invalid choice"), ("--amp half", "invalid choice"),
     ("--device abacus", "--device abacus"), ("--device cuda:99", "--device cuda:99"),
     ("--device meta", "--device meta"), ("--device", "expected one argument"),
     ("--batch 26", "unrecognized arguments: --batch"), ("--verbose", "unrecognized arguments"),
     ("more", "unrecognized arguments: more"),
-    ("--arch resnet", "torchvision has no such classifier; close: resnet"),
+    ("--arch resnet", "torchvision has no such classifier; close names: resnet"),
     ("--arch nowhere:net", "No module named 'nowhere'"), ("--arch tiny:", "--arch tiny:"),
     ("--arch :net", "--arch :net"), ("--arch tiny:nothing", "has no attribute 'nothing'"),
     ("--arch argparse:Namespace", "made a Namespace; give a torch.nn.Module"),
@@ -67,9 +71,9 @@ TRAIN_CASES = [
     ("--arch world:Picky", "Picky fails on images (13, 3, 16, 16): AssertionError"),
     ("--arch inception_v3", "inception_v3 fails on images"),
     ("--arch resnet18 -b 2", "resnet18 fails on images (1, 3, 16, 16): Expected more than 1 value"),
-    ("--weights nothing", "--weights nothing: no such file, nor weights"),
-    ("--weights file", "file is no checkpoint of train.py, or damaged"),
-    ("--weights other-arch.pt", "are of another arch than --arch tiny:convnet"),
+    ("--weights nothing", "--weights nothing: no such file, and no such weights"),
+    ("--weights file", "file is not a checkpoint of train.py, or is damaged"),
+    ("--weights other-arch.pt", "are of another architecture than --arch tiny:convnet"),
     ("--weights set", "set: Is a directory"), ("--weights flipped.pt", "(checksum of "),
     ("--data nowhere", "--data nowhere: no such folder"), ("--data file", "no such folder"),
     ("--data no-classes", "holds 0 class folders"), ("--data one-class", "holds 1 class folders"),
@@ -84,18 +88,20 @@ TRAIN_CASES = [
     ("--output-dir run --resume other-run.pt", "other-run.pt: No such file"),
     ("--resume run", "run: Is a directory"), ("--resume file/last.pt", "Not a directory"),
     ("--resume run/last.pt --lr 3", "--lr is 3.0, but run/last.pt was trained with 0.002"),
-    ("--resume run/last.pt --data other", "--data other is not the set that run/last.pt"),
+    ("--resume run/last.pt --data other", "--data other differs from the dataset that run/last.pt"),
     ("--resume run/last.pt --output-dir evaluation/cells.jsonl", "File exists"),
     *((f"--resume {name}.pt", message) for name, message in {
-        "empty": "no checkpoint of train.py, or damaged", "text": "or damaged", "cut": "or damaged",
-        "flipped": "or damaged (checksum of ", "pickle": "or damaged", "legacy": "or damaged",
-        "code": "or damaged (Weights only load failed", "numpy": "or damaged (Weights only",
-        "module": "or damaged (Weights only", "safetensors": "or damaged", "hdf5": "or damaged",
+        "empty": "not a checkpoint of train.py, or is damaged", "text": "or is damaged",
+        "cut": "or is damaged", "flipped": "or is damaged (checksum of ",
+        "pickle": "or is damaged", "legacy": "or is damaged",
+        "code": "or is damaged (Weights only load failed", "numpy": "or is damaged (Weights only",
+        "module": "or is damaged (Weights only", "safetensors": "or is damaged",
+        "hdf5": "or is damaged",
         "state": "not a checkpoint of this version", "list": "not a checkpoint of this version",
         "lightning": "not a checkpoint of this version", "old": "not a checkpoint of this version",
         "no-model": "its model is missing", "no-arch": "its arch is missing",
         "no-classes": "its classes is missing", "no-log": "its log is missing",
-        "int-classes": "its classes is int", "no-settings": "no-settings.pt says nothing of",
+        "int-classes": "its classes is int", "no-settings": "no-settings.pt has no setting",
         "nowhere": "nowhere.pt: No such file or directory",
     }.items()),
     ("--resume misfit.pt --output-dir new", "weights do not fit tiny:linear"),
@@ -104,14 +110,15 @@ TRAIN_CASES = [
 
 EVALUATE_CASES = [
     ("run/last.pt", "a model is named twice"), ("nowhere.pt", "nowhere.pt: No such file"),
-    ("set", "set: Is a directory"), ("file", "file is no checkpoint"),
+    ("set", "set: Is a directory"), ("file", "file is not a checkpoint"),
     ("nowhere:net", "No module named 'nowhere'"), ("argparse:Namespace", "give a torch.nn.Module"),
     ("torchvision:resnet18", "need each other"),
-    ("torchvision:resnet5 --weights DEFAULT", "no such file, nor weights of torchvision's"),
-    ("torchvision:resnet18 --weights BEST", "--weights BEST: no such file, nor weights"),
-    ("--only fogg", "close: fog"), ("--only", "expected at least one argument"),
-    ("--skip snoww", "close: snow"), ("--only fog --skip weather", "leave nothing to measure"),
-    ("--baseline mtlat", "--baseline mtlat is none of the models"),
+    ("torchvision:resnet5 --weights DEFAULT", "no such file, and no such weights in torchvision"),
+    ("torchvision:resnet18 --weights BEST", "--weights BEST: no such file, and no such weights"),
+    ("--only fogg", "close names: fog"), ("--only", "expected at least one argument"),
+    ("--skip snoww", "close names: snow"),
+    ("--only fog --skip weather", "leave nothing to measure"),
+    ("--baseline mtlat", "--baseline mtlat is not one of the models"),
     ("--mean 0 0 0", "--mean and --std need each other"), ("--mean 0 0", "expected 3 arguments"),
     ("--mean 2 0 0 --std 1 1 1", "from 0 to 1"), ("--std 1 1 nan", "nan is out of range"),
     ("--size 15", "from 16"), ("--size 100000", "from 16 to 4096"), ("--limit 0", "from 1"),
@@ -121,11 +128,12 @@ EVALUATE_CASES = [
     ("--imagenet-c empty", "has no folder of a corruption to score"),
     ("--imagenet-c file", "no such folder"), ("--data other", "was trained on other classes"),
     ("--data bad/cut.jpg", "truncated"), ("--data one-class", "holds 1 class folders"),
-    ("--surrogate cut.pt", "or damaged"), ("--surrogate nan.pt", "logits that are not finite"),
+    ("--surrogate cut.pt", "or is damaged"), ("--surrogate nan.pt", "logits that are not finite"),
     ("--output-dir file", "file: File exists"), ("--cache-dir file", "file: File exists"),
-    ("code.pt", "or damaged (Weights only load failed"), ("flipped.pt", "or damaged (checksum of"),
+    ("code.pt", "or is damaged (Weights only load failed"),
+    ("flipped.pt", "or is damaged (checksum of"),
     ("no-model.pt", "its model is missing"), ("misfit.pt", "do not fit tiny:linear"),
-    ("nan.pt", "gives logits that are not finite"),
+    ("nan.pt", "returns logits that are not finite"),
     ("--output-dir evaluation --seed 1", "another run (seed: 0, now 1): choose another"),
     ("--output-dir cells-digit", "cells.jsonl: line 2 is damaged; delete it"),
     ("--output-dir cells-half", "line 1 is damaged"),
@@ -135,15 +143,15 @@ EVALUATE_CASES = [
 
 REPRODUCE_CASES = [
     ("--scale large", "invalid choice: 'large'"), ("--data nowhere", "no such folder"),
-    ("--scale paper", "--classes 100: the set has 3"),
+    ("--scale paper", "--classes 100: the dataset has 3"),
     ("--tables 4", "invalid choice: '4'"), ("--methods mlat", "invalid choice: 'mlat'"),
     ("--seeds 0", "from 1"), ("--size 15", "from 16"), ("--archs", "expected at least one"),
-    ("--archs tiny:linear", "is one of --archs"), ("--archs resnet5", "close: resnet"),
+    ("--archs tiny:linear", "is one of --archs"), ("--archs resnet5", "close names: resnet"),
     ("--surrogate nowhere:net", "No module named 'nowhere'"), ("--surrogate-lr 0", "above 0"),
     ("--limit -1", "from 0"), ("--train-flags=--lrr", "unrecognized arguments: --lrr"),
-    ("--train-flags=--epochs=x", "'x' is no int"), ("--device meta", "--device meta"),
+    ("--train-flags=--epochs=x", "'x' is not of type int"), ("--device meta", "--device meta"),
     ("--epochs 0", "from 1"), ("--data one-class", "holds 1 class folders"),
-    ("--data bad/cut.jpg", "truncated"), ("--output-dir foreign", "or damaged"),
+    ("--data bad/cut.jpg", "truncated"), ("--output-dir foreign", "or is damaged"),
     ("--output-dir damaged", "line 1 is damaged"),
 ]  # fmt: skip
 
@@ -153,10 +161,10 @@ CASES = [(script, case) for script, cases in ALL.items() for case in cases]
 
 
 def refused(script: Any, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What the script says of these flags in its one line."""
+    """Run the script with these flags, check how it ends, and return its one-line error."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        common.run(partial(script.main, argv))
+        errors.run_script(partial(script.main, argv))
     printed = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning: ")]
     assert ended.value.code == 2
     assert len(printed) == 1 and printed[0].startswith("error: "), printed
@@ -188,7 +196,7 @@ def test_corruptions_as_a_script(
     bad = world / "bad"
     picture = str(world / "set" / "class0" / "0.png")
     cases = [
-        ([str(world / "nowhere")], "is no picture and no folder"),
+        ([str(world / "nowhere")], "is neither an image file nor a folder"),
         ([str(world / "file")], "cannot identify image file"),
         ([str(bad / "huge.png" / "class0" / "huge.png")], "decompression bomb"),
         ([str(bad / "cut.jpg" / "class0" / "cut.jpg")], "truncated"),

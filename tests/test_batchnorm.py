@@ -1,21 +1,21 @@
-"""The training attack is Eq. 5 where BatchNorm lets every image of a minibatch move the others."""
+"""Test that the training attack is Eq. 5 if BatchNorm makes images of a minibatch interact."""
 
 import pytest
 import torch
-from test_mtlat import soft_labels
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from methods import METHODS
+from harness.training.methods import METHODS
 from mtlat import Draws, targeted_fgsm
+from tests.support.method import soft_labels
 
 CLASSES = 5
 ATTACKED = [name for name, method in METHODS.items() if method.terms == 2]
-AWAY = ["iat", "fgsm"]  # attack away from the true label, the others towards the drawn target
+AWAY = ["iat", "fgsm"]  # attack away from the true label; the others toward the target
 
 
 class Recorder(nn.Module):
-    """Keeps the images that it is called with."""
+    """Wrap a network and record the images that it is called with."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Recorder(nn.Module):
 
 
 def trained_network(x: Tensor, y: Tensor) -> nn.Module:
-    """A network with BatchNorm that is certain of many of these images, and not of all."""
+    """Train a network with BatchNorm until it is certain of many of these images, not of all."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
@@ -46,14 +46,14 @@ def trained_network(x: Tensor, y: Tensor) -> nn.Module:
 
 
 def cross_entropy_sign(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The sign of the gradient of the plain sum of cross-entropies, in the model's mode."""
+    """Return the sign of the input gradient of the summed cross-entropy, in the model's mode."""
     x = x.clone().requires_grad_()
     loss = nn.functional.cross_entropy(model(x), y, reduction="sum")
     return torch.autograd.grad(loss, x)[0].sign()
 
 
 def images(count: int = 40) -> tuple[Tensor, Tensor]:
-    """Noise with a weak mark of its class, and the classes."""
+    """Return noise images with a weak mark of their class, and the class indices."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(count, 3, 8, 8, generator=generator, dtype=torch.float64)
     y = torch.arange(count) % CLASSES
@@ -67,14 +67,14 @@ def test_every_training_attack_follows_the_sum_of_cross_entropies(method):
     network = trained_network(x, y)
     one_hot = nn.functional.one_hot(y, CLASSES).double()
     orders = [torch.randperm(len(x), generator=torch.Generator().manual_seed(k)) for k in range(4)]
-    couples = METHODS[method].couples
+    couples = METHODS[method].minibatches
     pairs = [(x[order], one_hot[order]) for order in orders[:couples]]
     ones, epsilon = torch.ones(len(x)).double(), torch.full((len(x),), 0.01, dtype=torch.float64)
     draws = Draws(ones, ones, epsilon, torch.randint(CLASSES, (len(x),)))
     recorder = Recorder(network)
     recorder.train()
     assert len(list(METHODS[method].losses(recorder, pairs, draws, 1))) == 2
-    _, attacked, x_adv = recorder.seen  # loss 1, the attack, loss 2; lambda is 1 in both mixes
+    _, attacked, x_adv = recorder.seen  # loss 1, attack, loss 2; both lambdas are 1
     network.train()
     if method in AWAY:
         labels = pairs[2 if method == "iat" else 1][1].argmax(1)
@@ -115,7 +115,7 @@ def test_lower_precision_keeps_the_sign_as_well_as_cross_entropy_does(dtype):
 @pytest.mark.parametrize("scale", [1, 1e2, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_certainty_leaves_no_image_behind(scale, dtype):
-    """Without BatchNorm an image is moved however certain the model is of it, and of the others."""
+    """Check that all images move without BatchNorm, however certain the model is of any image."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES)).to(dtype)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""The benchmarks: what they count is what is done, and they run."""
+"""Test that the benchmarks run, and that their counts agree with the work that is done."""
 
 import pytest
-import step
+import time_step
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,7 +9,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 class Operations(TorchDispatchMode):
-    """Adds up what PyTorch's table of operations says of each multiplication that is run."""
+    """Sum the operations of all multiplications that run, as given by PyTorch's table."""
 
     total = 0
 
@@ -21,33 +21,38 @@ class Operations(TorchDispatchMode):
 
 
 def parse(*flags: str) -> object:
-    return step.build_parser().parse_args(["--batch", "2", "--size", "8", "--classes", "5", *flags])
+    return time_step.build_parser().parse_args(
+        ["--batch", "2", "--size", "8", "--classes", "5", *flags]
+    )
 
 
-@pytest.mark.parametrize("name", step.TRAININGS)
+@pytest.mark.parametrize("name", time_step.TRAININGS)
 def test_a_step_does_the_arithmetic_that_is_counted_and_no_more(name: str) -> None:
-    """By PyTorch's own count of operations; the first layer's share of them is small here."""
+    """Check the count with PyTorch's own count. The first layer has a small share of it here."""
     middle = [layer for _ in range(6) for layer in (nn.Conv2d(48, 48, 3, padding=1), nn.ReLU())]
     ends = nn.Conv2d(3, 48, 1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = nn.Sequential(ends[0], *middle, ends[1], nn.Linear(48, 5))
     args = parse()
-    forward = 2 * 64 * 6 * 48 * 48 * 9 * 2  # of the six layers, on two images
+    forward = 2 * 64 * 6 * 48 * 48 * 9 * 2  # six layers, two images
     with Operations() as operations:
-        step.make_step(args, name, model)()
+        time_step.make_step(args, name, model)()
     passes = operations.total / forward
-    assert step.counted_passes(name) == pytest.approx(passes, rel=0.01)
+    assert time_step.counted_passes(name) == pytest.approx(passes, rel=0.01)
 
 
 def test_kept_memory_is_that_of_the_largest_backward_pass() -> None:
-    """Two layers keep their inputs and, of a ReLU, the output, which is the next one's input."""
+    """Check the memory that autograd keeps for two Linear layers with a ReLU between them.
+
+    The layers keep their inputs. The ReLU keeps its output, which is the input of the second layer.
+    """
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 40), nn.ReLU(), nn.Linear(40, 5))
     images, hidden, logits = 2 * 192, 2 * 40, 2 * 5
     least = 4 * (images + hidden)
     kept = {
-        name: step.kept_bytes(step.make_step(parse(), name, model), model)
+        name: time_step.kept_bytes(time_step.make_step(parse(), name, model), model)
         for name in ("standard", "mtlat", "mtlat joined")
     }
-    # Beside the layers': labels, log-probabilities and single numbers of the loss.
+    # The loss also keeps labels, log-probabilities and scalars.
     assert least < kept["standard"] <= least + 4 * (4 * logits + 16)
     assert kept["mtlat"] == pytest.approx(kept["standard"], abs=4 * 4 * logits)
     assert kept["mtlat joined"] == pytest.approx(2 * kept["standard"], abs=4 * 8 * logits)
@@ -58,7 +63,7 @@ def test_step_prints_each_method_beside_the_plain_step(
 ) -> None:
     ticks = {"standard": 3.0, "mtlat": 8.5}
     order: list[float] = []
-    make = step.make_step
+    make = time_step.make_step
 
     def make_timed(args: object, name: str, model: nn.Module) -> object:
         work = make(args, name, model)
@@ -69,10 +74,10 @@ def test_step_prints_each_method_beside_the_plain_step(
         order.append(work.seconds)
         return work.seconds
 
-    monkeypatch.setattr(step, "make_step", make_timed)
-    monkeypatch.setattr(step, "seconds", clock)
+    monkeypatch.setattr(time_step, "make_step", make_timed)
+    monkeypatch.setattr(time_step, "seconds", clock)
     flags = "--arch squeezenet1_1 --size 32 --batch 2 --only mtlat --repeats 2"
-    step.main(flags.split())
+    time_step.main(flags.split())
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert order == [3.0, 8.5] * 4
     assert rows["standard"][:5] == ["3000.0", "0.7", "1.00", "1.00", "1.00"]

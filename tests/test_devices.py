@@ -1,24 +1,27 @@
-"""What must hold on a GPU, seen without one: on the meta device, whose tensors have no values.
+"""Test requirements of GPUs without a GPU, on the meta device, whose tensors have no values.
 
-Whatever would wait for a GPU (it asks for a value) or mixes devices raises an error there. Apple's
-GPUs have no float64.
+On the meta device, an operation raises an error if it needs a value, for which it would wait on a
+GPU, or if it mixes devices. Another requirement is that Apple's GPUs have no float64.
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny import convnet
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mtlat
 import train
-from attacks import ATTACKS
 from corruptions import CORRUPTIONS, blur, corrupt, geometric
-from feed import Feed, ImageSet
-from methods import METHODS
+from harness.benchmark.attack_registry import ATTACKS
+from harness.images.datasets import Dataset
+from harness.images.loader import BatchLoader, ImageSet
+from harness.training.config import parse_train_config
+from harness.training.methods import METHODS
+from tests.support.tiny import convnet
 
 META = torch.device("meta")
 
@@ -30,13 +33,16 @@ class Everything(set):
 
 @pytest.fixture(autouse=True)
 def _later(monkeypatch):
-    """Values are asked for at the first call only; this is a later one. Nor is there autocast."""
-    monkeypatch.setattr(mtlat, "_asked", Everything())
+    """Simulate a later call, and replace autocast.
+
+    Values are checked at the first call only. The meta device has no autocast.
+    """
+    monkeypatch.setattr(mtlat, "_checked", Everything())
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
 class NoFloat64(TorchDispatchMode):
-    """Refuses what Apple's GPUs cannot hold, off the CPU."""
+    """Raise for float64 tensors on the meta device, because Apple's GPUs have no float64."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -57,30 +63,36 @@ def test_the_stand_in_refuses_what_it_must():
 
 @pytest.mark.parametrize("flags", ["", "--channels-last --opt sgd --attack-steps 2"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_asks_for_no_value(method, flags):
+def test_an_epoch_asks_for_no_value_but_the_losses_that_are_printed(monkeypatch, method, flags):
     argv = ["--arch", "tiny:convnet", "--device", "cpu", "-b", "8", "--method", method]
-    args, _ = train.parse_args([*argv, *flags.split()])
-    args.device = "mps"  # for an optimizer that is not fused
+    config = replace(
+        parse_train_config([*argv, *flags.split()])[0], device="mps"
+    )  # without fused Adam
     images = ImageSet(torch.zeros(40, 3, 8, 8, dtype=torch.uint8), torch.zeros(40).long())
-    feed, model = Feed(images, META), convnet(3).to(META)
-    run = train.Run(
-        args, list("abc"), "", feed, feed, model, None, train.make_optimizer(args, model),
-        torch.amp.GradScaler("cpu", enabled=False), [],
+    loader, model = BatchLoader(images, META), convnet(3).to(META)
+    training = train.Training(
+        Dataset(images, images, list("abc"), ""), loader, loader, model, None,
+        train.build_optimizer(config, model), torch.amp.GradScaler("cpu", enabled=False), [],
     )  # fmt: skip
-    totals = torch.zeros(METHODS[method].terms, device=META)
+    read = []
+
+    def reading(losses):
+        read.append(losses)
+        return [0.0] * len(losses)
+
+    monkeypatch.setattr(train, "mean_losses", reading)
     with NoFloat64():
-        batches = list(train.minibatches(run, torch.Generator()))
-        assert len(batches) > 1
-        for pairs, draws in batches:
-            assert {tensor.device for tensor in tree_leaves((pairs, draws))} == {META}
-            train.take_step(run, pairs, draws, totals)
+        train.train_one_epoch(config, training, 0)
+    steps = 40 // config.minibatch_size
+    assert steps > 1 and len(read) == -(-steps // config.print_freq)
+    assert {tensor.device for tensor in read} == {META}
     assert {p.grad.device for p in model.parameters()} == {META}
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 @pytest.mark.parametrize("apple", [False, True])
 def test_corruptions_stay_on_their_device(monkeypatch, name, apple):
-    monkeypatch.setattr(torch, "equal", lambda *_: True)  # glass blur asks when its swaps are done
+    monkeypatch.setattr(torch, "equal", lambda *_: True)  # glass blur asks whether it is done
     if apple:
         for module in (blur, geometric):
             monkeypatch.setattr(module, "wide_float", lambda device: torch.float32)
@@ -93,7 +105,7 @@ def test_corruptions_stay_on_their_device(monkeypatch, name, apple):
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name != "cw2"])
 def test_attacks_ask_for_no_value(name):
-    """But CW2, which leaves out what it has reached."""
+    """Check all attacks but CW2, which needs values to drop the images that it has reached."""
     attack, x = ATTACKS[name], torch.rand(4, 3, 8, 8, device=META)
     model = nn.Sequential(mtlat.Normalize([0.5] * 3, [0.2] * 3), convnet(3)).to(META)
     with NoFloat64():

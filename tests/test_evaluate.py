@@ -1,4 +1,4 @@
-"""The cells of evaluate.py: their numbers, and going on where a run was stopped."""
+"""Test the cells of evaluate.py: their scores, and resuming a run that was stopped."""
 
 import signal
 import subprocess
@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from bench import SIDE, Bench, open_bench
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-import cells
 import evaluate
 import train
-from attacks import ATTACKS, cw2_result, mi_fgsm, pgd, pgd_ll
-from common import UserError
+from attacks import cw2_result, mi_fgsm, pgd, pgd_ll
 from corruptions import CORRUPTIONS, Stream, corrupt
-from sanity import CHECKS
+from harness.benchmark import measure, registry, store, subjects
+from harness.benchmark.attack_registry import ATTACKS
+from harness.benchmark.checks import CHECKS
+from harness.errors import UserError
+from tests.support.bench import SIDE, Bench, open_bench
 
 
 @pytest.fixture
@@ -30,15 +31,23 @@ def bench(
     yield from open_bench(tmp_path, tmp_path_factory, monkeypatch)
 
 
+def replace_attack(monkeypatch: pytest.MonkeyPatch, name: str, function: Any) -> None:
+    """Replace the function of a registered attack."""
+    entry = registry.PERTURBATIONS[name]
+    assert entry.attack is not None
+    replaced = entry._replace(attack=entry.attack._replace(function=function))
+    monkeypatch.setitem(registry.PERTURBATIONS, name, replaced)
+
+
 def by_cell(lines: list[Any], model: str) -> dict[tuple[str, int | None], Any]:
     return {(x["perturbation"], x["severity"]): x for x in lines if x["label"] == model}
 
 
-# ---------------------------------------------------------------------------- the numbers
+# ---------------------------------------------------------------------------- scores
 
 
 def test_all_cells_against_one_image_at_a_time(bench: Bench) -> None:
-    """Every count is what a loop over the images gives, whatever batch evaluate.py takes."""
+    """Check every count of evaluate.py, which uses batches, by a loop over single images."""
     lines = bench.run("--batch-size", "7", "--seed", "3", *bench.surrogate)
     (standard, mtlat, vgg), sets = bench.networks(), bench.sets()
     cells_of = {name: by_cell(lines, name) for name in ("standard", "mtlat")}
@@ -51,7 +60,7 @@ def test_all_cells_against_one_image_at_a_time(bench: Bench) -> None:
     count: dict[str, Any] = {name: dict.fromkeys(table, 0) for name, table in cells_of.items()}
     alone: set[tuple[str, int | None]] = {("gaussian_noise", 5), ("fog", 5), ("rotation", None)}
     for kind, entry in CORRUPTIONS.items():
-        # The strength of the paper's four is drawn for every image, as the paper does.
+        # The severity of the paper's four corruptions is drawn for each image, as in the paper.
         for severity in (None,) if entry.family == "paper" else range(1, 6):
             together = corrupt(images, kind, severity, seed=3)
             for name, model in (("standard", standard), ("mtlat", mtlat)):
@@ -81,7 +90,7 @@ def test_all_cells_against_one_image_at_a_time(bench: Bench) -> None:
                 assert line["n"] == 6
             else:
                 assert (line["correct"], line["n"]) == (count[name][key], 30), key
-    # The toy is no constant: something is hurt by noise, and by attacks, and not everything is.
+    # The toy networks are not trivial: noise and attacks change some predictions, but not all.
     assert len({x["correct"] for x in lines}) > 8
     scores = bench.results()["rows"][1]["scores"]
     counts = [count["mtlat"]["fog", severity] for severity in range(1, 6)]
@@ -98,7 +107,10 @@ def test_the_same_command_gives_the_same_bytes(bench: Bench) -> None:
 
 @pytest.mark.slow
 def test_threads_and_batches_change_hardly_a_count(tmp_path: Path) -> None:
-    """A convolution's sums are in another order then: an image in a hundred may tip over."""
+    """Check that counts differ by at most one image in a hundred.
+
+    Threads and batches change the order of the sums in a convolution, and thereby its rounding.
+    """
     common = ["--size", "32", "--device", "cpu", "--output-dir"]
     train.main(["--arch", "tiny:convnet", "--epochs", "1", *common, str(tmp_path / "model")])
     command = [str(tmp_path / "model" / "last.pt"), "--limit", "200", "--dump-images", "0"]
@@ -109,7 +121,7 @@ def test_threads_and_batches_change_hardly_a_count(tmp_path: Path) -> None:
             torch.set_num_threads(number)
             out = tmp_path / str(batch)
             evaluate.main([*command, str(out), "--batch-size", str(batch)])
-            lines = cells.read_cells(out / "cells.jsonl")
+            lines = store.read_cells(out / "cells.jsonl")
             counts.append({(x["perturbation"], x["severity"]): x["correct"] for x in lines})
     finally:
         torch.set_num_threads(threads)
@@ -121,7 +133,7 @@ def test_threads_and_batches_change_hardly_a_count(tmp_path: Path) -> None:
 def test_checks_take_a_few_images_and_their_own_attacks(bench: Bench) -> None:
     table = by_cell(bench.run("--only", "pgd_0.04", models="mtlat"), "mtlat")
     (_, model, _), sets = bench.networks(), bench.sets()
-    few = cells.choose_images(sets.test.labels, 6, 0)
+    few = measure.choose_images(sets.test.labels, 6, 0)
     x, y = sets.test.images[few].float() / 255, sets.test.labels[few]
 
     def start(name: str, runs: int) -> Tensor:
@@ -156,13 +168,13 @@ def test_attacks_start_where_seed_name_and_number_say(
         starts.append(start)
         return x
 
-    monkeypatch.setitem(cells.GRADIENT, name, cells.GRADIENT[name]._replace(function=spy))
-    quick = [n for n in cells.GROUPS["checks"] if n != name]
+    replace_attack(monkeypatch, name, spy)
+    quick = [n for n in registry.GROUPS["checks"] if n != name]
     options = ["--only", name, "--skip", *quick, "--dump-images", "0", "--seed", "5", "-b", "4"]
     bench.run(*options, models="standard")
     drawn = torch.cat(starts)
     labels = bench.sets().test.labels
-    numbers = cells.choose_images(labels, 6 if "check" in name else None, 5)
+    numbers = measure.choose_images(labels, 6 if "check" in name else None, 5)
     expected = Stream(5, name, None, numbers).uniform(3, SIDE, SIDE) * 2 - 1
     assert torch.equal(drawn, expected)
     assert drawn.abs().max() <= 1 and -0.1 < drawn.mean() < 0.1
@@ -190,12 +202,12 @@ def test_cw2_in_one_round_reaches_whom_nine_rounds_reach(bench: Bench) -> None:
 def test_the_supplement_is_the_smallest_adversarial_step(bench: Bench) -> None:
     table = by_cell(bench.run("--only", "supplement", models="standard"), "standard")
     (model, _, _), sets = bench.networks(), bench.sets()
-    few = cells.choose_images(sets.test.labels, 6, 0)
+    few = measure.choose_images(sets.test.labels, 6, 0)
     x, y = sets.test.images[few].float() / 255, sets.test.labels[few]
     right = model(x).argmax(1) == y
     result = cw2_result(model, x[right], y[right], confidence=0.0)
     assert table["cw2_0", None]["l2"] == pytest.approx(result.l2[result.reached].median().item())
-    assert "cw2_0" not in evaluate.choose_cells([], [])
+    assert "cw2_0" not in registry.choose_perturbations([], [])
 
 
 def test_images_are_made_once_for_all_models(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,14 +217,14 @@ def test_images_are_made_once_for_all_models(bench: Bench, monkeypatch: pytest.M
         made.append((name, severity))
         return corrupt(images, name, severity, **settings)
 
-    monkeypatch.setattr(cells, "corrupt", corrupting)
+    monkeypatch.setattr(measure, "corrupt", corrupting)
     attack = ATTACKS["mi_fgsm_0.04"]
 
     def spy(*args: Any, **settings: Any) -> Tensor:
         made.append(("mi_fgsm", 0))
         return attack.function(*args, **settings)
 
-    monkeypatch.setitem(cells.GRADIENT, "mi_fgsm_0.04", attack._replace(function=spy))
+    replace_attack(monkeypatch, "mi_fgsm_0.04", spy)
     bench.run("--only", "fog", "mi_fgsm_0.04", "-b", "20", "--dump-images", "0", *bench.surrogate)
     assert sorted(made) == sorted([*(("fog", s) for s in range(1, 6)), ("mi_fgsm", 0)] * 2)
 
@@ -220,29 +232,36 @@ def test_images_are_made_once_for_all_models(bench: Bench, monkeypatch: pytest.M
 def test_clean_logits_give_the_least_likely_class(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Known from the clean cell, or, where an earlier run measured that, found anew: no matter."""
+    """Check that the least likely class is the same from both of its sources.
+
+    It is known from the clean cell, unless an earlier run measured that cell. It is computed then.
+    """
     targets = []
-    attack = ATTACKS["pgd_ll_0.04"]
 
     def spy(*args: Any, target: Tensor | None = None, **settings: Any) -> Tensor:
         targets.append(target)
         return pgd_ll(*args, target=target, **settings)
 
-    monkeypatch.setattr(cells, "pgd_ll", spy)
-    monkeypatch.setitem(cells.GRADIENT, "pgd_ll_0.04", attack._replace(function=spy))
-    once = bench.run("--only", "pgd_ll_0.04", "--skip", "checks", out="once")
+    monkeypatch.setattr(measure, "pgd_ll", spy)
+    replace_attack(monkeypatch, "pgd_ll_0.04", spy)
+    options = ["--only", "pgd_ll_0.04", "--skip", "checks", "--dump-images", "0"]
+    once = bench.run(*options, out="once")
     bench.run("--only", "fog", out="twice")
-    assert bench.run("--only", "pgd_ll_0.04", "--skip", "checks", out="twice")[-2:] == once[-2:]
-    assert [target is None for target in targets] == [False, False, True, True] or targets
+    assert bench.run(*options, out="twice")[-2:] == once[-2:]
+    assert [target is None for target in targets] == [False, False, True, True]
 
 
-# ---------------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------------- resuming
 
 
 def test_killed_and_started_again(bench: Bench) -> None:
-    """SIGKILL in the middle, a torn last line: the same cells to the bit, none measured twice."""
+    """Check resuming after SIGKILL and with an incomplete last line.
+
+    The cells must be bit-identical to those of a run without interruption, and none may be measured
+    twice.
+    """
     options = ["--only", "noise", "white-box", "--dump-images", "0", "--limit", "24"]
-    options += ["--skip", "checks"]  # of which the process, if it came so far, would take more
+    options += ["--skip", "checks"]  # the process would use more images for them
     whole = bench.run(*options, out="whole")
     script = str(Path(evaluate.__file__))
     command = [sys.executable, script, *bench.argv(*options, out="killed")]
@@ -315,7 +334,7 @@ def test_other_weights_frost_or_models_are_another_run(
 
 
 class Branching(nn.Sequential):
-    """A forward pass that torch.fx cannot follow."""
+    """A network whose forward pass torch.fx cannot trace."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.sum() > 0 else -x)
@@ -330,11 +349,11 @@ def test_simplifying_leaves_the_logits_and_spares_layers() -> None:
     for kind in (nn.Sequential, Branching):
         model = kind(*layers())
         for _ in range(3):
-            model(x + 1)  # for statistics that are not the identity
+            model(x + 1)  # so that the statistics are not the identity
         model.eval()
-        subject = cells.Subject("label", model, "digest")
-        assert cells.simplify(subject, x)[::2] == ("label", "digest")
-        simple = cells.simplify(subject, x).module
+        subject = subjects.Subject("label", model, "digest")
+        assert subjects.fuse_subject(subject, x)[::2] == ("label", "digest")
+        simple = subjects.fuse_subject(subject, x).module
         assert_close(simple(x), model(x))
         found = [
             m for m in simple.modules() if isinstance(m, nn.BatchNorm2d | nn.AdaptiveAvgPool2d)
@@ -343,16 +362,19 @@ def test_simplifying_leaves_the_logits_and_spares_layers() -> None:
         weights = {p.shape for p in simple.parameters()}
         assert (3, 4 * 6 * 4) in weights and (3, 252) not in weights
         assert not any(p.requires_grad for p in simple.parameters())
-        assert any(isinstance(m, nn.AdaptiveAvgPool2d) for m in model.modules())  # as it was
+        assert any(isinstance(m, nn.AdaptiveAvgPool2d) for m in model.modules())  # unchanged
 
 
 def test_a_model_that_cannot_be_simplified_stays_itself() -> None:
     model = Branching(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)).eval()
-    assert cells.simplify(cells.Subject("", model, ""), torch.rand(5, 3, 8, 8)).module is model
+    assert (
+        subjects.fuse_subject(subjects.Subject("", model, ""), torch.rand(5, 3, 8, 8)).module
+        is model
+    )
 
 
 class Crossing(nn.Sequential):
-    """Its Linear is not all that asks for the pooled pixels."""
+    """A network in which not only the Linear layer uses the pooled pixels."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self[0](x).sum((1, 2, 3))[:, None]
@@ -361,5 +383,5 @@ class Crossing(nn.Sequential):
 @pytest.mark.parametrize(("kind", "side"), [(nn.Sequential, 4), (nn.Sequential, 9), (Crossing, 12)])
 def test_a_pooling_whose_pixels_are_needed_stays(kind: type[nn.Sequential], side: int) -> None:
     model = kind(nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(3 * side**2, 3)).eval()
-    simple = cells.simplify(cells.Subject("", model, ""), torch.rand(2, 3, 9, 9)).module
+    simple = subjects.fuse_subject(subjects.Subject("", model, ""), torch.rand(2, 3, 9, 9)).module
     assert any(isinstance(m, nn.AdaptiveAvgPool2d) for m in simple.modules())

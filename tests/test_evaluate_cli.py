@@ -1,4 +1,4 @@
-"""evaluate.py's choices: cells, images, models, options, and what wrong usage says."""
+"""Test the command line of evaluate.py: cells, images, models, options, and wrong usage."""
 
 import subprocess
 import sys
@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from bench import CLASSES, Bench, open_bench
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import cells
 import evaluate
-import figures
-from attacks import ATTACKS, mi_fgsm
-from common import UserError
+from attacks import mi_fgsm
 from corruptions import CORRUPTIONS, corrupt
-from sanity import CHECKS
+from harness.benchmark import config, measure, plots, registry
+from harness.benchmark.attack_registry import ATTACKS
+from harness.benchmark.checks import CHECKS
+from harness.benchmark.config import EvalConfig
+from harness.cli import build_parser
+from harness.errors import UserError
+from tests.support.bench import CLASSES, Bench, open_bench
 
 
 @pytest.fixture
@@ -31,19 +33,19 @@ def bench(
     yield from open_bench(tmp_path, tmp_path_factory, monkeypatch)
 
 
-# ---------------------------------------------------------------------------- which cells
+# ---------------------------------------------------------------------------- choice of cells
 
 
 def test_cells_are_named_by_name_and_by_group() -> None:
-    choose = evaluate.choose_cells
+    choose = registry.choose_perturbations
     every = choose([], [])
     assert every[0] == "clean" and len(every) == len(set(every)) == 1 + 19 + 5 + 1 + len(CHECKS)
     assert choose(["clean"], []) == ["clean"]
     assert choose(["blur"], []) == ["clean", *(n for n in CORRUPTIONS if n.endswith("blur"))]
     assert choose(["pgd_0.04"], ["checks"]) == ["clean", "pgd_0.04"]
-    assert set(choose(["cw2"], [])) == {"clean", "cw2", *cells.GROUPS["checks"]}
+    assert set(choose(["cw2"], [])) == {"clean", "cw2", *registry.GROUPS["checks"]}
     assert choose(["mi_fgsm_0.08", "fog"], []) == ["clean", "fog", "mi_fgsm_0.08"]
-    others = [group for group in cells.GROUPS if group != "noise"]
+    others = [group for group in registry.GROUPS if group != "noise"]
     assert choose([], others) == choose(["noise"], [])
     assert choose(["noise"], ["shot_noise"]) == ["clean", "gaussian_noise", "impulse_noise"]
 
@@ -53,22 +55,22 @@ def test_the_subset_has_as_many_of_each_class_as_can_be(
     labels: list[int], limit: int, seed: int
 ) -> None:
     y = torch.tensor(labels)
-    chosen = cells.choose_images(y, limit, seed)
+    chosen = measure.choose_images(y, limit, seed)
     assert len(chosen) == min(limit, len(y)) and sorted(set(chosen.tolist())) == chosen.tolist()
     had, taken = torch.bincount(y, minlength=5), torch.bincount(y[chosen], minlength=5)
     assert bool((taken <= had).all())
     most = int(taken.max())
     assert bool(((taken >= most - 1) | (taken == had)).all())
-    assert torch.equal(chosen, cells.choose_images(y, limit, seed))
+    assert torch.equal(chosen, measure.choose_images(y, limit, seed))
 
 
 def test_the_subset_is_drawn_with_the_seed() -> None:
     y = torch.arange(300) % 3
-    first, second = (cells.choose_images(y, 100, seed) for seed in (0, 1))
+    first, second = (measure.choose_images(y, 100, seed) for seed in (0, 1))
     assert not torch.equal(first, second)
-    # The place that is left over goes to no class in particular.
+    # The one image that is left over is of a random class.
     assert (
-        len({int(torch.bincount(y[cells.choose_images(y, 100, s)]).argmax()) for s in range(20)})
+        len({int(torch.bincount(y[measure.choose_images(y, 100, s)]).argmax()) for s in range(20)})
         == 3
     )
 
@@ -77,7 +79,7 @@ def test_a_limited_run_scores_the_same_images_as_the_whole(bench: Bench) -> None
     options = ["--only", "gaussian_noise", "pgd_0.04", "--skip", "checks", "--save-predictions"]
     bench.run(*options, out="whole")
     lines = bench.run(*options, "--limit", "12", out="few")
-    chosen = cells.choose_images(bench.sets().test.labels, 12, 0).numpy()
+    chosen = measure.choose_images(bench.sets().test.labels, 12, 0).numpy()
     assert {(x["n"], x["total"], x["limit"]) for x in lines} == {(12, 30, 12)}
     for x in lines:
         name = x["perturbation"] + (f"_{x['severity']}" if x["severity"] else "")
@@ -105,7 +107,10 @@ def test_predictions_asked_for_later_are_made_later(bench: Bench) -> None:
 def test_official_files_give_what_was_written(
     bench: Bench, layout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The corrupted images as files: the same counts as made by the batch, and only these names."""
+    """Check --imagenet-c with files that contain our own corrupted images.
+
+    The counts must be those of computed images. Only corruptions with a folder are read from files.
+    """
     sets = bench.sets()
     for severity in range(1, 6):
         images = corrupt(sets.test.images, "shot_noise", severity, seed=0)
@@ -114,7 +119,7 @@ def test_official_files_give_what_was_written(
             path = folder / CLASSES[label] / f"{i % 10}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-        (folder / "purple").mkdir()  # a class that the data has not
+        (folder / "purple").mkdir()  # a class that is not in the dataset
     options = ["--only", "shot_noise", "fog", "--limit", "15", "-b", "4", "--dump-images", "1"]
     made = bench.run(*options, out="made")
     official = bench.run(*options, "--imagenet-c", str(bench.root / "c"), out="read")
@@ -122,7 +127,7 @@ def test_official_files_give_what_was_written(
         none, source = ours.pop("imagenet_c"), theirs.pop("imagenet_c") or ""
         assert ours == theirs and none is None
         assert source.endswith("shot_noise") == (ours["perturbation"] == "shot_noise")
-    assert "not in --imagenet-c, and made here: fog" in capsys.readouterr().out
+    assert "not in --imagenet-c, and computed here: fog" in capsys.readouterr().out
     with pytest.raises(UserError, match="has no folder of a corruption to score"):
         bench.run("--only", "fog", "--imagenet-c", str(bench.root / "c"), out="none")
     with pytest.raises(UserError, match=r"imagenet_c: None, now .*shot_noise"):
@@ -147,11 +152,11 @@ def test_torchvisions_models_with_their_weights(
     state = torchvision.models.squeezenet1_1().state_dict()
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *_, **__: state)
     options = ["--data", str(bench.root / "images"), "--size", "32", "--weights", "DEFAULT"]
-    with pytest.raises(UserError, match=r"gives \(16, 1000\); .* data's 3 classes"):
+    with pytest.raises(UserError, match=r"returns \(16, 1000\); .* dataset's 3 classes"):
         bench.run(*options, models="torchvision:squeezenet1_1")
-    with pytest.raises(UserError, match="no such file, nor weights of torchvision's"):
+    with pytest.raises(UserError, match="no such file, and no such weights in torchvision"):
         bench.run(*options[:-1], "V9", models="torchvision:squeezenet1_1")
-    monkeypatch.setattr(evaluate, "inspect", lambda *_: [])
+    monkeypatch.setattr(evaluate, "inspect_subject", lambda *_: [])
     lines = bench.run(
         *options, "--only", "fog", "--dump-images", "0", models="torchvision:squeezenet1_1"
     )
@@ -162,7 +167,7 @@ def test_own_models_and_their_normalisation(bench: Bench) -> None:
     data_of = ["--data", str(bench.root / "images"), "--size", "16", "--only", "brightness"]
     plain = bench.run(*data_of, models="tinynets:net standard")
     rows = bench.results()["rows"]
-    assert len(plain) == 6 and rows[0]["scores"] == rows[1]["scores"]  # the same weights: once
+    assert len(plain) == 6 and rows[0]["scores"] == rows[1]["scores"]  # measured once
     shift = ["--mean", "0.9", "0.5", "0", "--std", "1", "2", "1"]
     with pytest.raises(UserError, match="another run"):
         bench.run(*data_of, *shift, models="tinynets:net mtlat")
@@ -182,9 +187,9 @@ def test_scores_are_made_in_full_precision(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Stuck", "does not obey eval"), ("Noisy", "other logits for the same images again"),
-        ("Broken", "not finite"), ("Two", r"gives \(16, 2\).*data's 3 classes"),
-        ("Pair", "gives tuple; "), ("Big", r"fails on images \(16, 3, 16, 16\)"),
+        ("Stuck", "ignores eval"), ("Noisy", "other logits for the same images the second time"),
+        ("Broken", "not finite"), ("Two", r"returns \(16, 2\).*dataset's 3 classes"),
+        ("Pair", "returns tuple; "), ("Big", r"fails on images \(16, 3, 16, 16\)"),
     ],
 )  # fmt: skip
 def test_models_whose_numbers_would_mean_nothing_are_refused(
@@ -201,9 +206,9 @@ def test_models_that_attacks_may_fail_on_are_marked(
     bench.run("--only", "brightness", models="standard tinynets:Soft tinynets:Flat")
     said = capsys.readouterr()
     for text in (said.err, said.out, (bench.root / "out" / "results.md").read_text()):
-        assert "tinynets:Soft gives probabilities, not logits" in text
+        assert "tinynets:Soft returns probabilities, not logits" in text
         assert "tinynets:Flat: the gradient is zero or NaN for 16 of the first 16 images" in text
-        assert "standard gives" not in text
+        assert "standard returns" not in text
 
 
 def test_checkpoints_that_may_have_seen_the_test_images_are_marked(
@@ -220,11 +225,11 @@ def test_checkpoints_that_may_have_seen_the_test_images_are_marked(
 
 
 def test_rows_are_named_by_folder_unless_two_share_it(bench: Bench) -> None:
-    label = evaluate.parse_args(bench.argv()).labels
+    label = config.parse_eval_config(bench.argv()).labels
     assert list(label.values()) == ["standard", "mtlat"]
     (bench.root / "other").mkdir()
     (bench.root / "other" / "mtlat").symlink_to(bench.root / "mtlat")
-    label = evaluate.parse_args(bench.argv(models="mtlat other/mtlat tinynets:net")).labels
+    label = config.parse_eval_config(bench.argv(models="mtlat other/mtlat tinynets:net")).labels
     assert list(label) == list(label.values())
 
 
@@ -252,12 +257,12 @@ def test_pictures_are_drawn_of_every_perturbation(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sheets: list[Any] = []
-    monkeypatch.setattr(figures, "draw_images", lambda drawn, path: sheets.append((drawn, path)))
+    monkeypatch.setattr(plots, "plot_images", lambda drawn, path: sheets.append((drawn, path)))
     bench.run("--skip", "checks", "--dump-images", "2", *bench.surrogate, models="standard")
     ((drawn, path),) = sheets
     assert path == bench.root / "out" / "images.png" and len(drawn) == 2
     (model, _, vgg), sets = bench.networks(), bench.sets()
-    numbers = cells.choose_images(sets.test.labels, 2, 0)
+    numbers = measure.choose_images(sets.test.labels, 2, 0)
     for sheet, number in zip(drawn, numbers.tolist(), strict=True):
         image, y = sets.test.images[number : number + 1], sets.test.labels[number : number + 1]
         tiles = dict(zip(["clean", *CORRUPTIONS, *ATTACKS], sheet, strict=True))
@@ -271,7 +276,7 @@ def test_pictures_are_drawn_of_every_perturbation(
             guess = int(model(picture).argmax(1))
             assert tiles[name].predicted == CLASSES[guess] and tiles[name].right == (guess == y)
         titles = [tiles[name].title for name in ("clean", "fog", "mi_fgsm_0.08")]
-        assert titles == [f"clean: {CLASSES[y]}", "Fog 3", "MI-FGSM 0.08"]
+        assert titles == [f"clean: {CLASSES[y]}", "Fog 3", "MI FGSM 0.08"]
     bench.run("--skip", "checks", "--dump-images", "0", *bench.surrogate, models="standard")
     assert len(sheets) == 1
 
@@ -300,19 +305,21 @@ def test_other_classes_are_refused(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--only", "fogg"], "no perturbation or group is called 'fogg'; close: fog"),
-        (["--skip", "wether"], "close: weather"), (["--only", "zz"], "close: noise, blur, weather"),
+        (["--only", "fogg"], "'fogg' is not a perturbation or a group; close names: fog"),
+        (["--skip", "wether"], "close names: weather"),
+        (["--only", "zz"], "close names: noise, blur, weather"),
         (["--only", "fog", "--skip", "weather"], "leave nothing to measure"),
-        (["--baseline", "best"], "--baseline best is none of the models: standard, mtlat"),
+        (["--baseline", "best"], "--baseline best is not one of the models: standard, mtlat"),
         (["--weights", "DEFAULT"], "torchvision:ARCH and --weights NAME need each other"),
         (["--mean", "0", "0", "0"], "--mean and --std need each other"),
         (["--mean", "0", "0", "0", "--std", "1", "1", "1"], "are for module:callable"),
         (["--imagenet-c", "nowhere"], "--imagenet-c nowhere: no such folder"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--surrogate", "nowhere/last.pt"], "nowhere/last.pt: No such file"),
-        (["--surrogate", __file__], "is no checkpoint of train.py"),
+        (["--surrogate", __file__], "is not a checkpoint of train.py"),
         (["--device", "abacus"], "--device abacus: "), (["--limit", "0"], "out of range: from 1"),
-        (["--size", "15"], "out of range: from 16"), (["--batch-size", "x"], "'x' is no int"),
+        (["--size", "15"], "out of range: from 16"),
+        (["--batch-size", "x"], "'x' is not of type int"),
         (["--std", "0", "1", "1"], "out of range: above 0"), (["--dump-images", "-1"], "from 0"),
     ],
 )  # fmt: skip
@@ -354,7 +361,7 @@ def test_the_script_prints_one_line_and_exits_with_2(bench: Bench) -> None:
 
 
 def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = evaluate.build_parser()
+    parser = build_parser(EvalConfig)
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     text = capsys.readouterr().out
@@ -363,4 +370,4 @@ def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     args = parser.parse_args(["model"])
     for name, value in vars(args).items():
         if isinstance(value, int | str) and name != "cache_dir":
-            assert f"(default: {value})" in text, name
+            assert f"(default: {value})" in " ".join(text.split()), name

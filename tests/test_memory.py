@@ -1,16 +1,17 @@
-"""Long runs keep no memory: not from step to step, nor from cell to cell."""
+"""Test that the memory of a long run does not grow from step to step or from cell to cell."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import Bench, open_bench
-from tiny import image_folder
 
 import evaluate
 import train
-from common import keep_freed_memory
+from harness import distributed
+from harness.errors import retain_freed_memory
+from tests.support.bench import Bench, open_bench
+from tests.support.tiny import image_folder
 
 STATUS = Path("/proc/self/status")
 pytestmark = [
@@ -21,7 +22,7 @@ MIB = 2**20
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the resident memory of this process in bytes."""
     return 1024 * int(STATUS.read_text().partition("VmRSS:")[2].split()[0])
 
 
@@ -43,9 +44,11 @@ def bench(
 
 @pytest.mark.parametrize("method", ["mtlat", "iat"])
 def test_a_thousand_steps(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_freed_memory()
+    retain_freed_memory()
     noted: list[int] = []
-    monkeypatch.setattr(train, "take_step", after_each(train.take_step, noted))
+    # Called once per step, after its backward passes.
+    reduce = after_each(distributed.all_reduce_sum, noted)
+    monkeypatch.setattr(distributed, "all_reduce_sum", reduce)
     folder = image_folder(tmp_path / "set", each=1250 // 3, side=12)
     train.main(["--arch", "tiny:convnet", "--data", str(folder), "--size", "12", "--device", "cpu",
                 "-b", "8", "--epochs", "4", "--cache-dir", str(tmp_path / "cache"), "--method",
@@ -56,10 +59,10 @@ def test_a_thousand_steps(method: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_whole_benchmark(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_freed_memory()
+    retain_freed_memory()
     noted: list[int] = []
     monkeypatch.setattr(evaluate, "append_cells", after_each(evaluate.append_cells, noted))
-    bench.run(*bench.surrogate, out="first")  # what is kept for good: textures, tables, caches
+    bench.run(*bench.surrogate, out="first")  # allocates textures, tables and caches
     bench.run(*bench.surrogate, out="second")
     whole = len(noted) // 2
     print(f"{noted[whole] / MIB:.1f} MiB, after {whole} cells {noted[-1] / MIB:.1f}")

@@ -1,7 +1,7 @@
-"""The method against an independent NumPy reference, and the invariants that the paper promises.
+"""Test the method against an independent NumPy reference, and check the invariants of the paper.
 
-No test here takes an argument that Hypothesis does not draw, so that test_mutations.py can run the
-whole file on a broken copy of mtlat.py.
+Hypothesis draws every argument of these tests, so that test_mutations.py can run the whole file on
+a faulty copy of mtlat.py.
 """
 
 import math
@@ -11,34 +11,12 @@ import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 from torchvision.transforms import v2
 
 import mtlat
-
-seeds = st.integers(0, 2**31)
-batches = st.integers(1, 7)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def images(seed: int, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.rand(batch, 3, 8, 8, generator=seeded(seed), dtype=dtype)
-
-
-def soft_labels(seed: int, batch: int, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.rand(batch, classes, generator=seeded(seed + 1), dtype=dtype).softmax(1)
-
-
-def network(classes: int, *, norm: bool = True) -> nn.Sequential:
-    torch.manual_seed(1)
-    middle: nn.Module = nn.BatchNorm2d(4) if norm else nn.Identity()
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), middle, nn.Tanh(), nn.Flatten(), nn.Linear(144, classes)
-    )
+from tests.support.method import batches, images, network, seeded, seeds, soft_labels, softmax
 
 
 def some_draws(seed: int, batch: int, classes: int, epsilon_max: float = 0.3) -> mtlat.Draws:
@@ -50,16 +28,11 @@ def some_draws(seed: int, batch: int, classes: int, epsilon_max: float = 0.3) ->
 # ---------------------------------------------------------------- Algorithm 1 in NumPy, float64
 
 
-def softmax(z: np.ndarray) -> np.ndarray:
-    e = np.exp(z - z.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
-
-
 def numpy_algorithm1(weight, bias, couples, lam1, lam2, epsilon, target):
-    """Algorithm 1 on the model softmax(W x + b), whose gradients have closed forms.
+    """Compute Algorithm 1 for the model softmax(W x + b), whose gradients have closed forms.
 
-    With p = softmax(W x + b), the cross-entropy's gradient is (p - y) W in x, and in W and b the
-    mean over the batch of (p - y) x and of p - y.
+    With p = softmax(W x + b), the gradient of the cross-entropy with respect to x is (p - y) W.
+    With respect to W and b, it is the mean over the batch of (p - y) x and of p - y.
     """
     (x1, y1), (x2, y2), (x3, y3), (x4, y4) = couples
     l1, l2, e = lam1[:, None], lam2[:, None], epsilon[:, None]
@@ -92,18 +65,21 @@ def test_algorithm1_is_the_numpy_one(seed, batch, classes, soft_target):
         *map(torch.tensor, (lam1, lam2, epsilon, one_hot if soft_target else target))
     )
     pairs = [(torch.tensor(x), torch.tensor(y)) for x, y in couples]
-    losses = mtlat.algorithm1(linear, *pairs, draws)
-    (losses.mixup + losses.tlat).backward()
+    loss1, loss2 = mtlat.algorithm1(linear, *pairs, draws)
+    (loss1 + loss2).backward()
     parameters = [p.detach().numpy() for p in linear.parameters()]
     expected, weight, bias = numpy_algorithm1(*parameters, couples, lam1, lam2, epsilon, one_hot)
     exact = {"rtol": 0, "atol": 1e-10}
-    assert_close([losses.mixup.item(), losses.tlat.item()], expected, **exact)
+    assert_close([loss1.item(), loss2.item()], expected, **exact)
     assert_close(linear.weight.grad, torch.tensor(weight), **exact)
     assert_close(linear.bias.grad, torch.tensor(bias), **exact)
 
 
 def test_mtlat_loss_takes_the_four_couples_from_the_minibatch():
-    """One-hot images show how they were mixed: with y the same, y_mix equals x_mix."""
+    """Check how images are mixed, with one-hot images that show the weights of the mix.
+
+    The labels are equal to the images, so that y_mix equals x_mix.
+    """
     n = 6
     seen = []
 
@@ -136,7 +112,8 @@ def test_mixup_is_torchvisions():
     other_x, other_y = v2.MixUp(alpha=1.0, num_classes=5)(x, y)
     lam = other_y[0, 0].item()
     assert 0.01 < lam < 0.99
-    mixed = mtlat.mixup(x, y, x.roll(1, 0), y.roll(1, 0), lam, num_classes=5)
+    one_hot = torch.eye(5)
+    mixed = mtlat.mixup(x, one_hot, x.roll(1, 0), one_hot.roll(1, 0), lam)
     assert_close(mixed, (other_x, other_y))
 
 
@@ -147,9 +124,9 @@ def test_mixup_is_torchvisions():
 def test_soft_labels_are_distributions(seed, batch, classes):
     x, draws = images(seed, batch), some_draws(seed, batch, classes, epsilon_max=1.0)
     hard = torch.randint(classes, (batch,), generator=seeded(seed))
-    for y in (hard, soft_labels(seed, batch, classes)):
-        _, y_mix = mtlat.mixup(x, y, x, y.flip(0), draws.lam1, num_classes=classes)
-        _, y_adv = mtlat.tlat(network(classes), x, y, draws.target, draws.epsilon)
+    for y in (torch.eye(classes)[hard], soft_labels(seed, batch, classes)):
+        _, y_mix = mtlat.mixup(x, y, x, y.flip(0), draws.lam1)
+        y_adv = mtlat.target_labels(y, draws.target, draws.epsilon)
         for label in (y_mix, y_adv):
             assert label.shape == (batch, classes)
             assert (label >= 0).all()
@@ -162,7 +139,7 @@ def test_perturbation_stays_within_epsilon(seed, batch, steps, clip, away):
     options = {"steps": steps, "clip": clip, "away": away}
     x_adv = mtlat.targeted_fgsm(network(4), x, draws.target, draws.epsilon, **options)
     moved = (x_adv - x).abs().flatten(1).amax(1)
-    assert (moved <= draws.epsilon + 1e-6).all()  # 1e-6: float32's rounding of x - epsilon
+    assert (moved <= draws.epsilon + 1e-6).all()  # 1e-6 allows for float32 rounding
     assert (moved > 0.9 * draws.epsilon).all() or clip
     assert not clip or (0 <= x_adv.min() and x_adv.max() <= 1)
     assert x_adv.dtype == x.dtype and not x_adv.requires_grad
@@ -170,7 +147,10 @@ def test_perturbation_stays_within_epsilon(seed, batch, steps, clip, away):
 
 @given(seeds, st.integers(1, 5))
 def test_steps_go_to_the_corner_of_the_ball_for_a_linear_model(seed, steps):
-    """Two classes, logits W x: the way towards class t is the sign of W_t - W_other, everywhere."""
+    """Check the attack on a model of two classes with the logits W x.
+
+    The direction toward class t is the sign of W_t - W_other for every x.
+    """
     linear = nn.Linear(12, 2).double()
     x = torch.rand(4, 12, generator=seeded(seed), dtype=torch.float64)
     target = torch.tensor([0, 1, 1, 0])
@@ -205,54 +185,85 @@ def test_identities():
     swapped = mtlat.mixup(other, other_y, x, y, 1 - lam)
     assert_close(mtlat.mixup(x, y, other, other_y, lam), swapped)
     target = torch.tensor([0, 1, 2, 0])
-    assert_close(mtlat.tlat(network(3), x, y, target, 0.0), (x, y), rtol=0, atol=0)
-    assert_close(mtlat.tlat(network(3), x, y, target, 1.0)[1], torch.eye(3)[target])
+    assert_close(mtlat.targeted_fgsm(network(3), x, target, 0.0), x, rtol=0, atol=0)
+    assert_close(mtlat.target_labels(y, target, 0.0), y, rtol=0, atol=0)
+    assert_close(mtlat.target_labels(y, target, 1.0), torch.eye(3)[target])
 
 
 @given(seeds)
 def test_batch_is_one_by_one(seed):
-    """For a model that treats images alone, and for losses: the batch's mean is the mean of one."""
+    """Check that the losses of a batch are the means of the losses of single images.
+
+    The images of a batch must not affect each other in the model.
+    """
     model, n = network(4, norm=False).double(), 5
     pairs = [
         (images(seed + k, n, torch.float64), soft_labels(seed + k, n, 4, torch.float64))
         for k in range(4)
     ]
     draws = some_draws(seed, n, 4)
-    together = mtlat.algorithm1(model, *pairs, draws)
+    together = torch.stack(list(mtlat.algorithm1(model, *pairs, draws)))
     single = [
-        mtlat.algorithm1(
-            model, *((x[i : i + 1], y[i : i + 1]) for x, y in pairs),
-            mtlat.Draws(*(d[i : i + 1] for d in draws)),
+        torch.stack(
+            list(
+                mtlat.algorithm1(
+                    model,
+                    *((x[i : i + 1], y[i : i + 1]) for x, y in pairs),
+                    mtlat.Draws(*(d[i : i + 1] for d in draws)),
+                )
+            )
         )
         for i in range(n)
-    ]  # fmt: skip
-    assert_close(together.mixup, torch.stack([s.mixup for s in single]).mean())
-    assert_close(together.tlat, torch.stack([s.tlat for s in single]).mean())
+    ]
+    assert_close(together, torch.stack(single).mean(0))
 
 
 def test_class_indices_are_one_hot_distributions():
-    model, n = network(4), 5
-    pairs = [(images(k, n), torch.randint(4, (n,), generator=seeded(k))) for k in range(4)]
-    wide = [(x, torch.eye(4)[y]) for x, y in pairs]
-    draws = some_draws(0, n, 4)
+    model, n, x = network(4), 5, images(0, 5)
+    y = torch.randint(4, (n,), generator=seeded(0))
     statistics = model[1].running_mean.clone()
-    indices = mtlat.algorithm1(model, *pairs, draws)
-    assert_close(indices, mtlat.algorithm1(model, *wide, draws))
+    indices, wide = (
+        mtlat.mtlat_loss(model, x, labels, num_classes=4, generator=seeded(1))
+        for labels in (y, torch.eye(4)[y])
+    )
+    assert_close(indices, wide, rtol=0, atol=0)
     assert not torch.equal(statistics, model[1].running_mean)
-    both = [
-        mtlat.tlat(model, images(0, n), y, t, 0.1)
-        for y in (pairs[0][1], wide[0][1])
-        for t in (draws.target, torch.eye(4)[draws.target])
-    ]
-    for other in both[1:]:
-        assert_close(other, both[0], rtol=0, atol=0)
+    draws = some_draws(0, n, 4)
+    for attack in (
+        lambda t: mtlat.targeted_fgsm(model, x, t, 0.1),
+        lambda t: mtlat.target_labels(soft_labels(0, n, 4), t, 0.1),
+    ):
+        assert_close(attack(torch.eye(4)[draws.target]), attack(draws.target), rtol=0, atol=0)
 
 
-# ---------------------------------------------------------------- the draws
+def test_loss1_is_finished_before_loss2_begins():
+    """Check the order of the forward passes.
+
+    A training step can then free the activations of the first minibatch before the second starts.
+    """
+    calls = []
+
+    def model(x):
+        calls.append(len(x))
+        return x.flatten(1)[:, :3]
+
+    pairs = [(images(k, 2), torch.eye(3)[:2]) for k in range(4)]
+    losses = mtlat.algorithm1(model, *pairs, some_draws(0, 2, 3))
+    assert calls == []
+    next(losses)
+    assert calls == [2]
+    next(losses)
+    assert calls == [2, 2, 2]
+
+
+# ---------------------------------------------------------------- random draws
 
 
 def test_lambda_follows_beta():
-    """Kolmogorov-Smirnov where float32 resolves lambda: it rounds what is within 6e-8 of 1."""
+    """Check lambda by a Kolmogorov-Smirnov test on the range that float32 resolves.
+
+    Float32 rounds values within 6e-8 of 1.
+    """
     for alpha in (0.01, 0.1, 0.2, 0.4, 1.0, 2.5, 100.0):
         draws = mtlat.draw(40000, 3, alpha=alpha, epsilon_max=0, generator=seeded(7))
         for lam in (draws.lam1, draws.lam2):

@@ -1,6 +1,6 @@
-"""What the method does to the model that it is given, to extreme numbers, and to bad input.
+"""Test the method's side effects on the model, its numerical limits, and invalid input.
 
-As in test_mtlat.py, no test takes an argument that Hypothesis does not draw.
+As in test_mtlat.py, Hypothesis draws every argument of these tests.
 """
 
 import ast
@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
-from test_mtlat import batches, images, network, seeded, seeds, soft_labels
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.transforms import v2
 
 import mtlat
+from tests.support.method import batches, images, network, seeded, seeds, soft_labels
 
-# ---------------------------------------------------------------- what must stay as it was
+# ---------------------------------------------------------------- side effects
 
 
 class Recorder(nn.Module):
-    """A network that records in which state it is called."""
+    """A network that records its state at each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def test_the_attack_leaves_the_model_alone():
         quiet = mtlat.targeted_fgsm(model, x, target, 0.1, steps=2)
     loud = mtlat.targeted_fgsm(model, x, target, 0.1, steps=2)
     assert_close(quiet, loud, rtol=0, atol=0)
-    assert model.calls == [(False, True)] * 4  # no weight could have a gradient; the mode is kept
+    assert model.calls == [(False, True)] * 4  # no weight requires a gradient; the mode is kept
     assert [(m.training, getattr(m, "track_running_stats", None)) for m in model.modules()] == flags
     assert [p.requires_grad for p in model.parameters()] == frozen
     assert_close(model.body[4].bias.grad, marker, rtol=0, atol=0)
@@ -83,7 +83,8 @@ def test_inputs_are_untouched_and_x_adv_is_a_constant(seed, batch):
     x = images(seed, batch).requires_grad_()
     y, target = soft_labels(seed, batch, 4), torch.zeros(batch, dtype=torch.int64)
     copies, versions = (x.clone(), y.clone()), (x._version, y._version)
-    x_adv, y_adv = mtlat.tlat(network(4), x, y, target, 0.1)
+    x_adv = mtlat.targeted_fgsm(network(4), x, target, 0.1)
+    y_adv = mtlat.target_labels(y, target, 0.1)
     assert not x_adv.requires_grad and x.grad is None
     mtlat.mtlat_loss(network(4), x.detach(), y, num_classes=4)
     assert (x._version, y._version) == versions
@@ -103,7 +104,7 @@ def test_attack_loss_has_the_direction_of_cross_entropy_and_survives_confidence(
     logits = z.requires_grad_()
     for labels, exact in ((y, one_hot), (one_hot, one_hot), (soft, soft), (both, both)):
         (gradient,) = torch.autograd.grad(mtlat.attack_loss(logits, labels), logits)
-        expected = z.detach().softmax(1) - exact  # cross-entropy's
+        expected = z.detach().softmax(1) - exact  # the gradient of cross-entropy
         assert_close(gradient / gradient.norm(), expected / expected.norm())
     (gradient,) = torch.autograd.grad(mtlat.log_odds(logits, y).sum(), logits)
     expected = z.detach().softmax(1) - one_hot
@@ -113,7 +114,7 @@ def test_attack_loss_has_the_direction_of_cross_entropy_and_survives_confidence(
         for weight in model[4].parameters():
             weight.mul_(3000)
     x = images(0, 16)
-    y = model(x).argmax(1)  # so sure of it that float32 cross-entropy has no gradient
+    y = model(x).argmax(1)  # so certain that float32 cross-entropy has no gradient
     x.requires_grad_()
     lost = torch.autograd.grad(nn.functional.cross_entropy(model(x), y, reduction="sum"), x)[0]
     assert (lost.flatten(1) == 0).all(1).sum() > 8
@@ -167,7 +168,7 @@ def test_a_compiled_model_gives_the_same_and_is_compiled_for_attack_and_loss_onl
     torch._dynamo.reset()
 
 
-# ---------------------------------------------------------------- bad input, and the file itself
+# ---------------------------------------------------------------- invalid input, and imports
 
 
 def test_bad_input_names_the_value_the_rule_and_the_fix():
@@ -202,12 +203,17 @@ def test_bad_input_names_the_value_the_rule_and_the_fix():
         (lambda: loss(num_classes=1), ValueError, "class indices"),
         (lambda: loss(steps=0), ValueError, "steps is 0"),
         (lambda: loss(step=2), TypeError, "step"),
-        (lambda: mtlat.mixup(x, y, x, y, 0.5), ValueError, "need num_classes=N"),
+        (lambda: mtlat.mixup(x, y, x, y, 0.5), ValueError, r"need \(4, N\).*F.one_hot\(y, N\)"),
+        (lambda: mtlat.mixup(x, soft, x, soft[:, :3], 0.5), ValueError, r"shape \(4, 3\)"),
         (lambda: mtlat.mixup(x, soft, x[:3], soft, 0.5), ValueError, r"images \(4, .*\(3, "),
         (lambda: mtlat.mixup(x, soft, x, soft, 1.5), ValueError, "lam: 1.5 to 1.5"),
         (lambda: mtlat.mixup(x, soft, x, soft, torch.rand(3)), ValueError, r"lam has shape \(3,\)"),
-        (lambda: mtlat.tlat(model, x, soft, y, -0.1), ValueError, "epsilon: -0.1"),
-        (lambda: mtlat.tlat(model, x, soft, y, torch.rand(4, 1)), ValueError, "epsilon has shape"),
+        (lambda: mtlat.target_labels(soft, y, -0.1), ValueError, "epsilon: -0.1"),
+        (
+            lambda: mtlat.targeted_fgsm(model, x, y, torch.rand(4, 1)),
+            ValueError,
+            "epsilon has shape",
+        ),
         (lambda: mtlat.draw(0, 4, **knobs), ValueError, "0 images, 4 classes"),
         (lambda: mtlat.draw(4, 1, **knobs), ValueError, "4 images, 1 classes"),
         (lambda: mtlat.cross_entropy(soft, y + 1), ValueError, r"labels: 1 to 4; rule: \[0, 3\]"),

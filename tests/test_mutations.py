@@ -1,69 +1,161 @@
-"""Every one of these faults in mtlat.py makes a test of test_mtlat.py or its sequel fail."""
+"""Check that each of these faults, put into a copy of mtlat.py, makes a test of the method fail.
 
+A fault replaces a function of the copy, its arguments or its result. The list of faults therefore
+does not depend on how the code is written. tests/mutate.py changes the code itself, one place at a
+time.
+"""
+
+import contextlib
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
-import test_mtlat
-import test_mtlat_model
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import mtlat
+from tests import test_mtlat, test_mtlat_model
 
 SOURCE = Path(mtlat.__file__).read_text()
 TESTS = [
     test
     for file in (test_mtlat, test_mtlat_model)
     for name, test in vars(file).items()
-    if name.startswith("test_") and "compiled" not in name  # torch caches what it compiled
+    if name.startswith("test_") and "compiled" not in name  # torch caches compiled code
 ]
+TESTS.sort(key=lambda test: hasattr(test, "hypothesis"))  # the fast tests first
 
-TESTS.sort(key=lambda test: hasattr(test, "hypothesis"))  # the quick ones first
-
-# What goes wrong, the line, and what stands there instead.
-MUTATIONS = [
-    ("attacked away from the target", "(-1 if away else 1)", "(1 if away else -1)"),
-    ("one sign changed", "(x_adv.detach() - step *", "(x_adv.detach() + step *"),
-    ("lambda swapped in the images", "return lam_x * x1", "return (1 - lam_x) * x1"),
-    ("lambda swapped in the labels", "lam_y * y1 + (1 - lam_y)", "(1 - lam_y) * y1 + lam_y"),
-    ("1 - epsilon dropped", "(1 - epsilon) * y +", "y +"),
-    ("target not in the label", "+ epsilon * y_target", "+ epsilon * y"),
-    ("gradient flows through x_mtlat", "x_adv = x = x.detach()", "x_adv = x"),
-    ("labels of the wrong pair", "mixup(x3, y3, x4, y4,", "mixup(x3, y1, x4, y2,"),
-    ("one lambda for both pairs", "x4, y4, lam2", "x4, y4, lam1"),
-    ("attacked the unmixed image", "tlat(model, x_mix2,", "tlat(model, x3,"),
-    ("loss of the clean mix", "cross_entropy(model(x_mtlat)", "cross_entropy(model(x_mix2)"),
-    ("loss1 twice", "return Losses(loss1, loss2)", "return Losses(loss1, loss1)"),
-    ("loss2 forgotten", "losses.mixup + losses.tlat", "losses.mixup"),
-    ("not back into the ball", ".clamp(x - epsilon, x + epsilon)", ""),
-    ("always clipped", "x_adv.clamp(0, 1) if clip else x_adv", "x_adv.clamp(0, 1)"),
-    ("never clipped", "return x_adv.clamp(0, 1) if clip else x_adv", "return x_adv"),
-    ("no gradient under no_grad", ", torch.enable_grad():", ":"),
-    ("weights not frozen", "setattr(owner, flag, False)", "pass"),
-    ("weights left frozen", "setattr(owner, flag, True)", "pass"),
-    ("statistics moved by the attack", "for m in modules if m.training]", "for m in ()]"),
-    ("cross-entropy as attack loss", "logits.scatter(1, own, -math.inf)", "logits"),
-    ("one-hot targets saturate", "y.amax(1) == 1", "y.amax(1) == 2"),
-    ("soft targets hardened", "torch.where(one_hot, loss, soft)", "loss"),
-    ("images not weighted by 1 - p_y", "log_weight = F.logsigmoid(loss.detach())",
-     "log_weight = torch.zeros_like(loss)"),
-    ("soft targets weighted", "log_weight.where(one_hot, 0)", "log_weight"),
-    ("weights fall to zero", ".clamp_min(floor)", ""),
-    ("Ulrich's exponent", "2 / (2 * alpha + 1)", "2 / (2 * alpha - 1)"),
-    ("Beta(alpha + 1)", " + (log_u[2] - log_u[3]) / alpha", ""),
-    ("one exponential lost", "(log_u[2] - log_u[3]) / alpha", "log_u[2] / alpha"),
-    ("epsilon above its maximum", "epsilon_max * u[8]", "2 * epsilon_max * u[8]"),
-    ("epsilon tied to lambda", "epsilon_max * u[8]", "epsilon_max * u[7]"),
-    ("a class never targeted", "randint(num_classes,", "randint(num_classes - 1,"),
-    ("lambda per batch", "1 if per_batch else batch_size", "1"),
-    ("lambda per image", "1 if per_batch else batch_size", "batch_size"),
-    ("no permutation", ".argsort().to(x.device)", ".argsort().sort().values"),
-    ("sum instead of mean", "F.cross_entropy(logits", "len(y) * F.cross_entropy(logits"),
-    ("pixels unchecked", 'check_values("pixels", x, 0, 1,', 'check_values("pixels", x, -9, 9,'),
-]  # fmt: skip
+Change = Callable[[Callable[..., Any]], Callable[..., Any]]
+FAULTS: dict[str, tuple[str, Change]] = {}  # title -> (function, change)
 
 
-# Failing is enough: no search for the smallest example, and no report of it.
+def fault(title: str, function: str) -> Callable[[Change], Change]:
+    """Register a change, which takes the correct function and returns the faulty one."""
+
+    def register(change: Change) -> Change:
+        FAULTS[title] = function, change
+        return change
+
+    return register
+
+
+def replace_result(title: str, function: str, broken: Callable[..., Any]) -> None:
+    """Register a fault that computes a wrong result from the correct one and the arguments."""
+
+    def change(right: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **options: broken(right(*args, **options), *args, **options)
+
+    FAULTS[title] = function, change
+
+
+def replace_arguments(title: str, function: str, broken: Callable[..., Any]) -> None:
+    """Register a fault that calls the correct function with wrong arguments."""
+    FAULTS[title] = function, lambda right: lambda *args, **options: broken(right, *args, **options)
+
+
+def column(value: Any, like: Tensor) -> Any:
+    return value.view(-1, *[1] * (like.ndim - 1)).to(like) if torch.is_tensor(value) else value
+
+
+# The attack.
+replace_arguments("attacked away from the target", "targeted_fgsm",
+    lambda f, *a, away=False, **o: f(*a, away=not away, **o))  # fmt: skip
+replace_result("one sign changed", "targeted_fgsm", lambda adv, model, x, *a, **o: 2 * x - adv)
+replace_result("gradient flows through x_mtlat", "targeted_fgsm",
+    lambda adv, model, x, *a, **o: x + (adv - x).detach())  # fmt: skip
+replace_result("not attacked", "targeted_fgsm", lambda adv, model, x, *a, **o: x.detach().clone())
+replace_result("always clipped", "targeted_fgsm", lambda adv, *a, **o: adv.clamp(0, 1))
+replace_arguments("never clipped", "targeted_fgsm",
+    lambda f, *a, clip=False, **o: f(*a, **o))  # fmt: skip
+replace_arguments("one step whatever is asked for", "targeted_fgsm",
+    lambda f, *a, steps=1, **o: f(*a, steps=min(steps, 1), **o))  # fmt: skip
+replace_result("half as far", "targeted_fgsm", lambda adv, model, x, *a, **o: (adv + x) / 2)
+# Mixing and the labels.
+replace_result("lambda swapped in the images", "mixup",
+    lambda out, x1, y1, x2, y2, lam: (x1 + x2 - out[0], out[1]))  # fmt: skip
+replace_result("lambda swapped in the labels", "mixup",
+    lambda out, x1, y1, x2, y2, lam: (out[0], y1 + y2 - out[1]))  # fmt: skip
+replace_result("1 - epsilon dropped", "target_labels",
+    lambda out, y, target, epsilon: out + column(epsilon, y) * y)  # fmt: skip
+replace_result("target not in the label", "target_labels", lambda out, y, target, epsilon: y)
+# Algorithm 1.
+replace_arguments("labels of the wrong pair", "algorithm1",
+    lambda f, model, p1, p2, p3, p4, draws, **o: f(
+        model, p1, p2, (p3[0], p1[1]), (p4[0], p2[1]), draws, **o))  # fmt: skip
+replace_arguments("one lambda for both pairs", "algorithm1",
+    lambda f, *a, **o: f(*a[:5], a[5]._replace(lam2=a[5].lam1), **o))  # fmt: skip
+replace_arguments("attacked the unmixed image", "algorithm1",
+    lambda f, *a, **o: f(*a[:5], a[5]._replace(lam2=torch.ones_like(a[5].lam2)), **o))  # fmt: skip
+replace_result("loss1 twice", "algorithm1", lambda losses, *a, **o: iter([next(losses)] * 2))
+replace_result("loss2 first", "algorithm1", lambda losses, *a, **o: reversed(list(losses)))
+replace_result("loss2 forgotten", "algorithm1",
+    lambda losses, *a, **o: (loss * (1 - i) for i, loss in enumerate(losses)))  # fmt: skip
+replace_result("sum instead of mean", "cross_entropy", lambda loss, logits, y: len(y) * loss)
+# The model under attack.
+FAULTS["weights not frozen"] = "frozen", lambda right: contextlib.nullcontext
+
+
+@fault("weights left frozen", "frozen")
+def _(right: Callable[..., Any]) -> Callable[..., Any]:
+    @contextlib.contextmanager
+    def frozen(model: Any) -> Any:
+        with contextlib.ExitStack() as kept:
+            bare = kept.enter_context(right(model))
+            kept.pop_all()
+            yield bare
+
+    return frozen
+
+
+# The attack's loss.
+FAULTS["cross-entropy as attack loss"] = (
+    "attack_loss",
+    lambda right: lambda logits, y: F.cross_entropy(logits, y, reduction="sum"),
+)
+FAULTS["one-hot targets saturate"] = (
+    "attack_loss",
+    lambda right: (
+        lambda logits, y: (
+            right(logits, y) if y.ndim == 1 else F.cross_entropy(logits, y, reduction="sum")
+        )
+    ),
+)
+FAULTS["soft targets hardened"] = (
+    "attack_loss",
+    lambda right: lambda logits, y: right(logits, y if y.ndim == 1 else y.argmax(1)),
+)
+FAULTS["images not weighted by 1 - p_y"] = (
+    "attack_loss",
+    lambda right: (
+        lambda logits, y: (
+            mtlat.log_odds(logits.float(), y).sum() if y.ndim == 1 else right(logits, y)
+        )
+    ),
+)
+# The draws.
+replace_result("Beta(1, 1)", "_beta", lambda lam, alpha, *a: torch.rand_like(lam))
+replace_arguments("Beta(alpha + 1)", "_beta", lambda f, alpha, *a: f(alpha + 1, *a))
+replace_result("epsilon above its maximum", "draw",
+    lambda d, *a, **o: d._replace(epsilon=2 * d.epsilon))  # fmt: skip
+replace_result("epsilon tied to lambda", "draw", lambda d, *a, epsilon_max, **o: d._replace(
+    epsilon=epsilon_max * d.lam1))  # fmt: skip
+replace_result("a class never targeted", "draw",
+    lambda d, batch, classes, **o: d._replace(target=d.target.clamp(max=classes - 2)))  # fmt: skip
+replace_arguments("lambda per batch", "draw", lambda f, *a, per_batch=False, **o: f(
+    *a, per_batch=True, **o))  # fmt: skip
+replace_arguments("lambda per image", "draw", lambda f, *a, per_batch=False, **o: f(*a, **o))
+replace_arguments("no permutation", "mtlat_loss", lambda f, model, x, y, **o: f(
+    model, x[:1].expand_as(x), y[:1].expand_as(y), **o))  # fmt: skip
+# The checks.
+FAULTS["images unchecked"] = "check_images", lambda right: lambda *images: None
+FAULTS["labels unchecked"] = "check_labels", lambda right: lambda *labels, **options: None
+FAULTS["values unchecked"] = "check_values", lambda right: lambda *values: None
+
+# A failure is enough: the example is neither minimized nor reported.
 BRIEF = hypothesis.settings(
     max_examples=20, database=None, derandomize=True, deadline=None,
     phases=[hypothesis.Phase.generate], report_multiple_bugs=False,
@@ -71,15 +163,19 @@ BRIEF = hypothesis.settings(
 )  # fmt: skip
 
 
-def first_failure(source: str, monkeypatch: pytest.MonkeyPatch) -> str | None:
-    """The first test that fails on this text of mtlat.py."""
+def copy_of_mtlat() -> types.ModuleType:
     module = types.ModuleType("mtlat")
     module.__file__ = mtlat.__file__
-    exec(compile(source, "mtlat.py", "exec"), module.__dict__)
+    exec(compile(SOURCE, "mtlat.py", "exec"), module.__dict__)
+    return module
+
+
+def first_failure(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """Return the name of the first test that fails with this module as mtlat, or None."""
     for file in (test_mtlat, test_mtlat_model):
         monkeypatch.setattr(file, "mtlat", module)
     for test in TESTS:
-        if hasattr(test, "hypothesis"):  # a profile does not reach what is decorated already
+        if hasattr(test, "hypothesis"):  # a profile does not affect a decorated test
             monkeypatch.setattr(test, "_hypothesis_internal_use_settings", BRIEF, raising=False)
         try:
             test()
@@ -89,12 +185,11 @@ def first_failure(source: str, monkeypatch: pytest.MonkeyPatch) -> str | None:
 
 
 def test_the_unbroken_file_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert first_failure(SOURCE, monkeypatch) is None
+    assert first_failure(copy_of_mtlat(), monkeypatch) is None
 
 
-@pytest.mark.parametrize("fault, line, broken", MUTATIONS, ids=[m[0] for m in MUTATIONS])
-def test_fault_is_caught(
-    fault: str, line: str, broken: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert SOURCE.count(line) == 1, "the line has changed: update this list"
-    assert first_failure(SOURCE.replace(line, broken), monkeypatch), fault
+@pytest.mark.parametrize("title", FAULTS)
+def test_fault_is_caught(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, (name, change) = copy_of_mtlat(), FAULTS[title]
+    setattr(module, name, change(getattr(module, name)))
+    assert first_failure(module, monkeypatch), title

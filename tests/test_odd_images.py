@@ -1,4 +1,4 @@
-"""What may look odd but is fine: names and kinds of image files, and how they are turned."""
+"""Test that unusual file names, formats, pixel modes and orientations of images are accepted."""
 
 import io
 import os
@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import image_folder
-from world import BAD_IMAGES, EVALUATE, SIDE, TRAIN, png
 
-import common
-import data
 import evaluate
 import train
+from harness import errors
+from harness.images import cache, datasets
+from tests.support.tiny import image_folder
+from tests.support.world import BAD_IMAGES, EVALUATE, SIDE, TRAIN, png
 
 
 def test_odd_names_and_kinds_of_files_are_fine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trained on, evaluated and printed, even to a terminal that has ASCII alone."""
+    """Check training, evaluation and printing, even to a terminal that supports only ASCII."""
     root = tmp_path / "set of\nimages"
     os.makedirs(root)
     for name in (b"a b", b"caf\xe9", b"new\nline", b"$x_{$", b"<b>&"):
@@ -33,7 +33,7 @@ def test_odd_names_and_kinds_of_files_are_fine(
             path = os.path.join(folder, b"%d \n\xff.%s" % (i, kind.lower().encode()))
             Path(os.fsdecode(path)).write_bytes(png(SIDE + i, SIDE, format=kind))
         os.mkdir(os.path.join(folder, b"deep"))
-        os.symlink(b"..", os.path.join(folder, b"deep", b"up"))  # into itself
+        os.symlink(b"..", os.path.join(folder, b"deep", b"up"))  # a loop
     out = os.fsdecode(os.fsencode(tmp_path) + b"/r\xfcn")
     flags = ["--cache-dir", str(tmp_path / "cache")]
     sink = io.BytesIO()
@@ -44,7 +44,7 @@ def test_odd_names_and_kinds_of_files_are_fine(
                     "--dump-images", "2", "--batch-size", "3"]),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as ended:
-            common.run(partial(script.main, argv))
+            errors.run_script(partial(script.main, argv))
         assert ended.value.code == 0
     assert rb"5 classes: $x_{$ <b>& a b caf\udce9 new" in sink.getvalue()
     assert rb"r\udcfcn" in Path(out, "evaluation", "results.md").read_bytes()
@@ -52,7 +52,7 @@ def test_odd_names_and_kinds_of_files_are_fine(
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientations(orientation: int, tmp_path: Path) -> None:
-    """A picture stored as each orientation has it comes out upright."""
+    """Check that an image stored in each of the EXIF orientations is decoded upright."""
     upright = np.zeros((SIDE, SIDE, 3), np.uint8)
     upright[:4, :8] = (255, 0, 0)
     upright[:, -3:] = (0, 0, 255)
@@ -65,13 +65,13 @@ def test_orientations(orientation: int, tmp_path: Path) -> None:
     exif[0x0112] = orientation
     stored = np.ascontiguousarray(turns[orientation](upright))
     Image.fromarray(stored).save(tmp_path / "x.png", exif=exif)
-    found = data.decode(tmp_path / "x.png", SIDE)
+    found = cache.decode(tmp_path / "x.png", SIDE)
     assert not isinstance(found, str)
     assert (found.transpose(1, 2, 0) == upright).all()
 
 
 def test_kinds_of_pixels(tmp_path: Path) -> None:
-    """Every mode has the pixels of its plain RGB picture; an animation those of its first."""
+    """Check that each mode gives the pixels of the RGB image, and an animation its first frame."""
     ramp = np.tile(np.arange(0, 256, 16, dtype=np.uint8), (SIDE, 1))
     grey = Image.fromarray(ramp)
     moving = [grey, Image.fromarray(255 - ramp)]
@@ -86,7 +86,7 @@ def test_kinds_of_pixels(tmp_path: Path) -> None:
     }  # fmt: skip
     for name, (save, tolerance) in cases.items():
         save(tmp_path / name)
-        found = data.decode(tmp_path / name, SIDE)
+        found = cache.decode(tmp_path / name, SIDE)
         assert not isinstance(found, str), found
         assert abs(found.astype(int) - ramp).max() <= tolerance, name
 
@@ -95,5 +95,5 @@ def test_bad_images_are_skipped_where_asked(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "set", classes=2, each=4, side=SIDE)
     for name, (content, _) in BAD_IMAGES.items():
         (root / "class0" / name).write_bytes(content)
-    sets = data.load(str(root), size=SIDE, cache_dir=tmp_path, skip_bad_images=True)
+    sets = datasets.load_dataset(str(root), size=SIDE, cache_dir=tmp_path, skip_bad_images=True)
     assert len(sets.train.labels) + len(sets.test.labels) == 8

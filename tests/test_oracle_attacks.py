@@ -1,6 +1,8 @@
-"""The attacks beside torchattacks and foolbox, on the same model, images and settings.
+"""Compare the attacks with torchattacks and foolbox on the same model, images and settings.
 
-pip install torchattacks==3.5.1 foolbox==3.3.4     # what these tests were written against
+The tests were written for these versions:
+
+    pip install torchattacks==3.5.1 foolbox==3.3.4
 """
 
 import warnings
@@ -8,24 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from test_attacks import images, labels, lead, network
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from attacks import cw2_result, mi_fgsm, pgd, pgd_ll
+from tests.support.victims import images, labels, lead, network
 
 SAME: list[Any] = [(pgd, 1.0), (pgd_ll, 1.0), (mi_fgsm, 1.0), (mi_fgsm, 0.5)]
 
 
 def oracle(name: str) -> Any:
-    """The library, or a skip that says why there is none."""
+    """Import a library, or skip the test if it is not installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip(name, reason=f"the oracle {name} is not installed")
 
 
 def case(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor]:
-    """A model, and 48 images of which it gets about half right."""
+    """Return a model, 48 images and their labels, of which at least half are its predictions."""
     model, x, y = network(dtype), images(20, 48, dtype), labels(20, 48)
     y[::2] = model(x[::2]).argmax(1)
     return model, x, y
@@ -66,7 +68,7 @@ def test_torchattacks_makes_the_same_images(attack: Any, decay: float) -> None:
 
 @pytest.mark.parametrize(("attack", "decay"), SAME)
 def test_torchattacks_makes_the_same_images_in_float32(attack: Any, decay: float) -> None:
-    """But for pixels whose gradient is about zero, where rounding decides the sign."""
+    """Check that only pixels with a gradient near zero differ, where rounding decides the sign."""
     model, x, y = case(torch.float32)
     theirs = torchattacks_images(attack, decay, model, x, y)
     ours = our_images(attack, decay, model, x, y)
@@ -109,7 +111,7 @@ def test_cw2_reaches_what_foolboxs_does_and_no_farther(confidence: float) -> Non
         x, foolbox.criteria.Misclassification(y),
     )  # fmt: skip
     ours = cw2_result(model, x, y, confidence=confidence)
-    reached = theirs.flatten(1).any(1)  # foolbox gives black images back where it fails
+    reached = theirs.flatten(1).any(1)  # foolbox returns black images where it fails
     assert torch.equal(ours.reached, reached)
     assert reached.any() == (confidence < 1e3)
     distances = (theirs - x).flatten(1).norm(dim=1)[reached]
@@ -117,7 +119,10 @@ def test_cw2_reaches_what_foolboxs_does_and_no_farther(confidence: float) -> Non
 
 
 def test_cw2_is_as_strong_as_torchattackss() -> None:
-    """Which has a single constant, and takes an image at any margin."""
+    """Check that CW2 is at least as strong as the attack of torchattacks.
+
+    That attack has a single constant and accepts an image at any margin.
+    """
     torchattacks = oracle("torchattacks")
     model, x, y = case()
     theirs = torchattacks.CW(model, c=1, kappa=0, steps=40, lr=0.01)(x, y)

@@ -1,4 +1,4 @@
-"""Every command of the README is run here, made small by flags that are added at its end."""
+"""Run every command of the README, with appended flags that make it small."""
 
 import re
 import runpy
@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import image_folder
 
-import cells
 import evaluate
-import figures
 import reproduce
-import shapes
 import train
+from harness.benchmark import plots, registry
+from harness.images import embedded
+from tests.support.tiny import image_folder
 
 ROOT = Path(train.__file__).parent
 MAINS = {"train.py": train.main, "evaluate.py": evaluate.main, "reproduce.py": reproduce.main}
@@ -25,8 +24,8 @@ RECIPE = (
     " --surrogate-epochs 1 --batch-size 8 --limit 3 --methods mtlat --device cpu"
 )
 EVALUATION = "--limit 6 --device cpu --dump-images 1 --only fog mi_fgsm_0.04"
-# What is added to a command, in an order in which one can follow the other; None: it is run by
-# another test, or by all of them.
+# Flags that are appended to each command. The order matters, because some commands use the results
+# of earlier ones. None means that another test runs the command, or that it runs the tests.
 ADDED: dict[str, str | None] = {
     "python -m pytest": None,
     "python reproduce.py": RECIPE,
@@ -40,9 +39,8 @@ ADDED: dict[str, str | None] = {
     # test_evaluate_cli.py: test_torchvisions_models_with_their_weights
     "python evaluate.py torchvision:resnet50 --weights DEFAULT --data IMAGENET"
     " --imagenet-c IMAGENET_C": None,
-    "python evaluate.py runs/standard/last.pt runs/mtlat/last.pt --surrogate runs/vgg/last.pt": (
-        EVALUATION
-    ),
+    "python evaluate.py runs/resnet50-standard/last.pt runs/resnet50-mtlat/last.pt"
+    " --surrogate runs/vgg/last.pt": EVALUATION,
     "python evaluate.py package.module:make_model --mean .5 .5 .5 --std .2 .2 .2 --data IMAGES": (
         EVALUATION + " --size 32 --output-dir runs/third"
     ),
@@ -50,16 +48,17 @@ ADDED: dict[str, str | None] = {
     "torchrun --nproc-per-node=4 --max-restarts=3 train.py --data IMAGES --resume auto": None,
     "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py"
     " ...": None,
-    "torchrun --nproc-per-node=4 evaluate.py runs/standard/last.pt runs/mtlat/last.pt": None,
-    "python -m tests.faults.run": None,  # by CI
-    "python benchmarks/step.py": None,  # test_benchmarks.py
+    "torchrun --nproc-per-node=4 evaluate.py runs/resnet50-standard/last.pt"
+    " runs/resnet50-mtlat/last.pt": None,
+    "python -m tests.faults.run": None,  # run by CI
+    "python benchmarks/time_step.py": None,  # test_benchmarks.py
     "python -m corruptions IMAGE --out sheet.png": "",
     "python -m corruptions DIR --out DIR_C": "",
 }
 
 
 def commands() -> set[str]:
-    """What stands in indented blocks, and in backticks, where a line may end within."""
+    """Return the commands in indented blocks and in backticks, which may include line breaks."""
     readme = (ROOT / "README.md").read_text()
     found = re.findall(r"^    (\S[^\n]*)", readme, re.MULTILINE)
     found += re.findall(r"`((?:python|pip|torchrun) [^`]*)`", readme)
@@ -77,7 +76,7 @@ def call(task: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of networks too small for their images
+@pytest.mark.filterwarnings("ignore::UserWarning")  # networks too small for their images
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = image_folder(tmp_path / "images", each=10, side=32)
     few = image_folder(tmp_path / "few", classes=2, each=1, side=32)
@@ -87,12 +86,14 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shapes, "NUMBERS", {"train": range(40), "test": range(50, 80)})
-    monkeypatch.setattr(cells, "SAMPLE", 3)
-    monkeypatch.setattr(reproduce, "call", call)
-    monkeypatch.setattr(figures, "DPI", 12)
-    train.main(shlex.split(f"--data {images} --method standard {TRAINING}"))
-    train.main(shlex.split(f"--data {images} --method mtlat {TRAINING}"))
+    monkeypatch.setattr(embedded, "INDICES", {"train": range(40), "test": range(50, 80)})
+    monkeypatch.setattr(registry, "SAMPLE", 3)
+    monkeypatch.setattr(reproduce, "run_task", call)
+    monkeypatch.setattr(plots, "DPI", 12)
+    for method in ("standard", "mtlat"):
+        out = f"runs/resnet50-{method}"
+        argv = f"--data {images} --method {method} {TRAINING} --output-dir {out}"
+        train.main(shlex.split(argv))
     for command, added in ADDED.items():
         if added is None:
             continue

@@ -1,4 +1,4 @@
-"""reproduce.py: what it plans, what it does again, what it says; on networks that take no time."""
+"""Test the plan, the repeated runs and the output of reproduce.py, with very small networks."""
 
 import json
 import os
@@ -13,24 +13,23 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny import image_folder
 
-import cells
-import estimate
 import evaluate
-import figures
 import reproduce
-import summary
 import train
-from common import UserError
-from methods import METHODS
-from reproduce import Evaluation, Training
-from settings import build_parser, parse_args
+from harness.benchmark import plots, registry
+from harness.cli import build_parser
+from harness.errors import UserError
+from harness.reproduction import estimate, plan, report
+from harness.reproduction.plan import EvalTask, TrainTask
+from harness.training.config import TrainConfig, parse_train_config
+from harness.training.methods import METHODS
+from tests.support.tiny import image_folder
 
 CALLS: list[str] = []
 
 
-def in_process(task: Training | Evaluation) -> None:
+def in_process(task: TrainTask | EvalTask) -> None:
     CALLS.append(task.folder.name)
     {"train.py": train.main, "evaluate.py": evaluate.main}[task.script](task.argv)
 
@@ -42,19 +41,37 @@ def draw_nothing(*given: Any) -> None:
 
 @pytest.fixture
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of images; the scripts run in this process, and draw nothing."""
-    monkeypatch.setattr(reproduce, "call", in_process)
-    monkeypatch.setattr(cells, "SAMPLE", 3)
+    """Create a folder of images, and make the scripts run in this process without figures."""
+    monkeypatch.setattr(reproduce, "run_task", in_process)
+    monkeypatch.setattr(registry, "SAMPLE", 3)
     for name in ("robustness", "severities", "images", "curves", "step"):
-        monkeypatch.setattr(figures, f"draw_{name}", draw_nothing)
+        monkeypatch.setattr(plots, f"plot_{name}", draw_nothing)
     CALLS.clear()
     yield image_folder(tmp_path / "images", each=20, side=16)
 
 
 def argv(images: Path, *more: str) -> list[str]:
     return [
-        *("--scale", "small", "--data", str(images), "--size", "16", "--archs", "tiny:convnet"),
-        *("--surrogate", "tiny:linear", "--epochs", "1", "--batch-size", "8", "--device", "cpu"),
+        *(
+            "--scale",
+            "small",
+            "--data",
+            str(images),
+            "--size",
+            "16",
+            "--archs",
+            "tiny:convnet",
+        ),
+        *(
+            "--surrogate",
+            "tiny:linear",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "8",
+            "--device",
+            "cpu",
+        ),
         *("--cache-dir", str(images.parent / "cache"), "--output-dir", str(images.parent / "out")),
         *("--methods", "mtlat", *more),
     ]
@@ -67,11 +84,11 @@ def tables(images: Path) -> Any:
 # ---------------------------------------------------------------------------- the plan
 
 
-def planned(*options: str) -> list[Training | Evaluation]:
-    return list(reproduce.plan(reproduce.parse_args([*options, "--output-dir", "out"])))
+def planned(*options: str) -> list[TrainTask | EvalTask]:
+    return list(plan.make_plan(plan.parse_reproduce_config([*options, "--output-dir", "out"])))
 
 
-def names(tasks: list[Training | Evaluation]) -> list[str]:
+def names(tasks: list[TrainTask | EvalTask]) -> list[str]:
     return [task.folder.name for task in tasks]
 
 
@@ -81,7 +98,7 @@ def test_the_demo_is_standard_and_mtlat_and_their_surrogate() -> None:
         "vgg11_bn-standard-seed0", "resnet18-standard-seed0", "resnet18-mtlat-seed0",
         "evaluation-resnet18-seed0",
     ]  # fmt: skip
-    surrogate, standard = (build_parser().parse_args(task.argv) for task in tasks[:2])
+    surrogate, standard = (build_parser(TrainConfig).parse_args(task.argv) for task in tasks[:2])
     assert (surrogate.arch, surrogate.lr, surrogate.epochs) == ("vgg11_bn", 1e-4, 1)
     assert (standard.arch, standard.lr, standard.size) == ("resnet18", 1e-3, 32)
     assert tasks[-1].argv[-1] == "out/evaluation-resnet18-seed0"
@@ -95,11 +112,11 @@ def test_the_paper_scale_is_the_papers_experiment() -> None:
         *(f"resnext50_32x4d-{method}-seed0" for method in ("standard", "mtlat", "iat")),
         "evaluation-resnext50_32x4d-seed0",
     ]  # fmt: skip
-    settings, _ = parse_args(tasks[4].argv)
+    settings, _ = parse_train_config(tasks[4].argv)
     assert (settings.method, settings.lr, settings.milestones) == ("mtlat", 0.002, [30, 60, 80])
     assert (settings.epochs, settings.batch_size, settings.size) == (90, 256, 224)
     assert (settings.classes, settings.amp, settings.channels_last) == (100, "bf16", True)
-    first, clean, second = (task for task in tasks if isinstance(task, Evaluation))
+    first, clean, second = (task for task in tasks if isinstance(task, EvalTask))
     assert list(first.models) == ["standard", "mixup", "tlat", "mtlat", "iat"]
     assert list(clean.models) == ["standard", "tlat", "fgsm", "target-fgsm", "ls"]
     assert list(second.models) == ["standard", "mtlat", "iat"]
@@ -110,7 +127,7 @@ def test_the_paper_scale_is_the_papers_experiment() -> None:
 def test_flags_override_the_recipe_but_not_the_surrogates_rate() -> None:
     options = "--lr 0.5 --epochs 7 --seeds 2 --tables 2 --limit 0 --train-flags=--whole-batches"
     tasks = planned("--scale", "small", "--data", "x", *options.split())
-    runs = [build_parser().parse_args(t.argv) for t in tasks if isinstance(t, Training)]
+    runs = [build_parser(TrainConfig).parse_args(t.argv) for t in tasks if isinstance(t, TrainTask)]
     assert [(r.arch, r.method, r.seed) for r in runs] == [
         ("vgg11_bn", "standard", 0),
         *(("resnet18", method, n) for n in (0, 1) for method in ("standard", "mixup", "tlat")),
@@ -160,7 +177,7 @@ def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
         "step.png",
     ]  # fmt: skip
 
-    # Again: the trainings are finished. Then some cells and one training are lost, and made again.
+    # A second run repeats no training. Then some cells and one training are deleted and made again.
     before = (out / "tables.json").read_bytes()
     CALLS.clear()
     reproduce.main(argv(images, "--tables", "1"))
@@ -173,7 +190,7 @@ def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
     reproduce.main(argv(images, "--tables", "1"))
     assert CALLS == [trained[2], evaluation] and (out / "tables.json").read_bytes() == before
 
-    # Another seed changes the rows; more tables add rows; fewer leave the folder's others alone.
+    # More tables add rows. Fewer tables do not change the other results in the folder.
     reproduce.main(argv(images, "tlat", "--tables", "all"))
     both = [(row["table"], row["method"]) for row in tables(images)["rows"]]
     assert both == [(1, "standard"), (1, "mtlat"), (2, "standard"), (2, "tlat"),
@@ -237,21 +254,21 @@ def test_wrong_usage_ends_in_a_line_before_anything_is_trained(
     assert CALLS == [] and not (images.parent / "out").exists()
 
 
-# ---------------------------------------------------------------------------- the children
+# ---------------------------------------------------------------------------- child processes
 
 
-def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Training:
-    """A training whose script is this code."""
-    monkeypatch.setattr(reproduce, "__file__", str(tmp_path / "reproduce.py"))
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> TrainTask:
+    """Return a training task whose script is this code."""
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     monkeypatch.setattr(reproduce, "GRACE", 0.3)
     (tmp_path / "train.py").write_text(f"import os, signal, sys, time\n{code}\n")
-    return Training(tmp_path / "run", ["--lr", "0.1"])
+    return TrainTask(tmp_path / "run", ["--lr", "0.1"])
 
 
 def test_a_child_is_run_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    reproduce.call(child(tmp_path, monkeypatch, "print(sys.argv[1:])"))
+    reproduce.run_task(child(tmp_path, monkeypatch, "print(sys.argv[1:])"))
     said = capfd.readouterr()
     assert (
         said.out == f"\n$ python {os.path.relpath(tmp_path)}/train.py --lr 0.1\n['--lr', '0.1']\n"
@@ -273,7 +290,7 @@ def test_a_childs_end_is_that_of_the_run(
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     with pytest.raises(SystemExit) as caught:
-        reproduce.call(child(tmp_path, monkeypatch, code))
+        reproduce.run_task(child(tmp_path, monkeypatch, code))
     said = capfd.readouterr().err
     assert (
         caught.value.code == ends and said.startswith(told) and len(said.splitlines()) == bool(told)
@@ -286,7 +303,7 @@ def test_a_child_that_has_not_heard_of_the_interrupt_is_told(
     late = tmp_path / "late"
     code = f"os.kill(os.getppid(), signal.SIGINT); time.sleep(5); open({str(late)!r}, 'w')"
     with pytest.raises(KeyboardInterrupt):
-        reproduce.call(child(tmp_path, monkeypatch, code))
+        reproduce.run_task(child(tmp_path, monkeypatch, code))
     assert not late.exists()
 
 
@@ -303,9 +320,9 @@ def test_a_dry_run_counts_the_cells_of_each_evaluation(
     monkeypatch.setattr(estimate.Meter, "training", lambda *_: 1.0)
     reproduce.main(argv(images, "tlat", "--tables", "all", "--dry-run"))
     *_, full, clean, total = capsys.readouterr().out.splitlines()
-    assert full.startswith(f"   0:{len(evaluate.choose_cells([], []))}:00  python ")
+    assert full.startswith(f"   0:{len(registry.choose_perturbations([], []))}:00  python ")
     assert clean.startswith("   0:01:00  python ") and "--only clean" in clean
-    assert total.startswith(f"   0:{1 + len(evaluate.choose_cells([], []))}:04")
+    assert total.startswith(f"   0:{1 + len(registry.choose_perturbations([], []))}:04")
 
 
 def test_a_dry_run_writes_nothing_and_knows_what_is_finished(
@@ -315,7 +332,7 @@ def test_a_dry_run_writes_nothing_and_knows_what_is_finished(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 + 1 + 1 + 1 and CALLS == [] and not (images.parent / "out").exists()
     assert all("python" in line for line in lines[:-1]) and "in all, on cpu" in lines[-1]
-    surrogate = next(reproduce.plan(reproduce.parse_args(argv(images))))
+    surrogate = next(plan.make_plan(plan.parse_reproduce_config(argv(images))))
     in_process(surrogate)
     capsys.readouterr()
     reproduce.main(argv(images, "--dry-run"))
@@ -328,20 +345,20 @@ def test_the_passes_are_those_that_the_attacks_say() -> None:
     expected = {
         "pgd_0.04": 10, "pgd_ll_0.04": 10, "mi_fgsm_0.04": 10, "mi_fgsm_0.08": 10,
         "check_clean": 1, "check_pgd_0": 1, "check_fgsm_0.04": 1, "check_sign_noise_0.04": 0,
-        "check_pgd_0.16": 10, "check_pgd_0.04_50_steps": 60,  # ten, and fifty for who is left
+        "check_pgd_0.16": 10, "check_pgd_0.04_50_steps": 60,  # 10, then 50 on the rest
     }  # fmt: skip
-    assert {name: estimate.passes(name) for name in expected} == expected
-    assert estimate.passes("cw2") == 40
+    assert {name: estimate.count_passes(name) for name in expected} == expected
+    assert estimate.count_passes("cw2") == 40
 
 
 def test_estimates_are_the_measured_passes_times_their_number(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "SAMPLE", 3)
-    args = reproduce.parse_args(argv(images))
-    settings, _ = parse_args(next(reproduce.plan(args)).argv)
-    meter = estimate.Meter(train.load_images(settings), "cpu")
-    assert len(meter.sets.test.labels) == 6
+    monkeypatch.setattr(registry, "SAMPLE", 3)
+    args = plan.parse_reproduce_config(argv(images))
+    settings, _ = parse_train_config(next(plan.make_plan(args)).argv)
+    meter = estimate.Meter(train.load_data(settings), "cpu", reproduce.time_epoch)
+    assert len(meter.data.test.labels) == 6
     meter.known = {("forward", "a"): 1.0, ("gradient", "a"): 100.0, ("gradient", "s"): 1e4}
     meter.known |= {("fog", severity): 1e6 for severity in range(1, 6)}
     cost = meter.evaluation({"x": "a", "y": "a"}, "s", ["fog"], None, set())
@@ -354,22 +371,23 @@ def test_estimates_are_the_measured_passes_times_their_number(
     assert meter.evaluation({"x": "a"}, "s", ["pgd_0.04"], None, {("x", "pgd_0.04", None)}) == 0
     meter.known["tiny:linear", "standard", 8] = 7.0
     assert meter.training(settings, 3) == 21.0
-    assert reproduce.spell(3 * 3600 + 62.4) == "   3:01:02"
+    assert reproduce.format_duration(3 * 3600 + 62.4) == "   3:01:02"
 
 
 def test_the_times_of_a_training_follow_from_its_log() -> None:
-    # 64 images by 2 x 8 at 16 images a second: 64 // 8 * 8 * 2 / 16 = 8 s an epoch.
+    # An epoch has 8 steps of two minibatches of 8 images. At 16 images per second it takes
+    # 8 * 2 * 8 / 16 = 8 s.
     settings = {"batch_size": 16, "whole_batches": False, "method": "mtlat"}
     log = [{"images_per_second": 16.0}, {"images_per_second": 16.0}]
-    assert summary.Trained(log, settings).minutes(67) == pytest.approx(16 / 60)
+    assert report.Trained(log, settings).minutes(67) == pytest.approx(16 / 60)
 
 
 @pytest.mark.slow
 def test_the_command_itself(tmp_path: Path) -> None:
-    """The scripts as processes, with their figures, from an interrupt in the middle."""
+    """Run the scripts as processes with figures, and check an interrupted and resumed run."""
     folder = image_folder(tmp_path / "images", each=20, side=16)
     command = [sys.executable, reproduce.__file__, *argv(folder, "--tables", "1")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "support")}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True,
                                stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
     cells_file = tmp_path / "out" / "evaluation-tiny-convnet-seed0" / "cells.jsonl"

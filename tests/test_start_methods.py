@@ -1,18 +1,18 @@
-"""A process that was started afresh, as on macOS and Windows, computes what this one does."""
+"""Test that a new process, as started on macOS and Windows, computes the same as this one."""
 
 import multiprocessing
 
 import pytest
 import torch
-from tiny import smooth
 
 from attacks import pgd
 from corruptions import CORRUPTIONS, corrupt
 from mtlat import mtlat_loss
+from tests.support.tiny import smooth
 
 
 def compute(_: int) -> list[bytes]:
-    """What the public functions make of seeded images, byte for byte."""
+    """Return the results of the public functions on seeded images, as bytes."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images, y = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.arange(4)

@@ -1,4 +1,4 @@
-"""The training script: its methods against NumPy, its flags and files, kill -9 and resume."""
+"""Test the training script: methods against NumPy, flags, files, SIGKILL and resume."""
 
 import csv
 import json
@@ -7,24 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from test_mtlat import softmax
-from tiny import convnet, image_folder, states_equal
 from torch import nn
 from torch.testing import assert_close
 
-import common
-import data
-import settings
 import train
-from common import UserError
-from methods import METHODS
+from harness import checkpoints, errors, models
+from harness.cli import build_parser
+from harness.errors import UserError
+from harness.images import datasets
+from harness.training.config import TrainConfig, parse_train_config
+from harness.training.methods import METHODS
 from mtlat import Draws, algorithm1
+from tests.support.method import softmax
+from tests.support.tiny import convnet, image_folder, states_equal
 
 ROOT = Path(train.__file__).parent
 
@@ -36,7 +38,10 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def go(folder: Path, tmp_path: Path):
-    """Run the script in this process on 27 training and 3 test images, two steps an epoch."""
+    """Return a function that runs the script in this process.
+
+    There are 27 training images, 3 test images and two steps per epoch.
+    """
 
     def run(*flags: str, out: str = "out", method: str = "mtlat") -> dict:
         argv = [
@@ -45,7 +50,7 @@ def go(folder: Path, tmp_path: Path):
             "--method", method, "--output-dir", str(tmp_path / out), *flags,
         ]  # fmt: skip
         train.main(argv)
-        return common.load_checkpoint(tmp_path / out / "last.pt")
+        return checkpoints.load_checkpoint(tmp_path / out / "last.pt")
 
     return run
 
@@ -58,7 +63,7 @@ def read_log(out: Path) -> list[dict[str, str]]:
 
 
 def numpy_losses(method, weight, bias, pairs, draws, classes):
-    """What each training's losses must be on the model softmax(W x + b)."""
+    """Return the expected losses of each method for the model softmax(W x + b)."""
     lam1, lam2, epsilon = (d.numpy()[:, None] for d in draws[:3])
     target = np.eye(classes)[draws.target.numpy()]
 
@@ -107,12 +112,12 @@ def test_method_is_the_numpy_one(method, count):
     lam1, lam2, epsilon = torch.tensor(generator.uniform(size=(3, count)))
     draws = Draws(lam1, lam2, epsilon, torch.arange(count) % 4)
     entry = METHODS[method]
-    tensors = [(torch.tensor(x), torch.tensor(y)) for x, y in pairs[: entry.couples]]
+    tensors = [(torch.tensor(x), torch.tensor(y)) for x, y in pairs[: entry.minibatches]]
     losses = [loss.item() for loss in entry.losses(linear, tensors, draws, 1)]
     weights = [p.detach().numpy() for p in linear.parameters()]
     assert len(losses) == entry.terms
     assert_close(losses, numpy_losses(method, *weights, pairs, draws, 4), rtol=0, atol=1e-10)
-    with pytest.raises((IndexError, ValueError)):  # it draws no minibatch that it does not use
+    with pytest.raises((IndexError, ValueError)):  # all minibatches are used
         list(entry.losses(linear, tensors[:-1], draws, 1))
 
 
@@ -128,8 +133,8 @@ def test_losses_one_after_the_other_have_the_gradient_of_algorithm1():
             for loss in METHODS["mtlat"].losses(model, pairs, draws, 1):
                 loss.backward()
         else:
-            losses = algorithm1(model, *pairs, draws)
-            (losses.mixup + losses.tlat).backward()
+            loss1, loss2 = algorithm1(model, *pairs, draws)
+            (loss1 + loss2).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert_close(*gradients)
 
@@ -144,7 +149,7 @@ def test_each_method_trains(go, method, tmp_path):
     rows = read_log(tmp_path / "out")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert (rows[0]["loss2"] == "") == (method in ("standard", "mixup"))
-    model = common.load_model(first)
+    model = models.restore_model(first)
     assert model(torch.rand(2, 3, 12, 12)).shape == (2, 3)
 
 
@@ -152,8 +157,8 @@ def test_each_method_trains(go, method, tmp_path):
 
 
 def test_the_defaults_are_the_papers(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where no earlier run lies in runs/
-    args, checkpoint = train.parse_args(["--data", "somewhere"])
+    monkeypatch.chdir(tmp_path)  # a folder without earlier runs
+    args, checkpoint = parse_train_config(["--data", "somewhere"])
     assert checkpoint is None
     assert (args.method, args.arch, args.opt) == ("mtlat", "resnet50", "adam")
     assert (args.lr, args.wd, args.batch_size, args.epochs, args.size) == (
@@ -164,13 +169,11 @@ def test_the_defaults_are_the_papers(tmp_path, monkeypatch):
         224,
     )
     assert (args.alpha, args.epsilon_max, args.attack_steps) == (0.4, 0.025, 1)
-    rates = [train.learning_rate(args, epoch) for epoch in (0, 29.9, 30, 59.9, 60, 79.9, 80, 89.9)]
+    rates = [args.learning_rate(epoch) for epoch in (0, 29.9, 30, 59.9, 60, 79.9, 80, 89.9)]
     assert rates == pytest.approx([2e-3] * 2 + [2e-4] * 2 + [2e-5] * 2 + [2e-6] * 2)
-    assert train.minibatch_size(args) == 128
-    args.whole_batches = True
-    assert train.minibatch_size(args) == 256
-    args.whole_batches, args.method = False, "standard"
-    assert train.minibatch_size(args) == 256
+    assert args.minibatch_size == 128
+    assert replace(args, whole_batches=True).minibatch_size == 256
+    assert replace(args, method="standard").minibatch_size == 256
 
 
 CHANGES = [
@@ -193,27 +196,33 @@ def test_each_option_changes_the_weights(go):
                 assert states_equal(weights[change], other) == alias, (earlier, change)
 
 
-def test_options_that_change_how_but_not_what(go, tmp_path, capsys):
+def test_options_that_change_how_but_not_what(go, tmp_path, monkeypatch, capsys):
+    compile_module, compiled = nn.Module.compile, []
+
+    def compile_without_a_compiler(module, **options):
+        compiled.append(module)
+        return compile_module(module, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_without_a_compiler)
     plain = go()["model"]
     quiet = {
         "--no-skip-bad-images --no-download --print-freq 1": True,
         "--deterministic": True,
-        "--channels-last": False,  # other rounding
+        "--channels-last": False,  # different rounding
         "--compile": False,
     }
     try:
         for number, (flags, exact) in enumerate(quiet.items()):
-            if flags == "--compile":
-                continue  # a compiler is not everywhere; test_mtlat_model.py compiles without one
             other = go(*flags.split(), out=f"out{number}")["model"]
             assert states_equal(plain, other) or not exact
             assert_close(dict(plain), dict(other), rtol=1e-2, atol=1e-2)
     finally:
         torch.use_deterministic_algorithms(False)
+    assert len(compiled) == 1
     assert json.loads((tmp_path / "out" / "args.json").read_text())["seed"] == 0
     printed = capsys.readouterr().out
     assert "27 training and 3 test images of 12x12" in printed
-    assert "2 steps per epoch, 4 x 13 images drawn for each: 104 per epoch" in printed
+    assert "2 steps per epoch, each draws 4 x 13 images: 104 per epoch" in printed
     assert f"next: python evaluate.py {tmp_path / 'out' / 'last.pt'}" in printed
 
 
@@ -222,9 +231,11 @@ def test_help_shows_every_option_with_its_default(capsys):
         train.main(["--help"])
     assert exit_info.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for action in settings.build_parser()._actions[1:]:
+    actions = build_parser(TrainConfig)._actions[1:]  # without --help
+    assert {action.dest for action in actions} == {field.name for field in fields(TrainConfig)}
+    for action in actions:
         assert action.option_strings[-1] in text
-    assert text.count("(default: ") == len(settings.build_parser()._actions) - 2  # --help, --resume
+    assert text.count("(default: ") == len(actions) - 1  # without --resume
     assert "(default: 90, the paper's; for shapes" in text and "256 + 256" in text
 
 
@@ -238,13 +249,19 @@ def test_weights_start_a_fine_tuning(go, tmp_path, monkeypatch, capsys):
     assert_close(other["model"]["0.weight"], source["model"]["0.weight"])
     assert other["model"]["6.weight"].shape == (2, 24)
     assert "new: 6.bias, 6.weight" in capsys.readouterr().out
-    with pytest.raises(UserError, match="are of another arch than --arch tiny:linear"):
-        go("--weights", str(tmp_path / "out" / "last.pt"), "--arch", "tiny:linear", out="wrong")
+    with pytest.raises(UserError, match="are of another architecture than --arch tiny:linear"):
+        go(
+            "--weights",
+            str(tmp_path / "out" / "last.pt"),
+            "--arch",
+            "tiny:linear",
+            out="wrong",
+        )
 
     enum = torchvision.models.SqueezeNet1_1_Weights
     state = torchvision.models.squeezenet1_1().state_dict()
     monkeypatch.setattr(enum, "get_state_dict", lambda *args, **kwargs: state)
-    model, normalize = common.start_model("squeezenet1_1", 3, "DEFAULT")
+    model, normalize = models.create_model("squeezenet1_1", 3, "DEFAULT")
     assert normalize == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert_close(model[1].features[0].weight, state["features.0.weight"])
     assert model[1].classifier[1].weight.shape[0] == 3
@@ -258,27 +275,27 @@ def test_weights_start_a_fine_tuning(go, tmp_path, monkeypatch, capsys):
 
 
 def comparable(out: Path) -> tuple:
-    """What must not depend on when a run was interrupted: all but times."""
+    """Return the results that must not depend on an interruption: everything except times."""
     times = {"images_per_second", "seconds_left"}
-    checkpoints = [common.load_checkpoint(out / name) for name in ("last.pt", "best.pt")]
-    for checkpoint in checkpoints:
+    found = [checkpoints.load_checkpoint(out / name) for name in ("last.pt", "best.pt")]
+    for checkpoint in found:
         del checkpoint["settings"]
         checkpoint["log"] = [{k: row[k] for k in row.keys() - times} for row in checkpoint["log"]]
-    return *checkpoints, [{k: row[k] for k in row.keys() - times} for row in read_log(out)]
+    return *found, [{k: row[k] for k in row.keys() - times} for row in read_log(out)]
 
 
 def test_resume_restores_everything(go, tmp_path, monkeypatch):
     go("--epochs", "4", out="straight")
     calls = []
-    epoch = train.train_epoch
+    train_one_epoch = train.train_one_epoch
 
-    def stop_before_the_third(run, number):
-        calls.append(number)
+    def stop_before_the_third(config, training, epoch):
+        calls.append(epoch)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return epoch(run, number)
+        return train_one_epoch(config, training, epoch)
 
-    monkeypatch.setattr(train, "train_epoch", stop_before_the_third)
+    monkeypatch.setattr(train, "train_one_epoch", stop_before_the_third)
     with pytest.raises(KeyboardInterrupt):
         go("--epochs", "4")
     train.main(["--resume", str(tmp_path / "out" / "last.pt")])
@@ -286,12 +303,12 @@ def test_resume_restores_everything(go, tmp_path, monkeypatch):
     straight, resumed = comparable(tmp_path / "straight"), comparable(tmp_path / "out")
     assert all(map(states_equal, straight, resumed))
     assert not states_equal(straight[0]["model"], go("--epochs", "3", out="three")["model"])
-    train.main(["--resume", "auto", "--output-dir", str(tmp_path / "out")])  # nothing left to do
+    train.main(["--resume", "auto", "--output-dir", str(tmp_path / "out")])  # the run is finished
     assert len(calls) == 8
 
 
 def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeypatch, capsys):
-    """kill -9 at some moment of a real run; tests/faults does it many times."""
+    """Check SIGKILL at a random moment of a real run. tests/faults does this many times."""
     argv = ["--epochs", "30", "-b", "6", "--resume", "auto"]
     go(*argv, out="straight")
     assert "clean accuracy" in capsys.readouterr().out
@@ -300,15 +317,15 @@ def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeyp
         "--size", "12", *argv, "--cache-dir", str(tmp_path / "cache"), "--device", "cpu",
         "--output-dir", str(tmp_path / "killed"),
     ]  # fmt: skip
-    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # as this process has
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # as in this process
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT / "tests", **pipes)
+    process = subprocess.Popen(command, cwd=ROOT / "tests" / "support", **pipes)
     next(line for line in process.stdout if line.startswith("epoch"))
     time.sleep(random.Random(1).uniform(0, 0.05))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    process = subprocess.run(command, cwd=ROOT / "tests", check=False, **pipes)
+    process = subprocess.run(command, cwd=ROOT / "tests" / "support", check=False, **pipes)
     assert process.returncode == 0 and "clean accuracy" in process.stdout
     straight, killed = comparable(tmp_path / "straight"), comparable(tmp_path / "killed")
     assert all(map(states_equal, straight, killed))
@@ -316,22 +333,20 @@ def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeyp
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(go, tmp_path, monkeypatch):
-    epoch = train.train_epoch
+    train_one_epoch = train.train_one_epoch
 
-    def explode(run, number):
-        if number == 1:
-            run.args.lr = 1e30
-        return epoch(run, number)
+    def explode(config, training, epoch):
+        return train_one_epoch(replace(config, lr=1e30) if epoch else config, training, epoch)
 
-    monkeypatch.setattr(train, "train_epoch", explode)
+    monkeypatch.setattr(train, "train_one_epoch", explode)
     with pytest.raises(UserError, match=r"the loss became (nan|inf) in epoch 2 .*: lower --lr"):
         go("--opt", "sgd")
-    kept = common.load_checkpoint(tmp_path / "out" / "last.pt")
+    kept = checkpoints.load_checkpoint(tmp_path / "out" / "last.pt")
     assert len(kept["log"]) == 1
     assert all(value.isfinite().all() for value in kept["model"].values())
 
 
-# ---------------------------------------------------------------- the user's mistakes
+# ---------------------------------------------------------------- wrong usage
 
 
 def test_mistakes_end_in_one_line(go, folder, tmp_path, capfd):
@@ -340,10 +355,10 @@ def test_mistakes_end_in_one_line(go, folder, tmp_path, capfd):
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     (tmp_path / "junk.pt").write_bytes(b"junk")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
-    torch.save({"format": common.CHECKPOINT_FORMAT, "x": Path("x")}, tmp_path / "pickle.pt")
+    torch.save({"format": checkpoints.FORMAT, "x": Path("x")}, tmp_path / "pickle.pt")
     cases = {
         "holds an earlier run: add --resume auto": [],
-        "close: resnet50": ["--arch", "resnet5O", "--output-dir", str(tmp_path / "new")],
+        "close names: resnet50": ["--arch", "resnet5O", "--output-dir", str(tmp_path / "new")],
         "no such classifier": ["--arch", "", "--output-dir", str(tmp_path / "new")],
         "tiny:nothing": ["--arch", "tiny:nothing", "--output-dir", str(tmp_path / "new")],
         "No module named": ["--arch", "nowhere:net", "--output-dir", str(tmp_path / "new")],
@@ -352,17 +367,17 @@ def test_mistakes_end_in_one_line(go, folder, tmp_path, capfd):
         "--batch-size 1 makes minibatches of 0": ["-b", "1", "--output-dir", str(tmp_path / "new")],
         "--data nowhere: no such folder": [
             "--data", "nowhere", "--output-dir", str(tmp_path / "new")],
-        "--classes 4: the set has 3": ["--classes", "4", "--output-dir", str(tmp_path / "new")],
+        "--classes 4: the dataset has 3": ["--classes", "4", "--output-dir", str(tmp_path / "new")],
         "--lr is 3.0, but": ["--resume", last, "--lr", "3"],
         "--arch is tiny:linear, but": ["--resume", last, "--arch", "tiny:linear"],
-        "is not the set that": ["--resume", last, "--data", str(folder.parent / "other")],
-        "no checkpoint of train.py, or damaged": ["--resume", str(tmp_path / "junk.pt")],
+        "differs from the dataset that": ["--resume", last, "--data", str(folder.parent / "other")],
+        "not a checkpoint of train.py, or is damaged": ["--resume", str(tmp_path / "junk.pt")],
         "not a checkpoint of this version": ["--resume", str(tmp_path / "foreign.pt")],
-        "or damaged (Weights only": ["--resume", str(tmp_path / "pickle.pt")],
+        "or is damaged (Weights only": ["--resume", str(tmp_path / "pickle.pt")],
         "No such file": ["--resume", str(tmp_path / "none.pt")],
         "--weights nothing: no such file": ["--weights", "nothing", "--arch", "resnet18",
                                             "--output-dir", str(tmp_path / "new")],
-        "'x' is no int": ["--epochs", "x"],
+        "'x' is not of type int": ["--epochs", "x"],
         "argument --lr/--learning-rate: 0 is out of range: above 0": ["--lr", "0"],
         "nan is out of range": ["--alpha", "nan"],
         "1.5 is out of range: from 0 to 1": ["--epsilon-max", "1.5"],
@@ -375,7 +390,7 @@ def test_mistakes_end_in_one_line(go, folder, tmp_path, capfd):
     for message, flags in cases.items():
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_info:
-            common.run(lambda flags=flags: go(*flags))
+            errors.run_script(lambda flags=flags: go(*flags))
         printed = capfd.readouterr().err
         assert exit_info.value.code == 2, message
         assert message in printed and printed.startswith("error: "), printed
@@ -394,16 +409,18 @@ def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(go, tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(SystemExit) as exit_info:
-        common.run(lambda: common.save_checkpoint([tmp_path / "out" / "last.pt"], model={}))
+        errors.run_script(
+            lambda: checkpoints.save_checkpoint([tmp_path / "out" / "last.pt"], model={})
+        )
     assert exit_info.value.code == 2
-    assert "No space left on device; make room, what was finished" in capsys.readouterr().err
+    assert "No space left on device; free some space: what was finished" in capsys.readouterr().err
     assert (tmp_path / "out" / "last.pt").read_bytes() == before
     assert not list((tmp_path / "out").glob(".*.unfinished"))
 
 
 @pytest.mark.slow
 def test_the_plain_command_as_a_process(tmp_path):
-    """The README's command, shortened: small images, one epoch, a small network."""
+    """Run the command of the README with small images, one epoch and a small network."""
     command = [sys.executable, str(ROOT / "train.py"), "--arch", "resnet18", "--size", "16"]
     command += ["--epochs", "1", "-b", "200", "--classes", "3", "--output-dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -415,4 +432,4 @@ def test_the_plain_command_as_a_process(tmp_path):
 
 
 def test_all_data_names_are_offered():
-    assert all(name in settings.build_parser().format_help() for name in data.SIZES)
+    assert all(name in build_parser(TrainConfig).format_help() for name in datasets.SIZES)

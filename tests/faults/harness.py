@@ -1,6 +1,7 @@
-"""Run a script in a process of its own, break it, and read what it left.
+"""Run a script in its own process, inject a fault, and read the files that the script leaves.
 
-The parent has imported everything and computed nothing, so a fork starts a script in milliseconds.
+The parent process has imported everything and computed nothing, so that a fork starts a script in
+milliseconds.
 """
 
 import contextlib
@@ -21,13 +22,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from PIL import Image
 
-import cells
-import common
 import evaluate
-import figures
 import reproduce
 import train
-from tests.tiny import image_folder, states_equal
+from harness import checkpoints, errors
+from harness.benchmark import plots, store
+from tests.support.tiny import image_folder, states_equal
 
 torch.set_num_threads(1)
 SIGNALS = {signal.SIGTERM, signal.SIGINT}
@@ -35,22 +35,22 @@ Sabotage = Callable[[], None]
 
 
 class Script(NamedTuple):
-    """What is run again and again: its main function, its flags, and what its result is."""
+    """A script under test: its main function, its flags, and functions that read its results."""
 
     name: str
     main: Callable[[list[str]], None]
     argv: list[str]  # relative to the folder that it runs in; the output folder is out/
-    result: Callable[[Path], Any]  # what must be the same to the bit
-    finished: Callable[[Path], list[Any]]  # epochs or cells that must never be lost
+    result: Callable[[Path], Any]  # the result, which must be bit-identical
+    finished: Callable[[Path], list[Any]]  # finished epochs or cells, never to be lost
 
 
 class Ended(NamedTuple):
-    code: int  # as a shell has it, but negative for a signal
+    code: int  # the exit code, or the negative signal number
     text: str
 
 
 class Failure(Exception):
-    """A promise is broken."""
+    """A script violates its guarantees."""
 
 
 def check(holds: object, *facts: object) -> None:
@@ -62,7 +62,7 @@ def check(holds: object, *facts: object) -> None:
 
 
 def start(script: Script, folder: Path, sabotage: Sabotage | None = None) -> int:
-    """Start the script in this folder; give the process's number, which is also its group's."""
+    """Start the script in this folder and return the process id, which is also the group id."""
     Path(f"{folder}.log").write_text("")
 
     def prepare() -> None:
@@ -75,16 +75,17 @@ def start(script: Script, folder: Path, sabotage: Sabotage | None = None) -> int
             sabotage()
 
     pid = fork(lambda: script.main(script.argv), prepare)
-    with contextlib.suppress(PermissionError, ProcessLookupError):  # it was quicker
+    with contextlib.suppress(PermissionError, ProcessLookupError):  # the child was faster
         os.setpgid(pid, pid)
     return pid
 
 
 def fork(main: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> int:
-    """Run a script's main function in a fork; give its number.
+    """Run a script's main function in a forked process and return the process id.
 
-    Signals reach the script, and nothing around it. They are noted meanwhile and not blocked, for
-    any thread may take one; and what its handler raises while Python forks, Python forgets.
+    Signals must reach the script and not the code around it. During the fork, signals are recorded
+    and raised again afterwards. They are not blocked, because any thread may receive one. Their
+    usual handlers are not used, because Python discards exceptions of handlers during a fork.
     """
     held: list[int] = []
     before = {n: signal.signal(n, lambda n, _: held.append(n)) for n in SIGNALS}
@@ -100,7 +101,7 @@ def fork(main: Callable[[], None], prepare: Callable[[], None] = lambda: None) -
             finally:
                 signal.signal(signal.SIGINT, lambda *_: None)
 
-        leave(lambda: (prepare(), common.run(obeying)))
+        leave(lambda: (prepare(), errors.run_script(obeying)))
     for number, handler in before.items():
         signal.signal(number, handler)
     for number in held:
@@ -109,7 +110,7 @@ def fork(main: Callable[[], None], prepare: Callable[[], None] = lambda: None) -
 
 
 def leave(what: Callable[[], object]) -> NoReturn:
-    """Do this, and end the process with its exit code; 70 for a traceback."""
+    """Call a function and end the process with its exit code, or 70 after a traceback."""
     code = 70
     try:
         what()
@@ -127,33 +128,33 @@ def end(pid: int, folder: Path) -> Ended:
     _, status = os.waitpid(pid, 0)
     text = Path(f"{folder}.log").read_text(errors="replace")
     code = os.waitstatus_to_exitcode(status)
-    check("Traceback" not in text and code != 70, "a traceback", folder, text)
+    check("Traceback" not in text and code != 70, "the script ended with a traceback", folder, text)
     return Ended(code, text)
 
 
 def run(script: Script, folder: Path, sabotage: Sabotage | None = None) -> Ended:
-    """Run the script to its end."""
+    """Run the script until it ends."""
     folder.mkdir(exist_ok=True)
     return end(start(script, folder, sabotage), folder)
 
 
 def kill(pid: int) -> None:
-    """kill -9, the process and its children."""
+    """Send SIGKILL to the process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def refused(ended: Ended, message: str) -> None:
-    """Check that the script ended in one line that says this."""
+    """Check that the script ended with exit code 2 and one error line with this message."""
     said = [line for line in ended.text.splitlines() if line.startswith("error: ")]
     check(ended.code == 2 and len(said) == 1 and message in said[0], message, ended)
 
 
-# ---------------------------------------------------------------------------- sabotage
+# ---------------------------------------------------------------------------- fault injection
 
 
 class Forks:
-    """subprocess for reproduce.py, whose children are forks as well."""
+    """Replacement of `subprocess` in reproduce.py, which forks the child processes."""
 
     TimeoutExpired = subprocess.TimeoutExpired
 
@@ -175,7 +176,10 @@ class Forks:
 
 
 class Events:
-    """The moments when files come to be: `os.fsync` and `os.replace`; the n-th can be the last."""
+    """Count the calls of `os.fsync` and `os.replace`, and kill the process at the n-th one.
+
+    These calls are the moments at which files are written.
+    """
 
     def __init__(self, last: int = 0, how: str = "") -> None:
         self.count, self.last, self.how = 0, last, how
@@ -200,16 +204,16 @@ class Events:
 
 
 class Disk(NamedTuple):
-    """What can be done with a small disk."""
+    """Operations on a small disk."""
 
-    limit: Callable[[], None]  # to be called in the process that shall find it full
+    limit: Callable[[], None]  # call this in the process that is to find it full
     enlarge: Callable[[], None]
-    protect: Callable[[], bool]  # make it read-only; False if that cannot be, for root
+    protect: Callable[[], bool]  # make it read-only; False if impossible, as for root
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Disk]:
-    """A file system of this size at the folder; where none may be mounted, what comes near it."""
+    """Mount a file system of this size at the folder, or approximate it without the permission."""
     folder.mkdir(exist_ok=True)
     libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
 
@@ -224,7 +228,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Disk]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     def enlarge() -> None:
-        check(not mounted or mount(remount, f"size={1 << 26}"), "no remount")
+        check(not mounted or mount(remount, f"size={1 << 26}"), "the small disk cannot be enlarged")
 
     def protect() -> bool:
         folder.chmod(0o555)
@@ -239,7 +243,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Disk]:
             folder.chmod(0o755)
 
 
-# ---------------------------------------------------------------------------- the scripts' results
+# ---------------------------------------------------------------------------- script results
 
 NO_TIMES = {"seconds", "seconds_making", "seconds_left", "images_per_second", "versions"}
 
@@ -251,7 +255,7 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
 def trained(out: Path) -> Any:
     kept = []
     for name in ("best.pt", "last.pt"):
-        checkpoint = common.load_checkpoint(out / name)
+        checkpoint = checkpoints.load_checkpoint(out / name)
         checkpoint["log"] = [without_times(row) for row in checkpoint["log"]]
         kept.append({k: v for k, v in checkpoint.items() if k != "settings"})
     table = [line.split(",")[:5] for line in (out / "log.csv").read_text().splitlines()]
@@ -260,13 +264,13 @@ def trained(out: Path) -> Any:
 
 def epochs(out: Path) -> list[Any]:
     last = out / "last.pt"
-    rows = common.load_checkpoint(last)["log"] if last.exists() else []
+    rows = checkpoints.load_checkpoint(last)["log"] if last.exists() else []
     return [without_times(row) for row in rows]
 
 
 def lines(out: Path) -> list[Any]:
     path = out / "cells.jsonl"
-    return [without_times(line) for line in cells.read_cells(path)]
+    return [without_times(line) for line in store.read_cells(path)]
 
 
 def measured(out: Path) -> Any:
@@ -285,22 +289,29 @@ def same(one: Any, other: Any) -> bool:
 
 
 def no_pictures() -> None:
-    """Leave out what takes the time: the drawing."""
-    figures._finish = lambda figure, path: Image.new("L", (9, 9)).save(path, "PNG")
+    """Replace the drawing of figures, which takes most of the time."""
+    plots._finish = lambda figure, path: Image.new("L", (9, 9)).save(path, "PNG")
 
 
 def scripts(root: Path) -> list[Script]:
-    """Fill a folder with what the scripts need, and give them."""
+    """Fill a folder with the inputs of the scripts, and return the scripts."""
     image_folder(root / "set", each=20, side=16)
     fixed = ["--cache-dir", "cache", "--device", "cpu"]
-    training = ["--arch", "tests.tiny:convnet", "--data", str(root / "set"), "--size", "16"]
+    training = ["--arch", "tests.support.tiny:convnet", "--data", str(root / "set"), "--size", "16"]
     training += ["--epochs", "4", "-b", "12", *fixed, "--output-dir", "out"]
     train_script = Script("train", train.main, [*training, "--resume", "auto"], trained, epochs)
     check(run(train_script, root / "model").code == 0, (root / "model.log").read_text())
     evaluation = [str(root / "model" / "out" / "last.pt"), *fixed, "--output-dir", "out"]
     evaluation += ["--only", "noise", "pgd_0.04", "--skip", "checks", "--dump-images", "0"]
     evaluation += ["--save-predictions"]
-    whole = ["--archs", "tests.tiny:convnet", "--surrogate", "tests.tiny:linear", "--epochs", "2"]
+    whole = [
+        "--archs",
+        "tests.support.tiny:convnet",
+        "--surrogate",
+        "tests.support.tiny:linear",
+        "--epochs",
+        "2",
+    ]
     whole += ["--data", str(root / "set"), "--size", "16", "--batch-size", "12", *fixed]
     whole += ["--output-dir", "out"]
     return [

@@ -1,9 +1,9 @@
-"""Break the scripts on purpose, start them again, and compare with a run that nothing happened to.
+"""Inject faults into the scripts, start them again, and compare with a run without faults.
 
-    python -m tests.faults.run --rounds 50         # so many kills of each script, and so on
+    python -m tests.faults.run --rounds 50         # 50 kills of each script
 
-After every fault the script either ends with the same result, to the bit, or says in one line what
-is wrong; what was finished stays finished.
+After every fault, the script must either end with a bit-identical result or report the error in one
+line. Finished epochs and cells must not be lost.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-import data
 import reproduce
 import train
+from harness.images import cache
 from tests.faults.harness import (
     Events,
     Failure,
@@ -41,20 +41,20 @@ from tests.faults.harness import (
     start,
 )
 
-LIVES = 4  # kills of one run before it may end
+LIVES = 4  # kills of one run before it may finish
 
 
 class Whole(NamedTuple):
-    """A run that nothing happened to."""
+    """A run without faults."""
 
     folder: Path
     result: Any
     seconds: float
-    events: int  # see Events
+    events: int  # see `Events`
 
 
 def prepared(sabotage: Callable[[], None] | None = None) -> Callable[[], None]:
-    """What a script's process does before the script: save time, and sabotage."""
+    """Return a function that prepares the process of a script and injects the fault."""
 
     def prepare() -> None:
         no_pictures()
@@ -66,7 +66,7 @@ def prepared(sabotage: Callable[[], None] | None = None) -> Callable[[], None]:
 
 
 class Bench:
-    """The scripts, what they make of their input when nothing happens, and chance."""
+    """The scripts, their runs without faults, and a random generator."""
 
     def __init__(self, root: Path, rounds: int, seed: int) -> None:
         self.root, self.rounds, self.chance = root, rounds, random.Random(seed)
@@ -74,7 +74,7 @@ class Bench:
         self.wholes: dict[str, Whole] = {}
 
     def whole(self, name: str) -> Whole:
-        """What the script does when nothing happens."""
+        """Return the run of the script without faults."""
         if name not in self.wholes:
             self.wholes[name] = self.run_whole(name)
         return self.wholes[name]
@@ -88,7 +88,7 @@ class Bench:
         return Whole(folder, script.result(folder / "out"), seconds, events)
 
     def fresh(self, name: str, *, like: str = "") -> Path:
-        """An empty folder to run in, or a copy of what a whole run left."""
+        """Create a folder to run in, empty or with a copy of the files of a run without faults."""
         folder = self.root / f"{name}-{len(list(self.root.iterdir()))}"
         if like:
             shutil.copytree(self.whole(like).folder, folder)
@@ -97,14 +97,15 @@ class Bench:
         return folder
 
     def finishes(self, name: str, folder: Path) -> None:
-        """Run the script again, and check that its result is that of a whole run."""
+        """Run the script again and check that its result is that of a run without faults."""
         script = self.scripts[name]
         ended = run(script, folder, prepared())
         check(ended.code == 0, folder, ended)
-        check(same(script.result(folder / "out"), self.whole(name).result), "other results", folder)
+        result = script.result(folder / "out")
+        check(same(result, self.whole(name).result), "the result is different", folder)
 
     def killed_once(self, name: str, folder: Path, sabotage: Callable[[], None] | None) -> None:
-        """Run until a kill, by the sabotage or at some moment; check that nothing was lost."""
+        """Run until a kill, by the fault or at a random time, and check that nothing was lost."""
         script = self.scripts[name]
         before = script.finished(folder / "out")
         pid = start(script, folder, prepared(sabotage))
@@ -114,10 +115,10 @@ class Bench:
         ended = end(pid, folder)
         check(ended.code in (0, -signal.SIGKILL), folder, ended)
         after = script.finished(folder / "out")
-        check(after[: len(before)] == before, "finished work is lost", folder)
+        check(after[: len(before)] == before, "finished work was lost", folder)
 
 
-# ---------------------------------------------------------------------------- the faults
+# ---------------------------------------------------------------------------- faults
 
 
 def kills_at_random(bench: Bench) -> None:
@@ -130,7 +131,7 @@ def kills_at_random(bench: Bench) -> None:
 
 
 def kills_while_writing(bench: Bench) -> None:
-    """In the middle of, and after, each moment when a file comes to be."""
+    """Kill the script while it writes a file, and right after that."""
     for name in ("train", "evaluate"):
         moments = [
             (n + 1, how) for n in range(bench.whole(name).events) for how in ("torn", "after")
@@ -157,14 +158,14 @@ def signals(bench: Bench) -> None:
 
 
 def damaged_files(bench: Bench) -> None:
-    """Cut off, or with a bit flipped, each file that a later run reads."""
+    """Truncate each file that a later run reads, or flip one of its bits."""
     for name, pattern in (("train", "out/last.pt"), ("train", "cache/*.u8"),
                           ("train", "cache/*.json"), ("train", "out/[al]*[vn]"),
                           ("evaluate", "out/cells.jsonl"), ("evaluate", "cache/*.u8")):  # fmt: skip
         for _ in range(max(2, bench.rounds // 5)):
             folder = bench.fresh(name, like=name)
             path = bench.chance.choice(sorted(folder.glob(pattern)))
-            if path.parent.name == "cache":  # of which a finished run makes no use
+            if path.parent.name == "cache":  # a finished run does not read it
                 shutil.rmtree(folder / "out")
             content = bytearray(path.read_bytes())
             place = bench.chance.randrange(len(content))
@@ -207,7 +208,7 @@ def full_and_read_only_disks(bench: Bench) -> None:
                 folder = bench.fresh(name)
                 with small_disk(folder / part, max(4096, int(share * used))) as disk:
                     limited = prepared(disk.limit)
-                    refused(run(bench.scripts[name], folder, limited), "make room")
+                    refused(run(bench.scripts[name], folder, limited), "free some space")
                     disk.enlarge()
                     bench.finishes(name, folder)
             folder = bench.fresh(name)
@@ -237,31 +238,31 @@ def data_that_change(bench: Bench) -> None:
     before = picture.read_bytes()
 
     def repaint() -> None:
-        new = picture.with_suffix(".new")  # so that nobody reads half a picture
+        new = picture.with_suffix(".new")  # so that no process reads half an image
         Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(new, "png")
         os.replace(new, picture)
 
     def while_decoding() -> None:
-        decode, calls = data.decode, iter(range(10**9))
+        decode, calls = cache.decode, iter(range(10**9))
 
         def late(path: Path, size: int) -> Any:
             if next(calls) == 5:
                 repaint()
             return decode(path, size)
 
-        data.decode = late
+        cache.decode = late
 
     def while_training(then: Callable[[], None]) -> Callable[[], None]:
         def sabotage() -> None:
-            epoch = train.train_epoch
+            train_one_epoch = train.train_one_epoch
 
-            def late(run: Any, number: int) -> Any:
-                if number == 2:
+            def late(config: Any, training: Any, epoch: int) -> Any:
+                if epoch == 2:
                     repaint()
                     then()
-                return epoch(run, number)
+                return train_one_epoch(config, training, epoch)
 
-            train.train_epoch = late
+            train.train_one_epoch = late
 
         return sabotage
 
@@ -270,13 +271,14 @@ def data_that_change(bench: Bench) -> None:
     picture.write_bytes(before)
     ended = run(script, folder, while_training(lambda: None))
     check(ended.code == 0, ended)
-    check(same(script.result(folder / "out"), bench.whole("train").result), "pictures of two times")
+    result = script.result(folder / "out")
+    check(same(result, bench.whole("train").result), "old and new images were mixed")
     picture.write_bytes(before)
     bench.finishes("train", folder)
     folder = bench.fresh("train")
     dies = while_training(lambda: os.kill(os.getpid(), signal.SIGKILL))
-    check(run(script, folder, dies).code == -signal.SIGKILL, "not killed")
-    refused(run(script, folder), "is not the set that out/last.pt was trained on")
+    check(run(script, folder, dies).code == -signal.SIGKILL, "the process was not killed")
+    refused(run(script, folder), "differs from the dataset that out/last.pt was trained on")
     picture.write_bytes(before)
     bench.finishes("train", folder)
 
@@ -289,10 +291,12 @@ FAULTS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=50, help="kills of each script (50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and places (0)")
+    parser.add_argument("--rounds", type=int, default=50, help="kills of each script (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults (default: 0)")
     names = [fault.__name__ for fault in FAULTS]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="kinds of faults")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, help="faults to inject (default: all)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), args.rounds, args.seed)

@@ -1,0 +1,1 @@
+"""The benchmark of 24 perturbations: registry, measuring, result store, metrics, tables, plots."""

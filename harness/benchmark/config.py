@@ -1,0 +1,111 @@
+"""The configuration of an evaluation: the command line of evaluate.py."""
+
+import os
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from corruptions import MIN_SIDE
+from harness.benchmark.registry import GROUPS, choose_perturbations
+from harness.cli import number, option, parse_options
+from harness.devices import resolve_device
+from harness.errors import UserError, escape_unprintable
+from harness.images.cache import default_cache_dir
+from harness.images.datasets import MAX_SIDE
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """All options of evaluate.py. `baseline` is a label, see `labels`."""
+
+    # fmt: off
+    models: list[str] = option(MISSING, "a checkpoint of train.py, torchvision:ARCH, or your own"
+        " module:callable, which runs its code, as does a checkpoint that was trained so; each is a"
+        " row of the tables", group="models", nargs="+", metavar="MODEL")
+    surrogate: str | None = option(None, "the model that the black-box attacks use: a VGG trained"
+        " on the same images; without one they are left out", metavar="MODEL")
+    baseline: str = option(None, "the row that + and - refer to (default: the first)",
+        metavar="MODEL")
+    weights: str | None = option(None, "weights of torchvision:ARCH, downloaded; DEFAULT: the best",
+        metavar="NAME")
+    mean: list[float] | None = option(None, "of a module:callable that expects normalized input,"
+        " with --std", type=number(float, 0, 1), nargs=3, metavar="M")
+    std: list[float] | None = option(None, "see --mean", type=number(float, 0, above=True), nargs=3,
+        metavar="S")
+
+    data: str | None = option(None, "as in train.py (default: what the first checkpoint was trained"
+        " on)", group="images", flags=("--data-dir",), metavar="SET")
+    size: int | None = option(None, "side of the square that images are resized to (default: the"
+        " first checkpoint's)", type=number(int, MIN_SIDE, MAX_SIDE))
+    cache_dir: str = option(str(default_cache_dir()), "where decoded folders are kept, and CIFAR",
+        metavar="DIR")
+    limit: int | None = option(None, "test on N images, as many of each class, drawn with --seed"
+        " (default: all)", type=number(int, 1), metavar="N")
+    imagenet_c: Path | None = option(None, "read the corruptions that are there as"
+        " DIR/corruption/severity/class/file, or DIR/family/corruption/..., instead of computing"
+        " them", type=Path, metavar="DIR")
+
+    only: list[str] = option(None, "measure these, by name or by group:"
+        f" {', '.join(GROUPS)}; clean: nothing else (default: all but the supplement, which is CW2"
+        " at confidence 0 and takes long)", group="perturbations", nargs="+", metavar="NAME")
+    skip: list[str] = option(None, "leave these out", nargs="+", metavar="NAME")
+
+    batch_size: int = option(100, "images at a time; changes nothing but speed and memory",
+        group="running", flags=("-b",), type=number(int, 1))
+    seed: int = option(0, "seed of all draws", type=number(int, 0, 2**32 - 1))
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    output_dir: str = option("runs/evaluation", "for the finished cells, from which an interrupted"
+        " run continues, tables and figures", metavar="DIR")
+    save_predictions: bool = option(False, "keep for each cell which images were right, as"
+        " predictions/MODEL/CELL.npy")
+    dump_images: int = option(4, "draw N images under every perturbation, with the first model's"
+        " predictions", type=number(int, 0, 100), metavar="N")
+    # fmt: on
+
+    @property
+    def specs(self) -> list[str]:
+        """All models of the command line, the surrogate last, each once."""
+        return list(dict.fromkeys([*self.models, *filter(None, [self.surrogate])]))
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The name of each model in the report: a checkpoint's folder, if that tells them apart."""
+        names = [Path(s).resolve().parent.name if is_file(s) else s for s in self.models]
+        names = names if len(set(names)) == len(names) else self.models
+        return dict(zip(self.models, map(escape_unprintable, names), strict=True))
+
+    @property
+    def perturbations(self) -> list[str]:
+        """The names of what is measured, in order."""
+        return choose_perturbations(self.only, self.skip)
+
+
+def is_file(spec: str) -> bool:
+    """Return whether a model is named by a checkpoint's path."""
+    return os.path.exists(spec) or ":" not in spec
+
+
+def parse_eval_config(argv: list[str] | None = None, description: str | None = None) -> EvalConfig:
+    """Parse and check the command line of evaluate.py."""
+    values, _ = parse_options(EvalConfig, argv, description)
+    values |= {"only": values["only"] or [], "skip": values["skip"] or []}
+    config = EvalConfig(**values)
+    config.perturbations  # noqa: B018  # raises for unknown names
+    if len(set(config.models)) < len(config.models):
+        raise UserError("a model is named twice")
+    labels = config.labels
+    baseline = labels.get(config.baseline or config.models[0], config.baseline)
+    if baseline not in labels.values():
+        known = ", ".join(labels.values())
+        raise UserError(f"--baseline {baseline} is not one of the models: {known}")
+    zoo = [s for s in config.specs if not is_file(s) and s.startswith("torchvision:")]
+    if bool(zoo) != bool(config.weights):
+        raise UserError("torchvision:ARCH and --weights NAME need each other; DEFAULT is the best")
+    if config.weights and os.path.exists(config.weights):
+        raise UserError(f"--weights {config.weights}: name the checkpoint itself as a model")
+    if (config.mean is None) != (config.std is None):
+        raise UserError("--mean and --std need each other")
+    if config.mean and all(is_file(s) or s in zoo for s in config.specs):
+        raise UserError("--mean and --std are for module:callable; the other models know theirs")
+    if config.imagenet_c and not config.imagenet_c.is_dir():
+        raise UserError(f"--imagenet-c {config.imagenet_c}: no such folder")
+    return EvalConfig(**values | {"baseline": baseline, "device": resolve_device(config.device)})

@@ -1,0 +1,310 @@
+"""How a cell is measured: one or several models under one perturbation at one severity.
+
+Images are corrupted and attacked by the batch. What does not depend on the model is computed once
+for all models.
+"""
+
+import io
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attacks import cw2, cw2_result, pgd_ll
+from corruptions import CORRUPTIONS, Stream, corrupt
+from harness import distributed
+from harness.benchmark import registry
+from harness.benchmark.checks import broken_gradients
+from harness.benchmark.config import EvalConfig
+from harness.benchmark.registry import PERTURBATIONS
+from harness.benchmark.store import Cell
+from harness.benchmark.subjects import Subject
+from harness.errors import UserError
+from harness.files import atomic_write
+from harness.images.cache import decode_all
+from harness.images.folders import File, list_classes
+from harness.images.loader import BatchLoader
+
+Batch = tuple[Tensor, Tensor, Tensor]  # indices, images in [0, 1], class indices; on the device
+
+
+@dataclass
+class Evaluation:
+    """Everything that the cells are measured with."""
+
+    config: EvalConfig
+    classes: list[str]
+    loader: BatchLoader
+    chosen: Tensor  # indices of the test images that count
+    models: list[Subject]
+    surrogate: Subject | None
+    facts: dict[str, Any]  # what decides every number
+    setup: dict[str, Any]  # what else every record says
+    least_likely: dict[str, Tensor] = field(default_factory=dict)  # by model, of every test image
+
+    def decided_by(self, name: str) -> dict[str, Any]:
+        """Return what a cell depends on besides the model, the perturbation and its severity."""
+        black_box = self.surrogate if PERTURBATIONS[name].black_box else None
+        folder = self.corrupted_folder(name)
+        return {
+            **self.facts,
+            "surrogate": black_box.digest if black_box else None,
+            "imagenet_c": str(folder.resolve()) if folder else None,
+        }
+
+    def corrupted_folder(self, name: str) -> Path | None:
+        """Return DIR/name or DIR/family/name of --imagenet-c DIR, if there is one."""
+        root = self.config.imagenet_c
+        if root is None or len(PERTURBATIONS[name].severities) == 1:
+            return None
+        places = (root / name, root / PERTURBATIONS[name].group / name)
+        return next((place for place in places if place.is_dir()), None)
+
+    def images_of(self, name: str) -> Tensor:
+        """Return the indices of the test images that a cell takes."""
+        return self.sample(registry.SAMPLE) if PERTURBATIONS[name].sampled else self.chosen
+
+    def sample(self, count: int) -> Tensor:
+        """Return the indices of `count` of the chosen images, as many of each class."""
+        labels = self.loader.labels.cpu()[self.chosen]
+        return self.chosen[choose_images(labels, count, self.config.seed)]
+
+
+# ---------------------------------------------------------------------------- images
+
+
+def choose_images(labels: Tensor, limit: int | None, seed: int) -> Tensor:
+    """Draw `limit` images, as many of each class as possible.
+
+    Args:
+        labels: class indices (N,).
+        limit: how many; None, or N or more, takes all.
+        seed: of the draw.
+
+    Returns:
+        Sorted indices int64 (min(limit, N),).
+    """
+    if limit is None or limit >= len(labels):
+        return torch.arange(len(labels))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order].argsort(stable=True)]  # class by class, in random order within
+    counts = torch.bincount(labels)
+    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    tie = torch.rand(len(labels), generator=generator, dtype=torch.float64)
+    return order[(rank + tie).argsort()[:limit]].sort().values
+
+
+def clean_batches(run: Evaluation, name: str, severity: int | None) -> Iterator[Batch]:
+    """Yield this rank's batches of clean images, or of the corrupted ones of --imagenet-c."""
+    folder = run.corrupted_folder(name)
+    if folder is not None:
+        yield from _folder_batches(run, folder / str(severity))
+    else:
+        mine = distributed.shard_batches(torch.split(run.images_of(name), run.config.batch_size))
+        for indices, (x, y) in zip(mine, run.loader.prefetch(mine), strict=True):
+            yield indices.to(run.loader.device), x, y
+
+
+def _folder_batches(run: Evaluation, folder: Path) -> Iterator[Batch]:
+    """Stream the files of FOLDER/class/: the whole of ImageNet-C does not fit into memory."""
+    found = list_classes(folder) if folder.is_dir() else {}
+    if missing := [name for name in run.classes if not found.get(name)]:
+        raise UserError(
+            f"--imagenet-c: {folder} has no images of class {missing[0]!r}; the layout is"
+            " DIR/corruption/severity/class/file, with the classes of --data"
+        )
+    files = [
+        File(os.path.relpath(path, folder), label)
+        for label, name in enumerate(run.classes)
+        for path in found[name]
+    ]
+    labels, device = torch.tensor([file.label for file in files]), run.loader.device
+    chosen = choose_images(labels, run.config.limit, run.config.seed)
+    mine = distributed.shard_batches(torch.split(chosen, run.config.batch_size))
+    wanted = [files[i] for indices in mine for i in indices.tolist()]
+    decoded = decode_all(folder, wanted, run.facts["size"])
+    for indices in mine:
+        pixels = []
+        for file, image in islice(decoded, len(indices)):
+            if isinstance(image, str):
+                raise UserError(f"{folder / file.path}: {image}; fetch the file again")
+            pixels.append(image)
+        x = torch.from_numpy(np.stack(pixels)).to(device).float().div_(255)
+        yield indices.to(device), x, labels[indices].to(device)
+
+
+def perturb(
+    run: Evaluation, name: str, severity: int | None, victim: Subject | None, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Corrupt or attack a batch.
+
+    Every draw is a function of (seed, name, severity, image index), so that no result depends on
+    the batch, up to rounding.
+
+    Args:
+        run: the evaluation.
+        name, severity: of the perturbation.
+        victim: the model whose gradient an attack uses; None for corruptions.
+        batch: indices, clean images, class indices.
+
+    Returns:
+        The perturbed images, and what else there is to report of each image, (B,) tensors by name.
+    """
+    indices, x, y = batch
+    attack = PERTURBATIONS[name].attack
+    if attack is None or victim is None:
+        if name in CORRUPTIONS and run.corrupted_folder(name) is None:
+            x = corrupt(x, name, severity, seed=run.config.seed, index=indices)
+        return x, {}
+    settings, model = attack.keywords, victim.module
+    if attack.function is broken_gradients:
+        return x, {"broken": broken_gradients(model, x, y)}
+    if attack.function is cw2:
+        return _perturb_cw2(victim, x, y, settings)
+    extra: dict[str, Any] = {}
+    if attack.random:
+        shape = (settings.get("restarts", 1), *x.shape[1:])
+        start = Stream(run.config.seed, name, None, indices).uniform(*shape)
+        extra["start"] = start.mul_(2).sub_(1).transpose(0, 1).squeeze(0)  # one run: x.shape
+    if attack.function is pgd_ll and victim.digest in run.least_likely:
+        extra["target"] = run.least_likely[victim.digest][indices]
+    return attack.function(model, x, y, **settings, **extra), {}
+
+
+def _perturb_cw2(
+    victim: Subject, x: Tensor, y: Tensor, settings: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Attack by CW2 those images that the model gets right."""
+    with torch.no_grad():
+        right = victim.module(x).argmax(1) == y
+    images, found = x.clone(), {"right": right}
+    if right.any():
+        result = cw2_result(victim.module, x[right], y[right], **settings)
+        images[right], l2 = result.x_adv, torch.where(result.reached, result.l2, torch.nan)
+        found |= result._asdict() | {"l2": l2}
+        del found["x_adv"]
+    return images, found
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+def measure(
+    run: Evaluation, name: str, severity: int | None, models: list[Subject], bar: Any
+) -> list[Cell]:
+    """Measure a cell of each of these models.
+
+    Args:
+        run: the evaluation.
+        name, severity: of the perturbation.
+        models: those that lack the cell.
+        bar: a progress bar that counts images.
+
+    Returns:
+        The records, in the order of `models`.
+    """
+    white_box = PERTURBATIONS[name].white_box
+    victim = run.surrogate if PERTURBATIONS[name].black_box else None
+    found: list[list[dict[str, Tensor]]] = [[] for _ in models]  # of each batch, image by image
+    seconds = [0.0] * (len(models) + 1)  # of each model, and of the perturbing
+    clock = _now(run)
+    for batch in clean_batches(run, name, severity):
+        y = batch[2]
+        about: dict[str, Tensor] = {}
+        if not white_box:
+            images, _ = perturb(run, name, severity, victim, batch)
+        seconds[-1], clock = seconds[-1] + _now(run) - clock, _now(run)
+        for i, model in enumerate(models):
+            if white_box:
+                images, about = perturb(run, name, severity, model, batch)
+            with torch.no_grad():
+                logits = model.module(images)
+            about = {**about, "hit": logits.argmax(1) == y, "least_likely": logits.argmin(1)}
+            found[i].append({key: values.cpu() for key, values in about.items()})
+            seconds[i], clock = seconds[i] + _now(run) - clock, _now(run)
+            bar.update(len(y))
+    done = sum(len(about["hit"]) for batches in found for about in batches)
+    seconds = [max(times) for times in zip(*distributed.all_gather(seconds), strict=True)]
+    cells = [
+        _make_cell(
+            run, name, severity, model, distributed.merge_batches(about), (seconds[i], seconds[-1])
+        )
+        for i, (model, about) in enumerate(zip(models, found, strict=True))
+    ]
+    bar.update(sum(cell["n"] for cell in cells) - done)  # by the other processes
+    return cells
+
+
+def _make_cell(
+    run: Evaluation, name: str, severity: int | None, model: Subject,
+    batches: list[dict[str, Tensor]], seconds: tuple[float, float],
+) -> Cell:  # fmt: skip
+    """Summarize what was found of each image, and keep what later cells need of single images."""
+    keys = dict.fromkeys(key for about in batches for key in about)
+    values = {key: torch.cat([b[key] for b in batches if key in b]) for key in keys}
+    right, least_likely = values.pop("hit"), values.pop("least_likely")
+    if name == "clean":
+        of_all = torch.zeros(len(run.loader), dtype=torch.int64)
+        of_all[run.chosen] = least_likely
+        run.least_likely[model.digest] = of_all.to(run.loader.device)
+    if run.config.save_predictions and distributed.rank() == 0:
+        _save(prediction_path(run, model, name, severity), right)
+    return {
+        "model": model.digest, "label": model.label, "perturbation": name,
+        "severity": severity, "n": len(right), "correct": int(right.sum()),
+        **{key: _summarize(found) for key, found in values.items()},
+        "seconds": round(seconds[0], 3), "seconds_making": round(seconds[1], 3),
+        **run.decided_by(name), **run.setup,
+    }  # fmt: skip
+
+
+def _now(run: Evaluation) -> float:
+    """Return the time when the device has finished its work."""
+    if run.loader.device.type != "cpu":
+        torch.accelerator.synchronize(run.loader.device)
+    return time.perf_counter()
+
+
+def _summarize(values: Tensor) -> int | float | None:
+    """Count booleans; of numbers take the median, NaN left out."""
+    if values.dtype == torch.bool:
+        return int(values.sum())
+    median = values.nanmedian().item()
+    return None if math.isnan(median) else round(median, 6)
+
+
+def prediction_path(run: Evaluation, model: Subject, name: str, severity: int | None) -> Path:
+    """Return where --save-predictions keeps which images of a cell were right, bool (n,)."""
+    file = name if severity is None else f"{name}_{severity}"
+    return Path(run.config.output_dir, "predictions", model.digest, f"{file}.npy")
+
+
+def _save(path: Path, right: Tensor) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, right.numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, buffer.getbuffer())
+
+
+def refuse_other_runs(run: Evaluation, path: Path, cells: list[Cell]) -> None:
+    """Raise `UserError` if a finished cell is of another run than this one."""
+    digests = {model.digest for model in run.models}
+    for cell in cells:
+        wanted = run.decided_by(cell["perturbation"])
+        other = [f"{k}: {cell.get(k)}, now {v}" for k, v in wanted.items() if cell.get(k) != v]
+        if cell["model"] not in digests:
+            other.append(f"model: {cell['label']} of digest {cell['model']}, now not among them")
+        if other:
+            raise UserError(
+                f"{path} holds results of another run ({other[0]}): choose another --output-dir, or"
+                " delete that file"
+            )

@@ -1,0 +1,247 @@
+"""Figures: robustness, severities, training curves, one step of M-TLAT, perturbed images."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from torch import Tensor, nn
+
+from harness.benchmark.metrics import Results, wilson
+from harness.benchmark.registry import COLUMNS, PERTURBATIONS, TABLES
+from harness.errors import escape_unprintable
+from harness.files import atomic_path
+from mtlat import ALPHA, EPSILON_MAX, Draws, draw, frozen, mixup, target_labels, targeted_fgsm
+
+DPI = 150  # of the figures: the report shows them at their size in inches
+GRAY = "#9aa0a6"
+PALETTE = ("#1f6feb", "#d1495b", "#2a9d63", "#e09f3e", "#7b4ea3", "#17a2b8", "#8c5a3c", "#e377c2")
+rcParams["text.parse_math"] = False  # a $ in the name of a class or a model is a $
+
+
+class Tile(NamedTuple):
+    """One image of a contact sheet."""
+
+    title: str
+    image: Tensor  # (3, S, S) in [0, 1]
+    predicted: str
+    right: bool
+
+
+def plot_robustness(results: Results, path: Path) -> None:
+    """Plot R per perturbation as grouped bars, in the tables' order, with 95 % intervals."""
+    places: dict[str, float] = {}
+    for gap, names in enumerate(TABLES.values()):
+        places |= {name: len(places) + i + 0.7 * gap for i, name in enumerate(names)}
+    figure = _figure(13, 4.5)
+    axes = figure.subplots()
+    width = 0.8 / len(results.rows)
+    colors = _colors([row.model for row in results.rows], results.baseline)
+    for i, row in enumerate(results.rows):
+        left = (i - (len(results.rows) - 1) / 2) * width
+        bars = [(places[n] + left, s) for n, s in row.scores.items() if n in places and s.accuracy]
+        x = [place for place, _ in bars]
+        y = [s.robustness for _, s in bars]
+        low = [s.robustness * (1 - s.low / s.accuracy) for _, s in bars]
+        high = [s.robustness * (s.high / s.accuracy - 1) for _, s in bars]
+        axes.bar(x, y, width, color=colors[row.model], label=row.model,
+                 yerr=(low, high), error_kw={"lw": 0.6, "ecolor": "#444444"})  # fmt: skip
+    axes.axhline(1, color="#444444", lw=0.8, ls=":")
+    axes.set_xticks(list(places.values()), [COLUMNS[name] for name in places], rotation=45,
+                    ha="right", rotation_mode="anchor")  # fmt: skip
+    axes.set_xlim(-0.7, max(places.values()) + 0.7)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("R = accuracy / clean accuracy, 95 % intervals", fontsize=9)
+    _finish(figure, path)
+
+
+def plot_severities(results: Results, path: Path) -> None:
+    """Plot accuracy against severity for ImageNet-C's fifteen, with 95 % intervals; 0 is clean."""
+    figure = _figure(11, 6.6)
+    colors = _colors([row.model for row in results.rows], results.baseline)
+    panels = list(figure.subplots(3, 5, sharex=True, sharey=True).flat)
+    graded = [name for name in COLUMNS if len(PERTURBATIONS[name].severities) > 1]
+    for axes, name in zip(panels, graded, strict=True):
+        axes.set_title(COLUMNS[name], fontsize=10)
+        for row in results.rows:
+            if name in row.scores:
+                score = row.scores[name]
+                y = [row.scores["clean"].accuracy, *score.by_severity]
+                low, high = zip(*(wilson(share * score.n, score.n) for share in y), strict=True)
+                color = colors[row.model]
+                axes.plot(range(len(y)), y, color=color, marker="o", ms=3, label=row.model)
+                axes.fill_between(range(len(y)), low, high, color=color, alpha=0.15, lw=0)
+        axes.set_ylim(0, 1.04)  # shows a marker at 1 as a whole
+        axes.set_xticks(range(6), ["0", *"12345"])
+        axes.grid(alpha=0.3)
+    figure.supxlabel("severity (0: clean)", fontsize=10)
+    figure.supylabel("accuracy", fontsize=10)
+    _finish(figure, path)
+
+
+def plot_curves(logs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Plot losses and clean accuracy per epoch, from the logs of train.py by name."""
+    figure, colors = _figure(9, 3.6), _colors(list(logs))
+    losses, accuracy = figure.subplots(1, 2)
+    for name, log in logs.items():
+        epochs = [row["epoch"] for row in log]
+        style: dict[str, Any] = {"color": colors[name], "marker": "o", "ms": 3 * (len(log) < 30)}
+        losses.plot(epochs, [row["loss1"] for row in log], **style)
+        losses.plot(epochs, [row["loss2"] for row in log], ls="--", **style)
+        accuracy.plot(epochs, [100 * row["clean_accuracy"] for row in log], label=name, **style)
+    losses.set_ylabel("loss1, and loss2 (dashed)")
+    accuracy.set_ylabel("clean accuracy, %")
+    for axes in (losses, accuracy):
+        axes.set_xlabel("epoch")
+        axes.set_xlim(left=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    _finish(figure, path)
+
+
+def plot_step(
+    model: nn.Module, x: Tensor, y: Tensor, classes: list[str], path: Path, seed: int = 0
+) -> None:
+    """Plot the attacked half of a step: two images, their mix, the attack, x_mtlat, its label.
+
+    Each image is mixed with the one before it. Of these B couples, the one is shown where most can
+    be seen: three classes, an even mix, a large epsilon.
+
+    Args:
+        model: attacked in the mode that it is in.
+        x: images (B, 3, S, S) in [0, 1], B at least 4.
+        y: class indices (B,) int64.
+        classes: the class names.
+        path: the PNG file to write.
+        seed: of lambda, epsilon and the targets.
+
+    Raises:
+        ValueError: fewer than 4 images.
+    """
+    if len(x) < 4:
+        raise ValueError(f"{len(x)} images; the couple that is shown is chosen from 4 or more")
+    draws = draw(len(x), len(classes), alpha=ALPHA, epsilon_max=EPSILON_MAX,
+                 generator=torch.Generator().manual_seed(seed), device=x.device)  # fmt: skip
+    x4, y4 = x.roll(1, 0), y.roll(1, 0)
+    one_hot, one_hot4 = (F.one_hot(labels, len(classes)).to(x.dtype) for labels in (y, y4))
+    x_mix2, y_mix2 = mixup(x, one_hot, x4, one_hot4, draws.lam2)
+    x_mtlat = targeted_fgsm(model, x_mix2, draws.target, draws.epsilon)
+    y_mtlat = target_labels(y_mix2, draws.target, draws.epsilon)
+    with frozen(model), torch.no_grad():
+        before, after = (
+            100 * model(images).softmax(1).gather(1, draws.target[:, None]).squeeze(1)
+            for images in (x_mix2, x_mtlat)
+        )
+    couples = list(zip(y.tolist(), y4.tolist(), draws.target.tolist(), strict=True))
+    i = _most_visible(couples, draws)
+    lam, epsilon = float(draws.lam2[i]), float(draws.epsilon[i])
+    first, second, target = (_short(classes[k], 18) for k in couples[i])
+    enlarged = (x_mtlat - x_mix2)[i] / (2 * epsilon) + 0.5
+    tiles = [
+        (f"x3\n{first}", x[i]),
+        (f"x4\n{second}", x4[i]),
+        (f"x_mix2\n{lam:.2f} x3 + {1 - lam:.2f} x4", x_mix2[i]),
+        (f"x_mtlat - x_mix2, times {0.5 / epsilon:.0f}\n"
+         f"epsilon {epsilon:.4f}, towards {target}", enlarged),
+        (f"x_mtlat\np({target}): {before[i]:.2f} % before, {after[i]:.2f} % after", x_mtlat[i]),
+    ]  # fmt: skip
+    label = {classes[k]: float(y_mtlat[i, k]) for k in couples[i]}
+    title = f"y_mtlat\n{1 - epsilon:.4f} y_mix2 + {epsilon:.4f} y_target"
+    _plot_tiles(tiles, title, label, path)
+
+
+def _plot_tiles(
+    tiles: list[tuple[str, Tensor]], title: str, label: Mapping[str, float], path: Path
+) -> None:
+    """Plot five images with their titles, and a soft label in the sixth place."""
+    figure = _figure(8, 6, 0.08)
+    *panels, last = figure.subplots(2, 3).flat
+    for axes, (name, image) in zip(panels, tiles, strict=True):
+        axes.imshow(image.clamp(0, 1).permute(1, 2, 0).cpu().numpy())
+        axes.set_title(name, fontsize=9)
+        axes.axis("off")
+    last.set_title(title, fontsize=9)
+    _plot_label(last, label)
+    _finish(figure, path)
+
+
+def _most_visible(couples: list[tuple[int, int, int]], draws: Draws) -> int:
+    """Choose a couple of three different classes with an even mix and a large epsilon."""
+    visible = torch.minimum(draws.lam2, 1 - draws.lam2) * draws.epsilon
+    return max(range(len(couples)), key=lambda i: (len(set(couples[i])), float(visible[i])))
+
+
+def _plot_label(axes: Any, shares: Mapping[str, float]) -> None:
+    """Plot a soft label as bars, each below the name of its class."""
+    axes.barh(range(len(shares)), list(shares.values()), 0.35, color=PALETTE[: len(shares)])
+    for place, (name, share) in enumerate(shares.items()):
+        axes.text(0, place - 0.26, f"{share:.4f}  {_short(name, 26)}", fontsize=9)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(2.6, -0.8)
+    axes.set_box_aspect(1)
+    axes.set_yticks([])
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_images(sheets: Sequence[Sequence[Tile]], path: Path) -> None:
+    """Plot a sheet of five columns for each image: clean and perturbed, with the predictions."""
+    columns = min(2, len(sheets))
+    rows = math.ceil(len(sheets) / columns)
+    tall = math.ceil(max(map(len, sheets)) / 5)
+    figure = _figure(6.4 * columns, 1.62 * tall * rows)
+    blocks = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in blocks:
+        axes.axis("off")
+    # One axes for all tiles of a sheet, in inches: laying out a hundred axes takes seconds.
+    for axes, sheet in zip(blocks, sheets, strict=False):
+        style = {"fontsize": 7, "ha": "center", "va": "center"}
+        for i, tile in enumerate(sheet):
+            left, top = 1.28 * (i % 5), 1.62 * (i // 5)
+            extent = (left + 0.03, left + 1.25, top + 1.42, top + 0.2)
+            axes.imshow(tile.image.permute(1, 2, 0).numpy(), extent=extent)
+            axes.text(left + 0.64, top + 0.11, _short(tile.title, 20), **style)
+            mark, color = ("✓", "#1b7f4b") if tile.right else ("✗", "#c0392b")
+            predicted = f"{mark} {_short(tile.predicted, 18)}"
+            axes.text(left + 0.64, top + 1.51, predicted, color=color, **style)
+        axes.set(xlim=(0, 6.4), ylim=(1.62 * tall, 0))
+    _finish(figure, path)
+
+
+def _figure(width: float, height: float, pad: float = 0.04) -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=pad, h_pad=pad)
+    return Figure((width, height), dpi=DPI, layout=layout)
+
+
+def _colors(names: Sequence[str], baseline: str | None = None) -> dict[str, str]:
+    """Assign gray to the baseline, or else to the first, and colors to the others."""
+    gray = baseline or next(iter(names), "")
+    others = [name for name in names if name != gray]
+    return {gray: GRAY, **{name: PALETTE[i % len(PALETTE)] for i, name in enumerate(others)}}
+
+
+def _short(name: str, most: int) -> str:
+    name = escape_unprintable(name)
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _finish(figure: Figure, path: Path) -> None:
+    """Write the figure, with one legend of all labels, as many per line as fit."""
+    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
+    found = {name: handle for pair in drawn for handle, name in zip(*pair, strict=True)}
+    for columns in range(min(6, len(found)), 0, -1):
+        legend = figure.legend(found.values(), found, loc="outside upper center", ncols=columns,
+                               frameon=False)  # fmt: skip
+        box = legend.get_window_extent()
+        if box.width <= figure.bbox.width or columns == 1:
+            # The figure's height has room for one line of the legend.
+            figure.set_figheight(figure.get_figheight() + box.height / DPI - 0.4)
+            break
+        legend.remove()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,97 @@
+"""The one list of what the benchmark measures: the perturbations, their groups and their tables."""
+
+import difflib
+from typing import NamedTuple
+
+from corruptions import CORRUPTIONS
+from harness.benchmark.attack_registry import ATTACKS, Attack
+from harness.benchmark.checks import CHECKS, broken_gradients
+from harness.errors import UserError
+
+CHECK = "check_"  # prefix of the attack checks' names
+SUPPLEMENT = "cw2_0"  # the smallest adversarial step: CW2 at confidence 0
+SAMPLE = 200  # images that the attack checks and the supplement take
+
+_CW2 = ATTACKS["cw2"]
+
+
+class Perturbation(NamedTuple):
+    """A row of the registry."""
+
+    group: str  # a name for --only and --skip
+    severities: tuple[int | None, ...] = (None,)
+    column: str = ""  # heading in the tables; empty for what stands in no table
+    attack: Attack | None = None  # None for corruptions and clean images
+    sampled: bool = False  # whether it is measured on `SAMPLE` images instead of all
+
+    @property
+    def white_box(self) -> bool:
+        """Whether the attack uses the gradient of the tested model itself."""
+        return self.attack is not None and self.attack.box == "white-box"
+
+    @property
+    def black_box(self) -> bool:
+        """Whether the attack uses the gradient of the surrogate."""
+        return self.attack is not None and self.attack.box == "black-box"
+
+
+def _register() -> dict[str, Perturbation]:
+    """List all perturbations in the order in which they are measured; clean images come first."""
+    rows = {"clean": Perturbation("clean")}
+    for name, corruption in CORRUPTIONS.items():
+        # The paper draws the strength of its own four corruptions for every image.
+        severities = (None,) if corruption.family == "paper" else corruption.severities
+        rows[name] = Perturbation(corruption.family, severities, corruption.column)
+    for name, attack in ATTACKS.items():
+        if name == "cw2":
+            # For an accuracy it need not search the nearest image: one round tells what it reaches.
+            attack = attack._replace(keywords=attack.keywords | {"rounds": 1})
+        rows[name] = Perturbation(attack.box, column=attack.column, attack=attack)
+    broken = Attack(broken_gradients, {}, "clean images with their gradients")
+    for name, attack in {"clean": broken, **CHECKS}.items():
+        rows[CHECK + name] = Perturbation("checks", attack=attack, sampled=True)
+    smallest = _CW2._replace(keywords=_CW2.keywords | {"confidence": 0.0})
+    rows[SUPPLEMENT] = Perturbation("supplement", attack=smallest, sampled=True)
+    return rows
+
+
+PERTURBATIONS = _register()
+GROUPS: dict[str, list[str]] = {}  # what --only and --skip can name, in the order of the work
+for _name, _entry in PERTURBATIONS.items():
+    GROUPS.setdefault(_entry.group, []).append(_name)
+del GROUPS["clean"]  # always measured
+TABLES = {  # title -> perturbations, in the paper's order
+    "ImageNet-C's corruptions": [n for n, c in CORRUPTIONS.items() if c.family != "paper"],
+    "The paper's corruptions": [n for n, c in CORRUPTIONS.items() if c.family == "paper"],
+    "Adversarial attacks": list(ATTACKS),
+}
+COLUMNS = {name: PERTURBATIONS[name].column for names in TABLES.values() for name in names}
+
+
+def choose_perturbations(only: list[str], skip: list[str]) -> list[str]:
+    """Choose what to measure, in order; clean images are always the first.
+
+    Args:
+        only: names and groups to measure; empty for all but the supplement. ["clean"] measures
+            clean accuracy alone. A white-box attack brings the attack checks with it.
+        skip: names and groups to leave out.
+
+    Raises:
+        UserError: an unknown name, or nothing is left.
+    """
+    known = {**GROUPS, **{name: [name] for names in GROUPS.values() for name in names}}
+    if only == ["clean"]:
+        return only
+    for word in [*only, *skip]:
+        if word not in known:
+            close = ", ".join(difflib.get_close_matches(word, known, 3)) or ", ".join(GROUPS)
+            raise UserError(f"{word!r} is not a perturbation or a group; close names: {close}")
+    wanted = {name for word in only or known for name in known[word]}
+    if not only:
+        wanted -= set(GROUPS["supplement"])
+    elif wanted & set(GROUPS["white-box"]):
+        wanted |= set(GROUPS["checks"])
+    wanted -= {name for word in skip for name in known[word]}
+    if not wanted:
+        raise UserError("--only and --skip leave nothing to measure")
+    return ["clean", *(name for name in PERTURBATIONS if name in wanted)]

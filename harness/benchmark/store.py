@@ -1,0 +1,48 @@
+"""The result store: finished cells as JSON lines, each with a checksum.
+
+A cell is one model under one perturbation at one severity. Its record says how many of the images
+were right, what else was measured, and everything that decides these numbers.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+from harness.files import checksum
+
+Cell = dict[str, Any]
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """Read the finished cells. Truncates a last line that a crash left unfinished.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    cells = []
+    for i, text in enumerate(whole.splitlines(), 1):
+        try:
+            cell = json.loads(text)
+            if cell.pop("crc") != checksum(cell):
+                raise ValueError
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise UserError(f"{path}: line {i} is damaged; delete it and start again") from None
+        cells.append(cell)
+    return cells
+
+
+def append_cells(path: Path, cells: list[Cell]) -> None:
+    """Append finished cells, and flush them to disk before the next one begins."""
+    with open(path, "ab") as file:
+        for cell in cells:
+            file.write(json.dumps({**cell, "crc": checksum(cell)}).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,112 @@
+"""The models under test: loaded from the command line, checked, and named by a digest."""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from harness.benchmark.checks import broken_gradients
+from harness.benchmark.config import EvalConfig
+from harness.benchmark.fusion import fuse_for_inference
+from harness.errors import UserError
+from harness.models import build_model, check_logits, create_model, restore_model
+
+
+class Subject(NamedTuple):
+    """A model under test."""
+
+    label: str  # its name in the report
+    module: nn.Module
+    digest: str  # of everything that it computes with
+
+
+def load_subjects(
+    config: EvalConfig, classes: list[str], checkpoints: dict[str, Any]
+) -> dict[str, Subject]:
+    """Load every model that the command line names.
+
+    Args:
+        config: names the models and the device.
+        classes: of the test images.
+        checkpoints: the loaded ones, by their name on the command line.
+
+    Returns:
+        The models in eval mode, by their names on the command line.
+
+    Raises:
+        UserError: a model does not exist, or was trained on other classes.
+    """
+    subjects = {}
+    for spec in config.specs:
+        module = _load_module(config, spec, classes, checkpoints.get(spec)).to(config.device).eval()
+        digest = hashlib.sha256(repr(module).encode())
+        for name, value in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        label = config.labels.get(spec, spec)
+        subjects[spec] = Subject(label, module, digest.hexdigest()[:16])
+    return subjects
+
+
+def _load_module(
+    config: EvalConfig, spec: str, classes: list[str], checkpoint: dict[str, Any] | None
+) -> nn.Module:
+    if checkpoint is not None:
+        own = checkpoint["classes"]
+        if own != classes:
+            raise UserError(
+                f"{spec} was trained on other classes ({len(own)}: {' '.join(own[:3])} ...) than"
+                f" those of the test images ({len(classes)}: {' '.join(classes[:3])} ...)"
+            )
+        return restore_model(checkpoint)
+    if spec.startswith("torchvision:"):
+        arch, weights = spec.removeprefix("torchvision:"), config.weights
+        try:
+            known = torchvision.models.get_model_weights(arch)[weights].meta["categories"]
+        except (ValueError, KeyError):
+            known = classes  # create_model says what is wrong with the name
+        return create_model(arch, len(known), weights)[0]
+    normalize = (config.mean, config.std) if config.mean and config.std else None
+    return build_model(spec, len(classes), normalize)
+
+
+def inspect_subject(subject: Subject, x: Tensor, y: Tensor, num_classes: int) -> list[str]:
+    """Check a model on a few images.
+
+    Args:
+        subject: the model.
+        x: images (B, 3, S, S) in [0, 1].
+        y: class indices (B,).
+        num_classes: N.
+
+    Returns:
+        Warnings about a model on which attacks may fail.
+
+    Raises:
+        UserError: scores of this model would mean nothing.
+    """
+    label, module, _ = subject
+    if any(layer.training for layer in module.modules()):
+        raise UserError(f"{label} ignores eval(): its modules must adopt train(False)")
+    first, second = (check_logits(label, module, x, num_classes) for _ in range(2))
+    if not torch.allclose(first, second, 1e-4, 1e-4):
+        raise UserError(
+            f"{label} returns other logits for the same images the second time: it must not draw"
+            " random numbers in eval mode"
+        )
+    warnings = []
+    if first.min() >= 0 and torch.allclose(first.sum(1), first.new_ones(len(x))):
+        warnings.append(f"{label} returns probabilities, not logits: attacks on it are too weak")
+    if broken := int(broken_gradients(module, x, y).sum()):
+        warnings.append(
+            f"{label}: the gradient is zero or NaN for {broken} of the first {len(x)} images, and"
+            " attacks cannot move them"
+        )
+    return warnings
+
+
+def fuse_subject(subject: Subject, x: Tensor) -> Subject:
+    """Fuse the model's layers for inference; its digest stays."""
+    return subject._replace(module=fuse_for_inference(subject.module, x))

@@ -1,0 +1,106 @@
+"""Command lines declared as dataclasses: each field is an option with type, default and help.
+
+@dataclass(frozen=True)
+class Config:
+    epochs: int = option(90, "passes over the training set", type=number(int, 1))
+
+values, given = parse_options(Config, argv, __doc__)     # fill in what depends on other options
+config = Config(**values)
+"""
+
+import argparse
+import dataclasses
+import math
+from typing import Any, NoReturn
+
+from harness.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser that shows defaults in --help and raises `UserError` on wrong usage."""
+
+    class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action: argparse.Action) -> str | None:
+            return action.help if action.default is None else super()._get_help_string(action)
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=self._Help, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Any:
+    """Make an argparse type that accepts numbers from `low` to `high`.
+
+    Args:
+        kind: int or float.
+        low, high: the range, both ends included.
+        above: exclude `low` itself.
+    """
+    rule = f"above {low}" if above else f"from {low}"
+    rule += f" to {high}" if high < math.inf else ("" if above else " up")
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not of type {kind.__name__}") from None
+        if not low <= value <= high or (above and value == low) or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {rule}")
+        return value
+
+    return convert
+
+
+def option(
+    default: Any, help: str, *, flags: tuple[str, ...] = (), group: str = "",
+    may_change: bool = False, **arguments: Any,
+) -> Any:  # fmt: skip
+    """Declare a field of a configuration dataclass as a command-line option.
+
+    Args:
+        default: the value without the option; `dataclasses.MISSING` for a required one.
+        help: the text of --help.
+        flags: other spellings, for example ("-b",). A positional argument names itself here.
+        group: the heading of --help that begins with this option.
+        may_change: whether a resumed run may pass another value.
+        arguments: passed to `ArgumentParser.add_argument`.
+    """
+    metadata = {"help": help, "flags": flags, "group": group, "may_change": may_change,
+                "arguments": arguments}  # fmt: skip
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def build_parser(config: type, description: str | None = None) -> Parser:
+    """Build the parser of a configuration dataclass."""
+    parser = Parser(description)
+    add = parser.add_argument
+    for field in dataclasses.fields(config):
+        if field.metadata["group"]:
+            add = parser.add_argument_group(field.metadata["group"]).add_argument
+        arguments = {"help": field.metadata["help"], **field.metadata["arguments"]}
+        if field.default is dataclasses.MISSING:
+            add(field.name, **arguments)
+            continue
+        name = f"--{field.name.replace('_', '-')}"
+        flags = sorted([name, *field.metadata["flags"]], key=lambda flag: flag.startswith("--"))
+        if field.type is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        add(*flags, dest=field.name, default=field.default, **arguments)
+    return parser
+
+
+def parse_options(
+    config: type, argv: list[str] | None, description: str | None
+) -> tuple[dict[str, Any], set[str]]:
+    """Parse a command line.
+
+    Returns:
+        The values by field name, and the names of the fields that the command line gives.
+    """
+    parser = build_parser(config, description)
+    values = vars(parser.parse_args(argv))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return values, set(vars(parser.parse_args(argv)))

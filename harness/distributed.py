@@ -1,0 +1,174 @@
+"""Helpers for running under torchrun. In a single process every function is a no-op.
+
+    with process_group():                    # join the job for the time of the block
+        rows = shard_rows(len(batch))        # this rank's rows of a minibatch
+        all_reduce_sum(gradients)            # in place, over all ranks
+
+Gradients are summed here, once a step after its last backward pass, instead of by torch's
+DistributedDataParallel. That wrapper would also see the attack's backward pass, it broadcasts
+buffers between the two forward passes of a step, which breaks BatchNorm's backward pass on CUDA,
+and it prefixes every name in a checkpoint. It would overlap communication with computation.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from itertools import zip_longest
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+# Longer than any batch takes. It ends a job in which a process hangs. A process that dies is
+# noticed at once, by its closed connections and by torchrun.
+TIMEOUT = timedelta(minutes=30)
+
+T = TypeVar("T")
+
+
+class PeerLostError(Exception):
+    """Another process of the job has ended, or hangs."""
+
+
+class _Job(NamedTuple):
+    rank: int = 0
+    world_size: int = 1
+    store: Any = None  # torchrun's key-value store, which all processes see
+
+
+_job = _Job()
+
+
+def rank() -> int:
+    """Return the rank of this process. Rank 0 prints and writes files."""
+    return _job.rank
+
+
+def world_size() -> int:
+    """Return the number of processes of the job."""
+    return _job.world_size
+
+
+def local_rank() -> int:
+    """Return the rank of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if _job.world_size > 1 else 0
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the job that torchrun started, if there is one. Ranks above 0 print nothing."""
+    global _job
+    with ExitStack() as stack:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            with _peer_errors():
+                store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
+                store = _fresh_store(store, rank)
+                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
+                )
+            _job = _Job(rank, world_size, store)
+            if rank:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(redirect_stdout(nowhere))
+                stack.enter_context(redirect_stderr(nowhere))
+        yield
+    if _job.world_size > 1:  # not after an error: the others may be in the middle of an exchange
+        dist.destroy_process_group()
+        _job = _Job()
+
+
+def _fresh_store(store: Any, rank: int) -> Any:
+    """Return a part of the store that is new at every start: torchrun keeps it over its restarts.
+
+    Rank 0 names the part. A name that this rank has been given before is of an earlier start.
+    """
+    if rank == 0:
+        store.set("start", os.urandom(8).hex())
+    while store.add(f"{(start := store.get('start').decode())} {rank}", 1) > 1:
+        time.sleep(0.1)
+    return PrefixStore(start, store)
+
+
+def is_first_error() -> bool:
+    """Return True in the first process that calls this, so that only one error is printed."""
+    if _job.world_size == 1:
+        return True
+    try:
+        return bool(_job.store.add("errors", 1) == 1)
+    except RuntimeError:  # the store ended with the process that kept it
+        return True
+
+
+@contextmanager
+def _peer_errors() -> Iterator[None]:
+    """Turn the errors of a failed exchange into `PeerLostError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        # "[file:line] what happened. what might be done about it"
+        raise PeerLostError(str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0]) from error
+
+
+@contextmanager
+def local_rank_zero_first() -> Iterator[None]:
+    """Run the block in one process of each machine first: the others find what it stored."""
+    ready = f"ready {os.environ.get('GROUP_RANK')}"
+    with _peer_errors():
+        while local_rank() and not _job.store.check([ready]):
+            time.sleep(0.1)
+    yield
+    if _job.world_size > 1:
+        with _peer_errors():
+            _job.store.set(ready, "")
+
+
+def shard_rows(count: int) -> slice:
+    """Return this rank's rows of a minibatch of `count`. Rows 2i and 2i + 1 stay together."""
+    pairs = max(count // 2, 1)
+    start, stop = (2 * (pairs * r // _job.world_size) for r in (_job.rank, _job.rank + 1))
+    return slice(start, stop if _job.rank < _job.world_size - 1 else count)
+
+
+def shard_batches(batches: Sequence[T]) -> Sequence[T]:
+    """Return this rank's batches, each left whole: every world_size-th of them."""
+    return batches[_job.rank :: _job.world_size]
+
+
+def all_gather(value: T) -> list[T]:
+    """Return every rank's value, in the order of ranks: plain values, or tensors on the CPU."""
+    values: list[Any] = [value]
+    if _job.world_size > 1:
+        values *= _job.world_size
+        with _peer_errors():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def merge_batches(results: list[T]) -> list[T]:
+    """Gather what every rank computed for its `shard_batches`, in the order of the batches."""
+    rounds = zip_longest(*all_gather(results))
+    return [result for results in rounds for result in results if result is not None]
+
+
+def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over the ranks, which pass tensors of equal shapes."""
+    if _job.world_size > 1 and tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        with _peer_errors():
+            dist.all_reduce(flat)
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def broadcast(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by that of rank 0."""
+    if _job.world_size > 1:
+        with _peer_errors():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)

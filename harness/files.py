@@ -1,0 +1,91 @@
+"""Files that survive crashes: atomic writes, folder locks, checksums."""
+
+import errno
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: folders are not locked there
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` once the block ends without an error.
+
+    The content is on disk before it replaces the old file, so that a crash leaves one of the two.
+    """
+    temporary = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, content: bytes | memoryview | str) -> None:
+    """Write a file as a whole, or leave the old one unchanged."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Create a folder and hold its lock: only one run at a time writes into it.
+
+    The operating system releases the lock of a process that dies. Temporary files that such a
+    process left behind are removed.
+
+    Args:
+        folder: created with its parents if it does not exist.
+        wait: wait for the other run to end instead of raising.
+
+    Raises:
+        UserError: another run holds the lock, and `wait` is False.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "wb") as file:
+        if _lock(file, folder, wait):
+            for stale in folder.glob(".*.unfinished"):
+                stale.unlink()
+        yield
+
+
+def _lock(file: Any, folder: Path, wait: bool) -> bool:
+    """Lock the file. Returns False where the system or the file system has no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise UserError(
+                f"another run is writing into {folder}: wait until it ends, or choose another"
+                " --output-dir"
+            ) from None
+        print(f"waiting for another run that writes into {folder}", file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
+
+
+def checksum(record: dict[str, Any], start: int = 0) -> int:
+    """Compute the CRC-32 of a record of plain values, continuing from `start`.
+
+    Detects damage, not forgery.
+    """
+    return zlib.crc32(json.dumps(record).encode(), start)

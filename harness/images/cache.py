@@ -1,0 +1,166 @@
+"""Decoding of image files, once; the pixels are kept in one memory-mapped file per part."""
+
+import hashlib
+import json
+import math
+import os
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from harness.errors import UserError
+from harness.files import atomic_path, atomic_write, checksum, lock_folder
+from harness.images.folders import File
+from harness.images.loader import ImageSet, map_images, prefetch
+
+VERSION = 2  # increase it when the same files would give other pixels
+
+Array = np.ndarray[Any, Any]
+
+
+def default_cache_dir() -> Path:
+    """Return the default folder for decoded datasets: $XDG_CACHE_HOME/mtlat, or ~/.cache/mtlat."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtlat"
+
+
+def decode_cached(
+    root: Path, files: list[File], size: int, *, skip_bad_images: bool, cache_dir: Path, title: str
+) -> tuple[ImageSet, int]:
+    """Return image files as a memory-mapped image set, decoded now or by an earlier run.
+
+    The cache file is named by a hash of everything that decides its pixels, so that a change of
+    any file or setting makes a new one. Its manifest is written last: a file without a manifest, or
+    with a wrong checksum, is decoded again.
+
+    Args:
+        root: the dataset's folder.
+        files: paths relative to it.
+        size: side of the square in pixels.
+        skip_bad_images: leave out unreadable files instead of raising.
+        cache_dir: where the pixels are kept.
+        title: of the progress bar.
+
+    Returns:
+        The image set, and the checksum of its pixels and labels.
+    """
+    stamps = [_stamp(root / file.path) for file in files]
+    facts = [VERSION, str(root.resolve()), size, skip_bad_images]
+    facts += [(*file, *stamp) for file, stamp in zip(files, stamps, strict=True)]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    pixels, manifest = cache_dir / f"{key}.u8", cache_dir / f"{key}.json"
+    if (found := _read_cache(pixels, manifest)) is None:
+        with lock_folder(cache_dir, wait=True):
+            if _read_cache(pixels, manifest) is None:  # no other run made it meanwhile
+                record = _write_pixels(pixels, root, files, size, skip_bad_images, title)
+                if stamps != [_stamp(root / file.path) for file in files]:
+                    raise UserError(f"{root} changed while it was read; start again")
+                atomic_write(manifest, json.dumps(record))
+            found = _read_cache(pixels, manifest)
+        if found is None:
+            raise UserError(f"{pixels} differs from what was written: is the disk full or faulty?")
+    images, record = found
+    if record["skipped"]:
+        tqdm.write(f"{title}: {len(record['skipped'])} bad images skipped, listed in {manifest}")
+    return images, record["crc"]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return size and modification time; zeros for a file that `decode` will complain about."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _write_pixels(
+    pixels: Path, root: Path, files: list[File], size: int, skip_bad: bool, title: str
+) -> dict[str, Any]:
+    """Decode the files into one file. Returns the manifest, whose checksum covers both."""
+    labels: list[int] = []
+    skipped: list[str] = []
+    crc = 0
+    with atomic_path(pixels) as temporary, open(temporary, "wb") as sink:
+        for file, image in tqdm(
+            decode_all(root, files, size), title, len(files), unit="img", disable=None
+        ):
+            if isinstance(image, str):
+                if not skip_bad:
+                    raise UserError(
+                        f"{root / file.path}: {image}; repair or remove the file, or add"
+                        " --skip-bad-images"
+                    )
+                skipped.append(file.path)
+            else:
+                sink.write(image)
+                crc = zlib.crc32(image, crc)
+                labels.append(file.label)
+    record = {"shape": [len(labels), 3, size, size], "labels": labels, "skipped": skipped}
+    return {**record, "crc": checksum(record, crc)}
+
+
+def _read_cache(pixels: Path, manifest: Path) -> tuple[ImageSet, dict[str, Any]] | None:
+    """Map the pixels and read their manifest. Returns None if they are missing or damaged."""
+    try:
+        record = json.loads(manifest.read_bytes())
+        crc = record.pop("crc")
+        if pixels.stat().st_size != math.prod(record["shape"]):
+            return None
+        images = map_images(pixels, record["labels"], record["shape"][-1])
+        if checksum(record, zlib.crc32(images.mapping or b"")) != crc:
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError):
+        return None
+    return images, {**record, "crc": crc}
+
+
+def decode_all(root: Path, files: list[File], size: int) -> Iterator[tuple[File, Array | str]]:
+    """Yield each file with what `decode` returns for it, in order.
+
+    Threads suffice, because Pillow decodes and resizes outside Python's lock. The window keeps only
+    a few images per core in memory.
+    """
+    limited = hasattr(os, "sched_getaffinity")  # to some of the machine's cores
+    cores = len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
+    with warnings.catch_warnings():  # set before the threads start: the filter is the process's
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        paths = (root / file.path for file in files)
+        pixels = prefetch(lambda path: decode(path, size), paths, threads=cores, window=16 * cores)
+        yield from zip(files, pixels, strict=True)
+
+
+def decode(path: Path, size: int) -> Array | str:
+    """Read one image file as upright RGB.
+
+    The whole image is resized to the square, bilinear and antialiased, as in Pillow. An image above
+    Pillow's limit of pixels is refused, as Pillow advises: it may be meant to exhaust memory.
+
+    Args:
+        path: the file.
+        size: side of the square in pixels.
+
+    Returns:
+        uint8 (3, size, size), or one line that says why the file cannot be used.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                return f"has {image.width} x {image.height} pixels, too many to be safe: shrink it"
+            ImageOps.exif_transpose(image, in_place=True)
+            upright: Image.Image = image
+            if image.mode.startswith("I"):  # 16-bit gray, which convert() would cut off at 255
+                upright = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if upright.mode != "RGB":  # convert() copies even to the image's own mode
+                upright = upright.convert("RGB")
+            resized = upright.resize((size, size), Image.Resampling.BILINEAR)
+            return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+    except MemoryError:
+        raise  # not the file's fault
+    except Exception as error:  # Pillow raises nearly every kind on a broken file
+        return f"not a readable image ({str(error) or type(error).__name__})"

@@ -1,0 +1,131 @@
+"""Datasets as tensors: decoded once, resized to a square, kept as uint8 (N, 3, S, S).
+
+    data = load_dataset("shapes")                                  # the embedded set, no download
+    data = load_dataset("imagenet", num_classes=100, size=224)     # a folder; cached when decoded
+    data = load_dataset("cifar10", download=True)
+
+Resizing to a square is the paper's only pre-processing, so that nothing is left to do per epoch
+but to slice.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.transforms import v2
+
+from harness.errors import UserError
+from harness.images import embedded
+from harness.images.cache import decode_cached, default_cache_dir
+from harness.images.folders import choose_classes, list_folder
+from harness.images.loader import ImageSet
+
+SIZES = {"shapes": 64, "cifar10": 32, "cifar100": 32}  # default sides; folders: the paper's 224
+MAX_SIDE = 4096  # above it nothing trains, and memory runs out
+
+
+class Dataset(NamedTuple):
+    """A training and a test set, the class names, and a hash of what the sets hold."""
+
+    train: ImageSet
+    test: ImageSet
+    classes: list[str]
+    fingerprint: str
+
+
+def load_dataset(
+    source: str,
+    *,
+    size: int | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+    download: bool = False,
+    skip_bad_images: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Dataset:
+    """Load a dataset.
+
+    Args:
+        source: "shapes" (the embedded set), "cifar10", "cifar100", or a folder of images.
+        size: side of the square in pixels; default 64 for shapes, 32 for CIFAR, 224 for folders.
+        num_classes: keep that many classes, drawn with `seed`; default all.
+        seed: of the classes, of the shapes, and of the test part of a folder without val/.
+        download: download CIFAR if it is missing.
+        skip_bad_images: leave out unreadable files of a folder instead of raising.
+        cache_dir: where decoded folders are kept, and CIFAR; default `default_cache_dir()`.
+
+    Raises:
+        UserError: the dataset does not exist, or has another layout.
+    """
+    size = size or SIZES.get(source, 224)
+    if not 1 <= size <= MAX_SIDE:
+        raise UserError(f"--size {size} is out of range: from 1 to {MAX_SIDE}")
+    cache = Path(cache_dir) if cache_dir else default_cache_dir()
+    if source == "shapes":
+        return _load_shapes(size, num_classes, seed)
+    if source in ("cifar10", "cifar100"):
+        return _load_cifar(source, size, num_classes, seed, download, cache)
+    return _load_folder(Path(source), size, num_classes, seed, skip_bad_images, cache)
+
+
+def _select_classes(images: Tensor, labels: Tensor, names: list[str], kept: list[str]) -> ImageSet:
+    """Keep the images of the classes `kept`, and number these from 0."""
+    new_label = {names.index(name): i for i, name in enumerate(kept)}
+    rows = [i for i, label in enumerate(labels.tolist()) if label in new_label]
+    return ImageSet(images[rows], torch.tensor([new_label[int(labels[i])] for i in rows]))
+
+
+def _load_shapes(size: int, num_classes: int | None, seed: int) -> Dataset:
+    kept = choose_classes(list(embedded.NAMES), num_classes, seed)
+    parts: dict[str, ImageSet] = {}
+    for name, indices in embedded.INDICES.items():
+        images, labels = embedded.draw_shapes(indices, size, seed)
+        parts[name] = _select_classes(images, labels, list(embedded.NAMES), kept)
+    digest = hashlib.sha256()
+    for part in parts.values():
+        digest.update(part.images.numpy().tobytes() + part.labels.numpy().tobytes())
+    return Dataset(**parts, classes=kept, fingerprint=digest.hexdigest())
+
+
+def _load_cifar(
+    source: str, size: int, num_classes: int | None, seed: int, download: bool, root: Path
+) -> Dataset:
+    datasets = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+    parts: dict[str, ImageSet] = {}
+    for part in ("train", "test"):
+        try:
+            raw = datasets[source](root, train=part == "train", download=download)
+        except RuntimeError:
+            raise UserError(
+                f"{source} is not in {root}: add --download, or name its folder with --cache-dir"
+            ) from None
+        images = torch.from_numpy(np.ascontiguousarray(raw.data.transpose(0, 3, 1, 2)))
+        if size != images.shape[-1]:
+            images = v2.functional.resize(images, [size, size])
+        kept = choose_classes(sorted(raw.classes), num_classes, seed)
+        parts[part] = _select_classes(images, torch.tensor(raw.targets), raw.classes, kept)
+    digest = hashlib.sha256(b"".join(parts[p].labels.numpy().tobytes() for p in parts))
+    digest.update(f"{source} {size} {kept}".encode())
+    return Dataset(**parts, classes=kept, fingerprint=digest.hexdigest())
+
+
+def _load_folder(
+    root: Path, size: int, num_classes: int | None, seed: int, skip_bad: bool, cache: Path
+) -> Dataset:
+    classes, parts = list_folder(root, num_classes, seed)
+    sets: dict[str, ImageSet] = {}
+    facts: list[Any] = [classes]
+    for part, files in parts.items():
+        sets[part], content = decode_cached(
+            root, files, size, skip_bad_images=skip_bad, cache_dir=cache, title=f"decoding {part}"
+        )
+        if not len(sets[part].labels):
+            raise UserError(f"{root}: no readable image in the {part} part; see --data in --help")
+        facts += [part, [file.path for file in files], content]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return Dataset(**sets, classes=classes, fingerprint=fingerprint)

@@ -1,0 +1,158 @@
+"""Models: built by name, started from weights, restored from checkpoints, checked."""
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from harness.checkpoints import load_checkpoint
+from harness.errors import UserError
+from mtlat import Normalize, frozen
+
+MeanStd = tuple[list[float], list[float]]  # per channel
+
+
+def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -> nn.Module:
+    """Build a classifier with random weights.
+
+    Args:
+        arch: a torchvision classifier's name, or `module:callable`, which is called with
+            `num_classes`.
+        num_classes: number of logits.
+        normalize: mean and standard deviation, for a model that expects normalized input. Images
+            have pixels in [0, 1] everywhere in this project.
+
+    Raises:
+        UserError: there is no such model, or it is not a `torch.nn.Module`.
+    """
+    if ":" in arch:
+        model = _import_callable(arch)(num_classes=num_classes)
+        if not isinstance(model, nn.Module):
+            raise UserError(f"--arch {arch} made a {type(model).__name__}; give a torch.nn.Module")
+    else:
+        known = torchvision.models.list_models(module=torchvision.models)
+        if arch not in known:
+            close = ", ".join(difflib.get_close_matches(arch, known, 3) or known[:3])
+            raise UserError(
+                f"--arch {arch}: torchvision has no such classifier; close names: {close}; for"
+                " your own use --arch module:callable"
+            )
+        # These two would return several outputs in training.
+        several = arch in ("googlenet", "inception_v3")
+        extra = {"aux_logits": False, "init_weights": True} if several else {}
+        model = torchvision.models.get_model(arch, num_classes=num_classes, **extra)
+    return nn.Sequential(Normalize(*normalize), model) if normalize else model
+
+
+def _import_callable(arch: str) -> Any:
+    """Import `module:callable` and check that it takes `num_classes`."""
+    module, _, name = arch.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # modules in the current folder, as with python -m
+    try:
+        make = getattr(importlib.import_module(module), name)
+        inspect.signature(make).bind(num_classes=1)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(f"--arch {arch}: {error}") from None
+    return make
+
+
+def create_model(
+    arch: str, num_classes: int, weights: str | None
+) -> tuple[nn.Module, MeanStd | None]:
+    """Build the model that a new run starts from.
+
+    Args:
+        arch, num_classes: as in `build_model`.
+        weights: a checkpoint of train.py, the name of torchvision's weights for `arch`, or None
+            for random weights. A head for another number of classes keeps its random weights.
+
+    Returns:
+        The model, and the mean and standard deviation that it normalizes with, or None.
+
+    Raises:
+        UserError: the weights do not exist or do not fit.
+    """
+    if weights is None:
+        return build_model(arch, num_classes), None
+    if os.path.exists(weights):
+        checkpoint = load_checkpoint(weights)
+        state, normalize = checkpoint["model"], checkpoint["normalize"]
+        model = build_model(arch, num_classes, normalize)
+    else:
+        try:
+            entry = torchvision.models.get_model_weights(arch)[weights]
+        except (ValueError, KeyError):
+            raise UserError(
+                f"--weights {weights}: no such file, and no such weights in torchvision for --arch"
+                f" {arch} (DEFAULT names the best)"
+            ) from None
+        preset = entry.transforms()
+        normalize = (list(preset.mean), list(preset.std))
+        model = build_model(arch, num_classes, normalize)
+        state = {f"1.{name}": value for name, value in entry.get_state_dict().items()}
+        state |= {k: v for k, v in model.state_dict().items() if k.startswith("0.")}
+    own = model.state_dict()
+    head = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    if own.keys() != state.keys() or len({state[k].shape[0] for k in head}) > 1:
+        raise UserError(f"--weights {weights} are of another architecture than --arch {arch}")
+    model.load_state_dict({k: own[k] if k in head else value for k, value in state.items()})
+    print(f"weights from {weights}" + (f"; new: {', '.join(head)}" if head else ""))
+    return model, normalize
+
+
+def restore_model(checkpoint: dict[str, Any]) -> nn.Module:
+    """Build the model of a checkpoint of train.py, with its weights, on the CPU."""
+    classes, normalize = checkpoint["classes"], checkpoint["normalize"]
+    model = build_model(checkpoint["arch"], len(classes), normalize)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        raise UserError(f"the checkpoint's weights do not fit {checkpoint['arch']}") from None
+    return model
+
+
+def count_correct(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
+    """Count correct top-1 predictions. Sets the model to eval mode."""
+    model.eval()
+    with torch.no_grad():
+        hits = [(model(x).argmax(1) == y).sum() for x, y in batches]
+    return int(torch.stack(hits).sum()) if hits else 0
+
+
+def check_logits(name: str, model: nn.Module, x: Tensor, num_classes: int) -> Tensor:
+    """Return the model's logits for images x, checked.
+
+    Args:
+        name: how the user calls the model.
+        x: images (B, 3, S, S) float32 in [0, 1], on the model's device.
+        num_classes: N.
+
+    Returns:
+        Logits (B, N).
+
+    Raises:
+        UserError: the model fails on x, or its output is not finite logits of that shape.
+    """
+    try:
+        with torch.no_grad(), frozen(model):
+            logits: Tensor = model(x)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name} fails on images {tuple(x.shape)}: {reason}") from None
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (len(x), num_classes):
+        raise UserError(
+            f"{name} returns {shape}; for {len(x)} images of the dataset's {num_classes} classes"
+            f" it must return logits {(len(x), num_classes)}"
+        )
+    if not logits.isfinite().all():
+        raise UserError(f"{name} returns logits that are not finite")
+    return logits

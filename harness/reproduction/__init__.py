@@ -1,0 +1,1 @@
+"""The reproduction: the paper's numbers, ours beside them, the plan, its times, the report."""

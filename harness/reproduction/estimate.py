@@ -1,0 +1,158 @@
+"""Estimates of how long trainings and evaluations take here, from a few steps of each kind."""
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attacks import full_precision, pgd
+from corruptions import CORRUPTIONS, corrupt
+from harness.benchmark import registry
+from harness.benchmark.fusion import fuse_for_inference
+from harness.benchmark.registry import PERTURBATIONS
+from harness.images.datasets import Dataset
+from harness.images.loader import ImageSet
+from harness.models import build_model
+from harness.training.config import TrainConfig
+
+STEPS = 2  # of a training that are timed, after as many untimed ones
+IMAGES = 32  # on which passes and corruptions are timed
+
+CellKey = tuple[str, str, int | None]  # label, perturbation, severity
+
+
+class _Counter(nn.Module):
+    """A linear model that counts the images that it sees with a gradient to follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x) if x.requires_grad else 0
+        return x.flatten(1)[:, :3] + 1e-3 * x.mean((1, 2, 3))[:, None]
+
+
+@cache
+def count_passes(name: str) -> int:
+    """Count the forward-backward passes of an attack or a check per image, at most."""
+    model, attack = _Counter(), PERTURBATIONS[name].attack
+    assert attack is not None
+    x = torch.full((1, 3, 2, 2), 0.5)
+    x[0, 0, 0, 0] = 0.9  # the model is right: attacks skip an image that it gets wrong
+    attack.function(model, x, torch.tensor([0]), **attack.keywords)
+    return model.seen
+
+
+def time_second_call(work: Callable[[], Any]) -> float:
+    """Time the second call of `work`, in seconds; the first one warms up.
+
+    `work` must return a CPU value, so that the device has finished.
+    """
+    work()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+class Meter:
+    """Estimates times in seconds; what it needs it measures once.
+
+    Args:
+        data: the dataset.
+        device: where everything will run.
+        time_epoch: returns the seconds of a training step and of testing one image, from the
+            configuration and a small dataset. It is a script's function, so it is passed in.
+    """
+
+    def __init__(
+        self, data: Dataset, device: str,
+        time_epoch: Callable[[TrainConfig, Dataset], tuple[float, float]],
+    ) -> None:  # fmt: skip
+        self.data, self.device, self.time_epoch = data, device, time_epoch
+        self.known: dict[Any, float] = {}
+
+    def training(self, config: TrainConfig, epochs: int) -> float:
+        """Estimate the time of that many epochs of train.py."""
+        key = config.arch, config.method, config.batch_size
+        return epochs * self._timed(key, lambda: self._epoch(config))
+
+    def evaluation(
+        self, models: Mapping[str, str], surrogate: str, names: list[str], limit: int | None,
+        done: Collection[CellKey],
+    ) -> float:  # fmt: skip
+        """Estimate the time of the cells of evaluate.py that are not done.
+
+        Args:
+            models: architectures by label.
+            surrogate: its architecture.
+            names: the perturbations.
+            limit: as --limit; 0 or None: all test images.
+            done: the finished cells.
+        """
+        total = len(self.data.test.labels)
+        count, seconds = min(limit or total, total), 0.0
+        for name in names:
+            entry = PERTURBATIONS[name]
+            images = min(registry.SAMPLE, count) if entry.sampled else count
+            for severity in entry.severities:
+                left = [a for label, a in models.items() if (label, name, severity) not in done]
+                each = sum(self._forward(arch) for arch in left)
+                if entry.white_box:
+                    each += count_passes(name) * sum(self._gradient(arch) for arch in left)
+                elif left and entry.black_box:
+                    each += count_passes(name) * self._gradient(surrogate)
+                elif left and name in CORRUPTIONS:
+                    each += self._corrupt(name, severity)
+                seconds += images * each
+        return seconds
+
+    def _timed(self, key: Any, work: Callable[[], float]) -> float:
+        if key not in self.known:
+            self.known[key] = work()
+        return self.known[key]
+
+    def _epoch(self, config: TrainConfig) -> float:
+        size = config.minibatch_size
+        few = [
+            ImageSet(part.images[:count], part.labels[:count])
+            for part, count in (
+                (self.data.train, STEPS * size),
+                (self.data.test, config.batch_size),
+            )
+        ]
+        step, test = self.time_epoch(config, self.data._replace(train=few[0], test=few[1]))
+        return len(self.data.train.labels) // size * step + len(self.data.test.labels) * test
+
+    def _batch(self) -> Tensor:
+        return self.data.test.images[:IMAGES].to(self.device).float().div_(255)
+
+    def _model(self, arch: str) -> nn.Module:
+        model = build_model(arch, len(self.data.classes)).to(self.device).eval()
+        return fuse_for_inference(model, self._batch())
+
+    def _forward(self, arch: str) -> float:
+        return self._timed(("forward", arch), lambda: self._measure_forward(arch))
+
+    def _measure_forward(self, arch: str) -> float:
+        model, x = self._model(arch), self._batch()
+        with torch.no_grad(), full_precision():
+            return time_second_call(lambda: model(x).sum().item()) / len(x)
+
+    def _gradient(self, arch: str) -> float:
+        return self._timed(("gradient", arch), lambda: self._measure_gradient(arch))
+
+    def _measure_gradient(self, arch: str) -> float:
+        model, x = self._model(arch), self._batch()
+        y = self.data.test.labels[: len(x)].to(self.device)
+        return time_second_call(lambda: pgd(model, x, y, steps=2).sum().item()) / (2 * len(x))
+
+    def _corrupt(self, name: str, severity: int | None) -> float:
+        x = self._batch()
+        return self._timed(
+            (name, severity),
+            lambda: time_second_call(lambda: corrupt(x, name, severity).sum().item()) / len(x),
+        )

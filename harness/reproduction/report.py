@@ -1,0 +1,263 @@
+"""The output of reproduce.py: tables.json, tables.md, and report.html with its figures."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from harness.benchmark import plots
+from harness.benchmark.metrics import Results, aggregate
+from harness.benchmark.store import read_cells
+from harness.benchmark.tables import (
+    align_columns,
+    markdown_rows,
+    measured_tables,
+    table_caption,
+    table_cells,
+    table_notes,
+    to_markdown,
+    to_plain,
+)
+from harness.checkpoints import load_checkpoint
+from harness.files import atomic_write
+from harness.images.datasets import Dataset
+from harness.images.loader import BatchLoader
+from harness.models import restore_model
+from harness.reproduction.comparison import (
+    Claim,
+    Compared,
+    agreement,
+    claims,
+    claims_table,
+    claims_to_plain,
+    compare,
+    comparison_caption,
+    comparison_table,
+    conclusion,
+)
+from harness.reproduction.page import Block, Code, Figure, Section, Table, Text, render_page
+from harness.reproduction.paper import BASELINE, methods_of_table
+from harness.reproduction.plan import ReproduceConfig
+from harness.training.config import TrainConfig
+from harness.training.methods import METHODS
+
+VERSIONS = ("hardware", "python", "torch", "torchvision", "revision")
+STEP_IMAGES = 32  # from which plot_step chooses one couple
+
+
+class Trained(NamedTuple):
+    """Log and settings read from a training's checkpoint."""
+
+    log: list[dict[str, Any]]
+    settings: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Trained":
+        """Read the last checkpoint in a folder of train.py."""
+        checkpoint = load_checkpoint(folder / "last.pt")
+        return cls(checkpoint["log"], checkpoint["settings"])
+
+    def minutes(self, images: int) -> float:
+        """Return the time spent on the steps, for a training set of that many images."""
+        config = TrainConfig.from_settings(self.settings)
+        size = config.minibatch_size
+        seen = images // size * size * METHODS[config.method].terms
+        return float(sum(seen / row["images_per_second"] for row in self.log) / 60)
+
+
+class Evaluated(NamedTuple):
+    """Results of an evaluation of one architecture and one seed, for some tables."""
+
+    folder: Path
+    arch: str
+    seed: int
+    tables: list[int]
+    models: dict[str, Path]  # the trainings' folders, by method
+    digests: dict[str, str]  # of the networks, by method
+    results: Results  # a row for each method
+    minutes: float
+
+
+def read_evaluation(
+    folder: Path, arch: str, seed: int, tables: list[int], models: dict[str, Path]
+) -> Evaluated:
+    """Read the results of evaluate.py.
+
+    Args:
+        folder: its output folder.
+        arch, seed: of the networks.
+        tables: the paper's tables that the results are for.
+        models: the trainings' folders by method.
+    """
+    known = json.loads((folder / "results.json").read_text())["weights"]
+    digests = {method: known[path.name] for method, path in models.items()}
+    cells = read_cells(folder / "cells.jsonl")
+    results = aggregate(cells, digests, BASELINE)
+    making = {(c["perturbation"], c["severity"]): c["seconds_making"] for c in cells}
+    seconds = sum(making.values()) + sum(cell["seconds"] for cell in cells)
+    return Evaluated(folder, arch, seed, tables, models, digests, results, seconds / 60)
+
+
+def compare_all(found: Sequence[Evaluated]) -> list[list[Compared]]:
+    """Compare every table of every architecture with the paper's, over the seeds."""
+    tables = sorted({(table, one.arch) for one in found for table in one.tables})
+    compared = []
+    for table, arch in tables:
+        seeds = [one for one in found if table in one.tables and one.arch == arch]
+        rows = {
+            method: [row for one in seeds for row in one.results.rows if row.model == method]
+            for method in methods_of_table(table)
+            if method in seeds[0].models
+        }
+        compared.append(compare(table, arch, rows))
+    return compared
+
+
+def write_report(
+    config: ReproduceConfig, commands: list[str], trainings: list[Path],
+    found: Sequence[Evaluated], data: Dataset,
+) -> None:  # fmt: skip
+    """Print our tables beside the paper's, and write everything into the output folder.
+
+    Args:
+        config: of the reproduction.
+        commands: what was run.
+        trainings: the trainings' folders.
+        found: the evaluations.
+        data: the images.
+    """
+    out, tables = Path(config.output_dir), compare_all(found)
+    rows = [row for table in tables for row in table]
+    orders = claims(rows)
+    for table in tables:
+        print("", comparison_caption(table), *align_columns(comparison_table(table)), sep="\n")
+    print("", *align_columns(claims_table(orders)), "", sep="\n")
+    print(f"{conclusion(rows)}.")
+    agree, total = agreement(rows)
+    recipe = {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in ("output_dir", "cache_dir", "device")
+    }
+    facts = {
+        "format": 1, "recipe": recipe, "images": data.fingerprint, "rows": to_plain(rows),
+        "signs": {"agree": agree, "of": total}, "claims": claims_to_plain(orders),
+    }  # fmt: skip
+    atomic_write(out / "tables.json", json.dumps(facts, indent=1) + "\n")
+    atomic_write(out / "tables.md", _markdown(config, commands, tables, orders, found))
+    title = f"M-TLAT, reproduced at the scale “{config.scale}”"
+    sections = _make_sections(config, commands, tables, trainings, found, data)
+    atomic_write(out / "report.html", render_page(title, _lead(config, data, rows), sections))
+    print(f"report: {out / 'report.html'}")
+
+
+def _lead(config: ReproduceConfig, data: Dataset, rows: list[Compared]) -> str:
+    """Describe what was run, and how far it is from the paper's experiment."""
+    side = data.train.images.shape[-1]
+    return (
+        f"{', '.join(config.archs)} on {len(data.classes)} classes of {config.data}:"
+        f" {len(data.train.labels)} training and {len(data.test.labels)} test images of"
+        f" {side}x{side}, {config.epochs} epochs, {config.seeds} seed{'s' * (config.seeds > 1)}."
+        " The paper trains ResNet-50 and ResNeXt-50 for 90 epochs on 100 classes of ImageNet at"
+        " 224x224. The further an experiment is from that, the less its numbers can be expected to"
+        f" equal the paper's; its signs are the claim.\n\n{conclusion(rows)}."
+    )
+
+
+def _markdown(
+    config: ReproduceConfig, commands: list[str], tables: list[list[Compared]],
+    orders: list[Claim], found: Sequence[Evaluated],
+) -> str:  # fmt: skip
+    """Format the tables beside the paper's, our full ones, and the commands."""
+    rows = [row for table in tables for row in table]
+    blocks = [f"# Scale {config.scale}", f"{conclusion(rows)}."]
+    for table in tables:
+        lines = markdown_rows(comparison_table(table))
+        blocks += [f"**{comparison_caption(table)}**", "\n".join(lines)]
+    blocks += ["\n".join(markdown_rows(claims_table(orders)))]
+    for one in found:
+        if one.tables != [3]:
+            blocks += [f"## {one.arch}, seed {one.seed}", to_markdown(one.results).rstrip()]
+    return "\n\n".join([*blocks, "```\n" + "\n".join(commands) + "\n```"]) + "\n"
+
+
+# ---------------------------------------------------------------------------- the page
+
+
+def _make_sections(
+    config: ReproduceConfig, commands: list[str], tables: list[list[Compared]],
+    trainings: list[Path], found: Sequence[Evaluated], data: Dataset,
+) -> list[Section]:  # fmt: skip
+    """Make the parts of report.html."""
+    out, first = Path(config.output_dir), [one for one in found if one.seed == 0]
+    full = [one for one in first if one.tables != [3]]
+    trained = {folder.name: Trained.read(folder) for folder in trainings}
+    beside: list[Block] = [Table(comparison_caption(t), comparison_table(t)) for t in tables]
+    orders = claims([row for table in tables for row in table])
+    beside.append(Table("Orders that the paper argues with", claims_table(orders)))
+    curves: list[Block] = []
+    for arch in config.archs:
+        folders = {m: path for one in first if one.arch == arch for m, path in one.models.items()}
+        path = out / f"curves-{arch.replace(':', '-')}.png"
+        plots.plot_curves({m: trained[folder.name].log for m, folder in folders.items()}, path)
+        curves.append(Figure(path, f"{arch}, seed 0: losses and clean accuracy by epoch"))
+    return [
+        Section("Beside the paper", beside),
+        *(Section(f"{one.arch}, seed 0", list(_measured(one, out))) for one in full),
+        Section("Training curves", curves),
+        Section("One step of M-TLAT", [_step(trainings, data, out / "step.png")]),
+        Section("Images", [
+            Figure(one.folder / "images.png", f"{one.arch}: test images under every perturbation,"
+                   " with the standard network's predictions")
+            for one in full
+        ]),
+        Section("Provenance", list(_provenance(commands, trained, found, data))),
+    ]  # fmt: skip
+
+
+def _measured(one: Evaluated, out: Path) -> Iterator[Block]:
+    """Yield the tables and the figures of an evaluation."""
+    for title in measured_tables(one.results):
+        notes = table_notes(one.results, title)
+        yield Table(table_caption(one.results, title), table_cells(one.results, title), notes)
+    if one.results.notes:
+        yield Text("\n\n".join(one.results.notes))
+    arch = one.arch.replace(":", "-")
+    bars, lines = out / f"robustness-{arch}.png", out / f"severities-{arch}.png"
+    plots.plot_robustness(one.results, bars)
+    yield Figure(bars, "Robustness with 95 % intervals")
+    plots.plot_severities(one.results, lines)
+    yield Figure(lines, "Accuracy against severity; 0 is clean")
+
+
+def _step(trainings: Sequence[Path], data: Dataset, path: Path) -> Block:
+    """Plot one step of M-TLAT on training images, by a network trained with it, if there is one."""
+    folder = next((f for f in trainings if "-mtlat-" in f.name), trainings[-1])
+    index = torch.linspace(0, len(data.train.labels) - 1, STEP_IMAGES).long()
+    x, y = BatchLoader(data.train, torch.device("cpu"))(index)
+    plots.plot_step(restore_model(load_checkpoint(folder / "last.pt")), x, y, data.classes, path)
+    return Figure(path, f"One couple of a step of M-TLAT on training images, by {folder.name}")
+
+
+def _provenance(
+    commands: list[str], trained: Mapping[str, Trained], found: Sequence[Evaluated], data: Dataset
+) -> Iterator[Block]:
+    """Yield commands, versions, digests and times."""
+    yield Code("\n".join(commands))
+    digests = {one.models[m].name: digest for one in found for m, digest in one.digests.items()}
+    rows = [["training", "epochs", "clean %", "minutes", "weights", *VERSIONS]]
+    for name, run in trained.items():
+        clean, images = 100 * run.log[-1]["clean_accuracy"], len(data.train.labels)
+        numbers = [str(len(run.log)), f"{clean:.1f}", f"{run.minutes(images):.1f}"]
+        rows.append([name, *numbers, digests.get(name, "surrogate"),
+                     *(run.settings[key] for key in VERSIONS)])  # fmt: skip
+    yield Table(
+        "Trainings: clean accuracy on the whole test set; minutes without the tests after every"
+        " epoch; weights: the digest in cells.jsonl", rows,
+    )  # fmt: skip
+    times = [[one.folder.name, f"{one.minutes:.1f}"] for one in found]
+    yield Table("Evaluations: minutes", [["evaluation", "minutes"], *times])
+    yield Text(f"The images have the fingerprint {data.fingerprint}.")

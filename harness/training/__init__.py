@@ -1,0 +1,1 @@
+"""Training: the eight methods, the configuration of train.py, its log."""

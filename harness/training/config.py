@@ -1,0 +1,189 @@
+"""The configuration of a training: command line, defaults, and what a resumed run may change."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoints import load_checkpoint
+from harness.cli import number, option, parse_options
+from harness.devices import resolve_device
+from harness.errors import UserError
+from harness.images.cache import default_cache_dir
+from harness.images.datasets import MAX_SIDE, SIZES
+from harness.training.methods import METHODS
+from mtlat import ALPHA, EPSILON_MAX
+
+# The paper's recipe, and that of the embedded set, whose network must learn in minutes on two CPU
+# cores, and therefore keeps its first learning rate for longer.
+PAPER_RECIPE = {"epochs": 90, "batch_size": 256, "lr": 0.002, "milestones": (30, 60, 80)}
+SHAPES_RECIPE = {"epochs": 3, "batch_size": 32, "lr": 0.0007, "milestones": (2, 2.67)}
+
+LOCATIONS = {"data", "cache_dir", "output_dir"}  # a resumed run keeps these unless they are given
+
+
+def _recipe(name: str) -> str:
+    return f"(default: {PAPER_RECIPE[name]}, the paper's; for shapes {SHAPES_RECIPE[name]})"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All options of train.py, with every default filled in."""
+
+    # fmt: off
+    method: str = option("mtlat",
+        "; ".join(f"{name}: {m.description}" for name, m in METHODS.items()),
+        group="method", choices=tuple(METHODS))
+    alpha: float = option(ALPHA, "lambda ~ Beta(alpha, alpha)", type=number(float, 0, above=True))
+    epsilon_max: float = option(EPSILON_MAX, "epsilon ~ U[0, epsilon_max], in pixels of [0, 1]",
+        flags=("--eps-max",), type=number(float, 0, 1))
+    attack_steps: int = option(1, "iterations of the attack; the paper takes one",
+        type=number(int, 1))
+
+    data: str = option("shapes", "shapes (embedded), cifar10, cifar100, or a folder with"
+        " train/CLASS/*.jpg and val/CLASS/*.jpg; of a folder with CLASS/*.jpg alone, ten percent"
+        " are held out as test set", group="data", flags=("--data-dir",), metavar="SET",
+        may_change=True)
+    size: int = option(None, "side of the square that images are resized to (default: 224, the"
+        " paper's; for shapes 64, for CIFAR 32)", type=number(int, 8, MAX_SIDE))
+    classes: int | None = option(None, "keep K classes, drawn with --data-seed (default: all)",
+        type=number(int, 2), metavar="K")
+    data_seed: int = option(0, "seed of the classes that are kept, of the test part of"
+        " CLASS/*.jpg, and of the shapes; apart from --seed, so that several trainings can use the"
+        " same images", type=number(int, 0, 2**32 - 1), metavar="N")
+    download: bool = option(False, "download CIFAR if it is missing", may_change=True)
+    skip_bad_images: bool = option(False, "leave out and count unreadable image files, instead of"
+        " stopping")
+    cache_dir: str = option(str(default_cache_dir()), "where decoded folders are kept, and CIFAR",
+        metavar="DIR", may_change=True)
+
+    arch: str = option("resnet50", "a torchvision classifier, or your own as module:callable,"
+        " which runs its code", group="model", flags=("-a", "--model"))
+    weights: str | None = option(None, "start from a checkpoint, or from torchvision's weights of"
+        " that name (downloaded); the head is new if the number of classes differs (default: random"
+        " weights)", metavar="NAME_OR_PATH")
+
+    epochs: int = option(None, f"passes over the training set {_recipe('epochs')}",
+        group="optimization", type=number(int, 1))
+    batch_size: int = option(None, "images that the losses of a step see together, in all processes"
+        " together: two losses share them, 128 + 128 of 256, see --whole-batches"
+        f" {_recipe('batch_size')}", flags=("-b",), type=number(int, 1))
+    whole_batches: bool = option(False, "give each of two losses a whole batch, 256 + 256: the"
+        " other reading of the paper")
+    opt: str = option("adam", "optimizer", choices=("adam", "adamw", "sgd"))
+    lr: float = option(None, f"learning rate {_recipe('lr')}", flags=("--learning-rate",),
+        type=number(float, 0, above=True))
+    wd: float = option(1e-4, "weight decay", flags=("--weight-decay",), type=number(float, 0))
+    momentum: float = option(0.9, "momentum of --opt sgd", type=number(float, 0, 1))
+    milestones: list[float] = option(None, "epochs after which the learning rate is multiplied by"
+        f" --gamma; the defaults scale with --epochs {_recipe('milestones')}",
+        type=number(float, 0), nargs="*", metavar="EPOCH")
+    gamma: float = option(0.1, "see --milestones", type=number(float, 0, 1))
+
+    seed: int = option(0, "seed of the weights, the orders and the draws", group="running",
+        type=number(int, 0, 2**32 - 1))
+    deterministic: bool = option(False, "compute the same bits on a GPU every time, but slower (a"
+        " CPU does anyway)")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...", may_change=True)
+    amp: str = option("no", "mixed precision", choices=("no", "bf16", "fp16"))
+    compile: bool = option(False, "compile the model with torch.compile")
+    channels_last: bool = option(False, "memory layout of images and weights")
+    sync_bn: bool = option(False, "let BatchNorm see the images of all processes (on CUDA; default:"
+        " each process sees its own)")
+    resume: str | None = option(None, "continue from this checkpoint; auto: from last.pt of"
+        " --output-dir, if there is one", metavar="PATH", may_change=True)
+    output_dir: str = option(None, "(default: runs/ARCH-METHOD)", metavar="DIR", may_change=True)
+    print_freq: int = option(10, "how often the losses are read and shown", flags=("-p",),
+        type=number(int, 1), metavar="STEPS", may_change=True)
+    # fmt: on
+
+    @property
+    def minibatch_size(self) -> int:
+        """Images per minibatch: the batch, or, where two losses share it, half of it each."""
+        return self.batch_size // (1 if self.whole_batches else METHODS[self.method].terms)
+
+    def learning_rate(self, progress: float) -> float:
+        """Return the learning rate after `progress` epochs: times gamma for each milestone."""
+        return self.lr * self.gamma ** sum(progress >= m for m in self.milestones)
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "TrainConfig":
+        """Restore the configuration from the settings of a checkpoint."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in settings.items() if name in known})
+
+
+MAY_CHANGE = {field.name for field in fields(TrainConfig) if field.metadata["may_change"]}
+
+
+def parse_train_config(
+    argv: list[str] | None = None, description: str | None = None
+) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """Parse the command line of train.py.
+
+    Returns:
+        The configuration, and the checkpoint to continue from, if there is one.
+
+    Raises:
+        UserError: wrong usage, a setting that a resumed run must not change, or an output folder
+            that holds another run.
+    """
+    values, given = parse_options(TrainConfig, argv, description)
+    folder = values["output_dir"] or f"runs/{values['arch'].replace(':', '-')}-{values['method']}"
+    path = Path(folder, "last.pt") if values["resume"] == "auto" else Path(values["resume"] or "")
+    if values["resume"] and (values["resume"] != "auto" or path.exists()):
+        checkpoint = load_checkpoint(path)
+        values = _resumed(values, given, checkpoint["settings"], path)
+    else:
+        checkpoint = None
+        values = _with_defaults(values) | {"output_dir": folder}
+    refuse_overwriting(values["output_dir"], values["resume"] if checkpoint else None)
+    values["device"] = resolve_device(values["device"])
+    if values["sync_bn"] and not values["device"].startswith("cuda"):
+        raise UserError(f"--sync-bn works on CUDA, not on {values['device']}: leave it out")
+    return TrainConfig(**values), checkpoint
+
+
+def _resumed(
+    values: dict[str, Any], given: set[str], saved: dict[str, Any], path: Path
+) -> dict[str, Any]:
+    """Combine the command line of a resumed run with the settings of its checkpoint."""
+    for name in sorted(given - MAY_CHANGE):
+        if values[name] != saved.get(name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is {values[name]}, but {path} was trained with"
+                f" {saved.get(name)}: leave it out, or choose another --output-dir to start again"
+            )
+    kept = (values.keys() - MAY_CHANGE) | (LOCATIONS - given)
+    if missing := sorted(kept - saved.keys()):
+        raise UserError(
+            f"{path} has no setting {missing[0]}: another version of train.py wrote it, and can"
+            " continue it"
+        )
+    values = values | {name: saved[name] for name in kept} | {"resume": str(path)}
+    return values if "output_dir" in given else values | {"output_dir": str(path.parent)}
+
+
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the defaults that depend on the dataset."""
+    recipe: dict[str, Any] = SHAPES_RECIPE if values["data"] == "shapes" else PAPER_RECIPE
+    filled = {name: recipe[name] for name in ("epochs", "batch_size", "lr") if values[name] is None}
+    values = values | filled
+    if values["milestones"] is None:
+        shares = [milestone / recipe["epochs"] for milestone in recipe["milestones"]]
+        values["milestones"] = [values["epochs"] * share for share in shares]
+    return values | {"size": values["size"] or SIZES.get(values["data"], 224)}
+
+
+def refuse_overwriting(output_dir: str, resumed: str | None) -> None:
+    """Raise `UserError` if the output folder holds another run than the resumed checkpoint's."""
+    last = Path(output_dir, "last.pt")
+    if last.exists() and not (resumed and last.samefile(resumed)):
+        raise UserError(
+            f"{output_dir} holds an earlier run: add --resume auto to continue it, or choose"
+            " another --output-dir"
+        )
+
+
+def saved_settings(config: TrainConfig, **facts: Any) -> dict[str, Any]:
+    """Return the configuration and further facts as the plain values that a checkpoint stores."""
+    return {**asdict(config), **facts}

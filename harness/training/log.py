@@ -1,0 +1,47 @@
+"""The log of a training: one row per epoch, as CSV, as a line, and the header that is printed."""
+
+import csv
+import io
+from typing import Any
+
+from harness.images.datasets import Dataset
+from harness.training.config import TrainConfig
+from harness.training.methods import METHODS
+
+Row = dict[str, Any]
+
+
+def log_csv(log: list[Row]) -> str:
+    """Format the rows of all epochs as CSV with a header."""
+    text = io.StringIO()
+    rows = csv.DictWriter(text, log[0], lineterminator="\n")
+    rows.writeheader()
+    rows.writerows(log)
+    return text.getvalue()
+
+
+def log_line(row: Row, epochs: int) -> str:
+    """Format the row of one epoch for the terminal."""
+    losses = "  ".join(f"{k} {row[k]:.4f}" for k in ("loss1", "loss2") if row[k] is not None)
+    minutes, seconds = divmod(row["seconds_left"], 60)
+    return (
+        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  lr {row['lr']:.1e}  {losses}"
+        f"  clean accuracy {100 * row['clean_accuracy']:5.1f} %"
+        f"  {row['images_per_second']:.0f} images/s  {minutes}:{seconds:02} left"
+    )
+
+
+def header(config: TrainConfig, data: Dataset) -> str:
+    """Describe a training before its first epoch: what is trained, on what, in how many steps."""
+    method, size = METHODS[config.method], config.minibatch_size
+    count = len(data.train.labels)
+    steps = count // size
+    return (
+        f"{config.arch} by {config.method} ({method.description}) on {config.device}, output in"
+        f" {config.output_dir}\n"
+        f"{config.data}: {count} training and {len(data.test.labels)} test images of"
+        f" {config.size}x{config.size}, fingerprint {data.fingerprint[:16]}\n"
+        f"{len(data.classes)} classes: {' '.join(data.classes)}\n"
+        f"{steps} steps per epoch, each draws {method.minibatches} x {size} images:"
+        f" {steps * method.minibatches * size} per epoch"
+    )

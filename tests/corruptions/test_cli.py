@@ -1,0 +1,120 @@
+"""Test the command line of `corruptions`: the contact sheet and the folder of corrupted images."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from corruptions import CORRUPTIONS, __main__, corrupt, frost_source
+
+ONLY = ["--only", "gaussian_noise", "frost", "rotation"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Create a folder of two classes with three images of different shapes and formats."""
+    generator = np.random.default_rng(0)
+    for name, shape in (("cat/b.png", (40, 50)), ("cat/a.png", (33, 32)), ("dog/c.bmp", (32, 70))):
+        path = tmp_path / "source" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "source"
+
+
+def read(path: Path) -> torch.Tensor:
+    """Read an image file as a (3, H, W) tensor."""
+    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+
+
+def test_sheet_has_a_tile_for_every_setting(source: Path, tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    __main__.main([str(source / "cat/b.png"), "--out", str(sheet), "--size", "32", *ONLY])
+    pixels = np.asarray(Image.open(sheet).convert("RGB")).astype(int)
+    height, width = round(1.5 * 150), round(1.5 * 150)  # size of a tile on the sheet
+    assert pixels.shape[:2] == (3 * height + 45, 7 * width)
+    tiles = pixels[45:, width:].reshape(3, height, 6, width, 3).swapaxes(1, 2)
+    assert tiles.std(axis=(2, 3, 4)).min() > 5  # no tile is empty
+    for row in range(3):
+        assert np.abs(tiles[row, 0] - tiles[0, 0]).mean() < 4  # the clean image comes first
+        assert np.abs(tiles[row, 5] - tiles[row, 0]).mean() > 10
+
+
+def test_tree_holds_what_corrupt_gives(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [str(source), "--out", str(out), "--size", "32", "--seed", "7", "--png", *ONLY]
+    __main__.main(command)
+    files = sorted(path for path in out.rglob("*.*") if path.is_file())
+    assert len(files) == 3 * 5 * 3 + 1
+    originals = [source / name for name in ("cat/a.png", "cat/b.png", "dog/c.bmp")]
+    images = torch.stack([__main__.load(path, 32) for path in originals])
+    for name in ONLY[1:]:
+        for severity in CORRUPTIONS[name].severities:
+            expected = corrupt(images, name, severity, seed=7)
+            for path, image in zip(("cat/a.png", "cat/b.png", "dog/c.png"), expected, strict=True):
+                assert torch.equal(read(out / name / str(severity) / path), image)
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["seed"] == 7 and settings["frost"] == frost_source()
+
+
+def refused(command: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Check that the command exits with code 2 and that its last line gives the reason."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        __main__.main(command)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert exit_info.value.code == 2
+    assert "error: " in line and reason in line
+
+
+def test_tree_goes_on_where_it_stopped(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    command = [str(source), "--out", str(out), "--size", "32", *ONLY]
+    __main__.main(command)
+    kept, lost = out / "frost/3/cat/a.JPEG", out / "frost/3/cat/b.JPEG"
+    pixels, stamp = read(lost), kept.stat().st_mtime_ns
+    assert kept.read_bytes().startswith(b"\xff\xd8\xff")  # signature of a JPEG file
+    lost.unlink()
+    monkeypatch.setattr(__main__, "_BATCH", 2)  # the division into batches must not matter
+    __main__.main(command)
+    assert torch.equal(read(lost), pixels) and kept.stat().st_mtime_ns == stamp
+    assert not list(out.rglob("*.tmp"))
+    refused([*command, "--seed", "1"], "was begun with", capsys)
+
+
+def test_pictures_are_prepared_as_imagenet_c_s(tmp_path: Path) -> None:
+    """Check the resizing of images.
+
+    For 224 px, the shorter side is resized to 256 and the center is cropped. For other sizes, the
+    whole image is resized to the square.
+    """
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 401, 3), np.uint8))
+    picture.save(path := tmp_path / "picture.png")
+    scaled = picture.resize((int(256 * 401 / 300), 256), Image.Resampling.BILINEAR)
+    expected = np.asarray(scaled)[16:240, 59:283]
+    assert np.array_equal(__main__.load(path, 224).permute(1, 2, 0).numpy(), expected)
+    expected = np.asarray(picture.resize((64, 64), Image.Resampling.BILINEAR))
+    assert np.array_equal(__main__.load(path, 64).permute(1, 2, 0).numpy(), expected)
+
+
+def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, out = str(source / "cat/a.png"), ["--out", str(tmp_path / "x.png")]
+    refused([str(source / "none.png"), *out], "is neither an image file nor a folder", capsys)
+    refused([picture, *out, "--size", "8"], "at least 16 px", capsys)
+    refused([picture, *out, "--frost-dir", "nowhere"], "nowhere", capsys)
+    refused([picture, *out, "--only", "fogg"], "invalid choice: 'fogg'", capsys)
+    refused([picture, *out, "--device", "tpu9"], "tpu9", capsys)
+    (source / "cat/broken.png").write_bytes(b"no picture")
+    refused([str(source / "cat/broken.png"), *out], "cannot identify", capsys)
+    (source / "cat/broken.png").unlink()
+    Image.open(picture).save(source / "cat/a.bmp")
+    refused([str(source), "--out", str(tmp_path / "out")], "differ only in their suffix", capsys)
+    (tmp_path / "empty").mkdir()
+    refused([str(tmp_path / "empty"), *out], "any class folder", capsys)

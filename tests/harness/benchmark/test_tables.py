@@ -1,0 +1,283 @@
+"""Test tables and figures on cells that are written by hand."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import binomtest
+
+from corruptions import CORRUPTIONS
+from harness.benchmark import metrics, plots, registry, tables
+from harness.benchmark.attack_registry import ATTACKS
+from harness.benchmark.store import Cell
+from harness.reproduction.paper import PAPER_ROWS
+
+FIFTEEN, FOUR, FIVE = registry.TABLES.values()
+
+
+def line(model: str, name: str, correct: int, severity: int | None = None, **more: Any) -> Cell:
+    common: Cell = {
+        "n": 100,
+        "total": 100,
+        "limit": None,
+        "seed": 0,
+        "device": "cpu",
+        "versions": {},
+    }
+    cell = {"model": model, "perturbation": name, "severity": severity, "correct": correct}
+    return common | cell | more
+
+
+def corruption(model: str, name: str, *correct: int) -> list[Cell]:
+    return [line(model, name, c, severity) for severity, c in enumerate(correct, 1)]
+
+
+# The expected values are computed by hand, for 100 test images.
+# A: 80 clean images correct, and on average 48 under each of the fifteen, so R = 0.60.
+# B: 50 clean images correct, and on average 35, so R = 0.70. B loses 15 images where A loses 32, so
+# its relative mCE is 15 / 32 = 47 %.
+# The paper's four: A has 59, 59, 40 and 80, so R is 0.7375 twice, 0.50 and 1.00, with mean 0.744.
+# The mean of all nineteen is (15 x 0.6 + 2.975) / 19 = 0.63. B has 37 each, so R = 0.74, which
+# prints the same as 0.7375. The mean of all nineteen is (15 x 0.7 + 4 x 0.74) / 19 = 0.71.
+# The Wilson intervals of 80 and 50 of 100 are 71.1 to 86.7 and 40.4 to 59.6.
+A, B = "aaaa", "bbbb"
+CELLS = [
+    line(A, "clean", 80), line(B, "clean", 50),
+    *(x for name in FIFTEEN for x in corruption(A, name, 70, 60, 50, 40, 20)),
+    *(x for name in FIFTEEN for x in corruption(B, name, 45, 40, 35, 30, 25)),
+    line(A, "occlusion", 59), line(A, "color_distortion", 59),
+    line(A, "translation", 40), line(A, "rotation", 80), *(line(B, name, 37) for name in FOUR),
+    line(A, "pgd_0.04", 0), line(A, "pgd_ll_0.04", 8), line(B, "pgd_0.04", 5),
+    line(A, "cw2", 80, right=80, reached=16, misclassified=72, margin=12.25, l2=3.0),
+]  # fmt: skip
+TABLES = """\
+ImageNet-C's corruptions: R = accuracy / clean accuracy, mean of five severities; n = 100 test \
+images; + and - against alpha
+model  clean %      95 %  {}  mean  rel. mCE
+alpha     80.0  71 to 87  {}  0.60     100 %
+beta     50.0-  40 to 60  {}  0.70      47 %
+
+The paper's corruptions: R = accuracy / clean accuracy; n = 100 test images; + and - against alpha
+model  clean %      95 %  Obstru  Color  Trans    Rot  mean  mean of 19
+alpha     80.0  71 to 87    0.74   0.74   0.50   1.00  0.74        0.63
+beta     50.0-  40 to 60    0.74   0.74  0.74+  0.74-  0.74        0.71
+
+Adversarial attacks: R = accuracy / clean accuracy; n = 100 test images; + and - against alpha
+model  clean %      95 %    PGD  PGD LL    CW2  MI FGSM 0.04  MI FGSM 0.08  mean
+alpha     80.0  71 to 87   0.00    0.10  1.00!             -             -     -
+beta     50.0-  40 to 60  0.10+       -      -             -             -     -
+! alpha, CW2: the attack gave up on 80.0 % of the images that the model gets right, and these \
+count as right; it fooled the model by less than its confidence on 90.0 % (median margin 12.2)
+
+note: clean accuracies differ by more than their intervals (alpha 80.0 %, beta 50.0 %): compare \
+robustness only at comparable clean accuracy
+"""
+
+
+def make(lines: list[Cell] = CELLS, baseline: str = "alpha") -> metrics.Results:
+    return metrics.aggregate(lines, {"alpha": A, "beta": B}, baseline)
+
+
+def test_the_tables_are_those_worked_out_by_hand() -> None:
+    headings = [CORRUPTIONS[name].column for name in FIFTEEN]
+    columns = [max(len(h), 5) for h in headings]
+    rows = [
+        "  ".join(cell.rjust(w) for cell, w in zip(cells, columns, strict=True))
+        for cells in (headings, ["0.60"] * 15, ["0.70+"] * 15)
+    ]
+    assert tables.to_text(make()) == TABLES.format(*rows)
+
+
+def test_the_order_of_the_lines_does_not_matter_but_for_the_last_of_equal_cells() -> None:
+    assert make(CELLS[::-1]).rows == make().rows
+    assert make([line(A, "clean", 1), *CELLS]) == make()
+    assert make([*CELLS, line(A, "clean", 1)]) != make()
+
+
+def test_the_baseline_is_the_one_named() -> None:
+    alpha, beta = make(baseline="beta").rows
+    assert (alpha.scores["clean"].sign, beta.scores["clean"].sign) == ("+", "")
+    assert {alpha.scores[name].sign for name in FIFTEEN} == {"-"}
+    assert alpha.relative_mce == pytest.approx(100 * 32 / 15)
+
+
+def test_a_perturbation_without_one_of_its_severities_is_not_scored() -> None:
+    fog = (A, "fog", 5)
+    made = make([c for c in CELLS if (c["model"], c["perturbation"], c["severity"]) != fog])
+    alpha, beta = made.rows
+    assert "fog" not in alpha.scores and "fog" in beta.scores and "frost" in alpha.scores
+    first, second, _ = registry.TABLES
+    assert first not in alpha.means and second in alpha.means
+    place = 3 + FIFTEEN.index("fog")
+    assert [row[place] for row in tables.table_cells(made, first)] == ["Fog", "-", "0.70"]
+    assert beta.relative_mce != beta.relative_mce  # NaN: alpha has no score to compare with
+
+
+def test_a_model_that_is_never_right_has_no_robustness() -> None:
+    made = make([line(B, "clean", 0), *(x for x in CELLS if x != line(B, "clean", 50))])
+    row = tables.table_cells(made, "Adversarial attacks")[2]
+    assert row[1:4] == ["0.0-", "0 to 4", "-"]
+    assert json.loads(json.dumps(tables.to_plain(made), allow_nan=False))["rows"][1]["means"]
+
+
+@pytest.mark.parametrize("n", [1, 7, 100, 1000, 50_000])
+@pytest.mark.parametrize("share", [0, 0.001, 0.05, 0.5, 1])
+def test_intervals_are_wilsons(n: int, share: float) -> None:
+    correct = round(share * n)
+    low, high = metrics.wilson(correct, n)
+    expected = binomtest(correct, n).proportion_ci(method="wilson")
+    assert [low, high] == pytest.approx([expected.low, expected.high])
+    assert 0 <= low <= correct / n <= high <= 1
+
+
+def test_findings_stand_beside_the_score() -> None:
+    checks = {"clean": 80, "pgd_0": 79, "fgsm_0.04": 1, "pgd_0.04": 2, "pgd_0.5": 30}
+    made = make([
+        *CELLS,
+        *(line(A, f"check_{name}", c, broken=3 if name == "clean" else None)
+          for name, c in checks.items()),
+        line(A, "mi_fgsm_0.04", 70), line(B, "mi_fgsm_0.04", 4), line(A, "cw2_0", 0, l2=0.125),
+    ])  # fmt: skip
+    alpha, beta = made.rows
+    found = "\n".join(alpha.findings["pgd_0.04"])
+    for words in ("epsilon 0 changes", "single step", "epsilon 0.5 should", "3 of 100 images"):
+        assert words in found
+    assert "another model" not in found and found.count("(on 100 images)") == 3
+    assert ["another model" in said for said in beta.findings["pgd_0.04"]] == [True]
+    marked = tables.table_cells(made, "Adversarial attacks")[1:]
+    assert [row[3] for row in marked] == ["0.00!", "0.10+!"]
+    assert "median length of 0.125" in tables.to_text(made)
+
+
+def test_notes_on_a_subset_and_on_mixed_versions() -> None:
+    part = [x | {"total": 5000, "limit": 100, "seed": 4} for x in CELLS]
+    assert "n = 100 of 5000 test images" in tables.to_text(make(part))
+    assert "100 images, as many of each class, drawn with seed 4" in tables.to_text(make(part))
+    last = tables.to_latex(make(part)).split(r"\begin{table}")[-1]
+    assert tables.to_latex(make(part)).count("drawn with seed 4") == last.count("with seed 4") == 1
+    assert "versions" not in tables.to_text(make())
+    assert "several devices or versions" in tables.to_text(
+        make([*part, CELLS[0] | {"device": "x"}])
+    )
+
+
+def test_a_table_without_scores_is_not_printed() -> None:
+    lines = [line(A, "clean", 80), line(B, "clean", 80), line(B, "pgd_0.04", 0)]
+    for form in (tables.to_text, tables.to_markdown, tables.to_latex):
+        assert [title in form(make(lines)) for title in registry.TABLES] == [False, False, True]
+        assert not any(title in form(make(lines[:2])) for title in registry.TABLES)
+
+
+def test_no_caveat_where_the_intervals_overlap() -> None:
+    close = [line(A, "clean", 80), line(B, "clean", 75)]
+    assert "comparable" not in tables.to_text(make(close))
+    assert "comparable" in tables.to_text(make([line(A, "clean", 80), line(B, "clean", 60)]))
+
+
+def test_all_formats_hold_the_same_numbers() -> None:
+    made = make()
+    flat = list(csv.DictReader(io.StringIO(tables.to_csv(made))))
+    by_key = {(r["model"], r["perturbation"], r["severity"]): r for r in flat}
+    assert len(by_key) == len(flat) == 2 * (1 + 6 * 15 + 4) + 4
+    assert by_key["beta", "fog", "mean"]["R"] == "0.700000"
+    assert by_key["beta", "translation", ""]["R"] == "0.740000"
+    assert by_key["beta", "translation", ""]["sign"] == "+"
+    assert by_key["alpha", "fog", "5"]["accuracy"] == "0.200000"
+    assert by_key["alpha", "fog", "5"]["R"] == "0.250000"
+    interval = binomtest(20, 100).proportion_ci(method="wilson")
+    assert float(by_key["alpha", "fog", "5"]["low"]) == pytest.approx(interval.low, abs=1e-6)
+    assert float(by_key["alpha", "fog", "5"]["high"]) == pytest.approx(interval.high, abs=1e-6)
+    grids = [row for title in registry.TABLES for row in tables.table_cells(made, title)]
+    markdown = [
+        [cell.strip() for cell in text.strip("|").split("|")]
+        for text in tables.to_markdown(made).splitlines()
+        if text.startswith("|") and "---" not in text
+    ]  # fmt: skip
+    latex = [
+        re.sub(r"\\|\$", "", text.removesuffix(r" \\")).split(" & ")
+        for text in tables.to_latex(made).splitlines() if text.endswith(r"\\")
+    ]  # fmt: skip
+    assert markdown == grids and latex == grids
+    assert tables.to_latex(made).count(r"\begin{tabular}") == 3
+    assert not re.search(r"(?<!\\)[%#_]", tables.to_latex(made))
+    tree = json.loads(json.dumps(tables.to_plain(made), allow_nan=False))
+    assert tree["rows"][1]["scores"]["rotation"]["robustness"] == pytest.approx(0.74)
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "resnext50_32x4d"])
+def test_cells_with_the_papers_scores_give_the_papers_table(arch: str) -> None:
+    rows = {row.method: row.scores for row in PAPER_ROWS if (row.table, row.arch) == (1, arch)}
+    n, lines = 10**6, []
+    for model, scores in rows.items():
+        accuracy = scores["clean"].value / 100
+        lines.append(line(model, "clean", round(n * accuracy), n=n))
+        for name in registry.COLUMNS:
+            correct = round(n * accuracy * scores[name].value)
+            lines += [line(model, name, correct, s, n=n, right=n, reached=n)
+                      for s in registry.PERTURBATIONS[name].severities]  # fmt: skip
+    made = metrics.aggregate(lines, {model: model for model in rows}, "standard")
+    for row in made.rows:
+        assert {k: s.sign for k, s in row.scores.items()} == {
+            k: rows[row.model][k].sign or "" for k in ("clean", *registry.COLUMNS)
+        }
+    for title, names in registry.TABLES.items():
+        for model, _, _, *cells in tables.table_cells(made, title)[1:]:
+            printed = [rows[model][name] for name in names]
+            expected = [f"{score.value:.2f}{score.sign or ''}" for score in printed]
+            assert [cell.rstrip("!") for cell in cells[: len(names)]] == expected
+
+
+def test_attacks_without_a_cell_leave_their_mean_open() -> None:
+    lines = [line(A, "clean", 80), line(B, "clean", 80)]
+    lines += [line(A, name, 40, right=40, reached=40) for name in ATTACKS]
+    alpha, beta = make(lines).rows
+    assert alpha.means == {"Adversarial attacks": 0.5} and beta.means == {}
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def colours(path: Path) -> set[tuple[int, int, int]]:
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    return {(int(r), int(g), int(b)) for r, g, b in np.unique(pixels, axis=0)}
+
+
+def rgb(colour: str) -> tuple[int, int, int]:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+@pytest.mark.parametrize("draw", [plots.plot_robustness, plots.plot_severities])
+def test_the_figures_show_every_model(
+    draw: Callable[[metrics.Results, Path], None], tmp_path: Path
+) -> None:
+    draw(make(), tmp_path / "figure.png")
+    assert {rgb(plots.GRAY), rgb(plots.PALETTE[0])} <= colours(tmp_path / "figure.png")
+
+
+def test_a_figure_without_scores_is_empty(tmp_path: Path) -> None:
+    lines = [line(A, "clean", 0), line(B, "clean", 0), line(B, "pgd_0.04", 0)]
+    plots.plot_robustness(make(lines), tmp_path / "figure.png")
+    assert rgb(plots.PALETTE[0]) not in colours(tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_sheet_shows_every_image(count: int, tmp_path: Path) -> None:
+    shades = [[(40 * i + 8, 9 * j, 99) for j in range(6)] for i in range(count)]
+    sheets = [
+        [
+            plots.Tile("", torch.tensor(s)[:, None, None].expand(3, 4, 4) / 255, "", True)
+            for s in row
+        ]
+        for row in shades
+    ]
+    plots.plot_images(sheets, tmp_path / "sheet.png")
+    assert {shade for row in shades for shade in row} <= colours(tmp_path / "sheet.png")

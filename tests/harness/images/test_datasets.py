@@ -1,0 +1,337 @@
+"""Test the datasets (the embedded one, folders with their cache, CIFAR) and the batch loader."""
+
+import copy
+import hashlib
+import itertools
+import mmap
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch.testing import assert_close
+
+from harness.errors import UserError
+from harness.images import cache, datasets, embedded
+from harness.images.loader import BatchLoader, ImageSet, prefetch
+from tests.support.tiny import image_folder, states_equal
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return image_folder(tmp_path / "set")
+
+
+def load(source: Path, tmp_path: Path, **options) -> datasets.Dataset:
+    return datasets.load_dataset(
+        str(source), cache_dir=tmp_path / "cache", **{"size": 12, **options}
+    )
+
+
+def content(sets: datasets.Dataset) -> tuple:
+    return *sets.train[:2], *sets.test[:2], sets.classes, sets.fingerprint
+
+
+# ---------------------------------------------------------------- the embedded dataset
+
+
+def test_shapes_are_the_same_pixels_on_every_machine():
+    images, labels = embedded.draw_shapes(range(20), 64)
+    assert images.shape == (20, 3, 64, 64) and images.dtype == torch.uint8
+    assert labels.tolist() == [*range(10)] * 2
+    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    assert digest[:16] == "0b5121af3b41ed17"
+    alone = embedded.draw_shapes(range(13, 14), 64)[0]
+    assert torch.equal(alone[0], images[13])
+    other = embedded.draw_shapes(range(20), 64, seed=1)[0]
+    assert (other != images).flatten(1).any(1).all()
+
+
+def test_shapes_lie_where_their_function_is_positive():
+    """Check the areas of the shapes, in units of the radius, by formulas where they exist."""
+    v, u = np.mgrid[-1.2:1.2:600j, -1.2:1.2:600j]
+    areas = {
+        "bar": 2 * 0.6,
+        "disc": np.pi * 0.85**2,
+        "flower": np.pi * (0.68**2 + 0.3**2 / 2),
+        "plus": 4 * 0.95 * 0.28 * 2 - (2 * 0.28) ** 2,
+        "ring": np.pi * (0.95**2 - 0.55**2),
+        "square": (2 * 0.72) ** 2,
+        "star": 10 * 0.5 * 1 * 0.4 * np.sin(np.pi / 5),
+        "triangle": 3 * np.sqrt(3) / 4,
+    }
+    for name in embedded.NAMES:
+        inside = embedded._inside(name, u, v) > 0
+        area = inside.mean() * 2.4**2
+        assert 0.5 < area < 2.5
+        if name in areas:
+            assert area == pytest.approx(areas[name], rel=0.02), name
+        assert not inside[0].any() and not inside[:, -1].any()
+
+
+def test_clutter_has_the_spectrum_of_natural_images():
+    field = embedded._clutter(np.random.RandomState(0), 40, 64)
+    power = (abs(np.fft.fft2(field)) ** 2).mean(0)
+    slope = np.polyfit(np.log(np.arange(2, 30)), np.log(power[0, 2:30]), 1)[0]
+    assert slope == pytest.approx(-2, abs=0.15)
+    assert field.std(axis=(1, 2)) == pytest.approx(1)
+
+
+def test_shapes_set(monkeypatch):
+    parts = {"train": range(40), "test": range(1_000_000, 1_000_020)}
+    monkeypatch.setattr(embedded, "INDICES", parts)
+    sets = datasets.load_dataset("shapes", size=16)
+    assert sets.classes == list(embedded.NAMES)
+    assert len(sets.train.labels) == 40 and len(sets.test.labels) == 20
+    assert sets.train.images.shape == (40, 3, 16, 16)
+    some = datasets.load_dataset("shapes", size=16, num_classes=3, seed=5)
+    assert (
+        len(some.classes) == 3
+        and some.classes != datasets.load_dataset("shapes", num_classes=3).classes
+    )
+    assert len(some.train.labels) == 12 and some.train.labels.unique().tolist() == [0, 1, 2]
+    prints = [
+        sets,
+        some,
+        datasets.load_dataset("shapes", size=16, seed=1),
+        datasets.load_dataset("shapes", size=17),
+    ]
+    assert len({s.fingerprint for s in prints}) == 4
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_ten_percent_of_every_class_are_held_out(folder, tmp_path):
+    sets = load(folder, tmp_path)
+    assert sets.classes == ["class0", "class1", "class2"]
+    assert torch.bincount(sets.train.labels).tolist() == [9, 9, 9]
+    assert torch.bincount(sets.test.labels).tolist() == [1, 1, 1]
+    everything = torch.cat([sets.train.images, sets.test.images])
+    expected = {
+        np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes() for path in folder.rglob("*.png")
+    }
+    assert {image.numpy().tobytes() for image in everything} == expected
+    again, other = load(folder, tmp_path), load(folder, tmp_path, seed=1)
+    assert sets.fingerprint == again.fingerprint != other.fingerprint
+    assert_close(again.test[:2], sets.test[:2])
+
+
+def test_train_and_val(folder, tmp_path):
+    root = tmp_path / "split"
+    for part in ("train", "val"):
+        image_folder(root / part, each=4 if part == "train" else 2)
+    sets = load(root, tmp_path)
+    assert len(sets.train.labels) == 12 and len(sets.test.labels) == 6
+    (root / "val" / "class1").rename(root / "val" / "other")
+    with pytest.raises(UserError, match="need the same classes; only one has 'class1'"):
+        load(root, tmp_path)
+    (root / "val").rename(root / "elsewhere")
+    with pytest.raises(UserError, match="has train/ but no val/"):
+        load(root, tmp_path)
+
+
+def test_classes_are_drawn_with_the_seed(tmp_path):
+    folder = image_folder(tmp_path / "set", classes=8, each=2)
+    chosen = [load(folder, tmp_path, num_classes=4, seed=s).classes for s in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert chosen[0] == sorted(chosen[0]) and len(chosen[0]) == 4
+    with pytest.raises(UserError, match="--classes 9: the dataset has 8"):
+        load(folder, tmp_path, num_classes=9)
+
+
+def test_the_cache_is_used_while_nothing_changes(folder, tmp_path, monkeypatch):
+    first = copy.deepcopy(content(load(folder, tmp_path)))  # the mapped file is truncated below
+    calls = []
+    decode = cache.decode
+    monkeypatch.setattr(cache, "decode", lambda *args: calls.append(args) or decode(*args))
+    assert states_equal(content(load(folder, tmp_path)), first)
+    assert not calls
+    os.utime(folder / "class0" / "0.png", (1, 1))
+    load(folder, tmp_path)
+    assert 1 <= len(calls) <= 27  # only one of the two parts is decoded again
+    del calls[:]
+    load(folder, tmp_path, size=13)
+    assert len(calls) == 30
+    del calls[:]
+    for pixels in (tmp_path / "cache").glob("*.u8"):
+        pixels.write_bytes(pixels.read_bytes()[:-1])
+    assert states_equal(content(load(folder, tmp_path)), first)
+    assert len(calls) == 30
+    del calls[:]
+    for manifest in (tmp_path / "cache").glob("*.json"):
+        manifest.write_text(manifest.read_text()[:10])
+    assert states_equal(content(load(folder, tmp_path)), first)
+    assert len(calls) == 30
+
+
+def test_a_crash_while_decoding_leaves_no_cache(folder, tmp_path, monkeypatch):
+    def crash(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(cache, "decode", crash)
+    with pytest.raises(MemoryError):
+        load(folder, tmp_path)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_bad_images_stop_or_are_skipped_and_counted(folder, tmp_path, capsys):
+    (folder / "class1" / "broken.jpg").write_bytes(b"no image")
+    (folder / "class2" / "empty.png").write_bytes(b"")
+    whole = (folder / "class0" / "0.png").read_bytes()
+    (folder / "class0" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"(broken\.jpg|empty\.png|cut\.png): not a readable image"):
+        load(folder, tmp_path)
+    for _ in range(2):
+        sets = load(folder, tmp_path, skip_bad_images=True)
+        assert len(sets.train.labels) + len(sets.test.labels) == 30
+        assert sum(int(line.split()[2]) for line in capsys.readouterr().out.splitlines()) == 3
+
+
+def test_every_kind_of_image_becomes_upright_rgb(tmp_path):
+    random = np.random.default_rng(0)
+    rgb = Image.fromarray(random.integers(0, 255, (30, 20, 3)).astype(np.uint8))
+    smooth = rgb.resize((20, 30)).resize((200, 300), Image.Resampling.BICUBIC)
+
+    def pixels(name: str) -> np.ndarray:
+        result = cache.decode(tmp_path / name, 16)
+        assert not isinstance(result, str), result
+        assert result.shape == (3, 16, 16) and result.dtype == np.uint8
+        return result.astype(int)
+
+    smooth.save(tmp_path / "rgb.png")
+    reference = pixels("rgb.png")
+    expected = np.asarray(smooth.resize((16, 16), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    assert_close(reference, expected.astype(int))
+    smooth.convert("RGBA").save(tmp_path / "rgba.png")
+    assert_close(pixels("rgba.png"), reference)
+    smooth.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
+    assert abs(pixels("cmyk.jpg") - reference).mean() < 3
+    smooth.quantize(256).save(tmp_path / "palette.gif")
+    assert abs(pixels("palette.gif") - reference).mean() < 12
+    grey = smooth.convert("L")
+    grey.save(tmp_path / "grey.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    assert abs(pixels("grey16.png") - pixels("grey.png")).max() <= 1
+    assert (pixels("grey.png") == pixels("grey.png")[:1]).all()
+    turned = smooth.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the viewer must rotate the image clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert_close(pixels("turned.png"), reference)
+
+
+def test_a_picture_too_large_to_decode_is_bad(tmp_path):
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    assert "decompression bomb" in cache.decode(tmp_path / "bomb.png", 16)
+
+
+def test_folders_that_cannot_serve(folder, tmp_path):
+    cases = {
+        "no such folder": tmp_path / "nowhere",
+        "holds 0 class folders": tmp_path / "empty",
+        "class 'lone' has no image for the train part": tmp_path / "lone",
+        "class 'b' has no image for the train part": tmp_path / "hollow",
+    }
+    (tmp_path / "empty").mkdir()
+    image_folder(tmp_path / "lone", each=3)
+    (tmp_path / "lone" / "lone").mkdir()
+    (folder / "class0" / "0.png").rename(tmp_path / "lone" / "lone" / "0.png")
+    for name in "ab":
+        (tmp_path / "hollow" / name).mkdir(parents=True)
+    (folder / "class0" / "1.png").rename(tmp_path / "hollow" / "a" / "0.png")
+    (folder / "class0" / "2.png").rename(tmp_path / "hollow" / "a" / "1.png")
+    for message, root in cases.items():
+        with pytest.raises(UserError, match=message):
+            load(root, tmp_path)
+
+
+# ---------------------------------------------------------------- CIFAR and the batch loader
+
+
+def test_cifar(tmp_path, monkeypatch):
+    class Fake:
+        classes = ("zebra", "ant", "mouse")
+
+        def __init__(self, root, train, download):
+            if not download:
+                raise RuntimeError("Dataset not found or corrupted.")
+            n = 9 if train else 6
+            self.data = np.arange(n * 32 * 32 * 3).reshape(n, 32, 32, 3).astype(np.uint8)
+            self.targets = [k % 3 for k in range(n)]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
+    with pytest.raises(UserError, match=r"cifar10 is not in .*: add --download"):
+        datasets.load_dataset("cifar10", cache_dir=tmp_path)
+    sets = datasets.load_dataset("cifar10", cache_dir=tmp_path, download=True)
+    assert sets.classes == ["ant", "mouse", "zebra"]
+    assert sets.train.labels.tolist() == [2, 0, 1] * 3  # in the order of the sorted names
+    assert sets.train.images[0, 2, 0, 1] == 5
+    assert (
+        datasets.load_dataset(
+            "cifar10", cache_dir=tmp_path, download=True, size=8
+        ).test.images.shape[-1]
+        == 8
+    )
+
+
+def test_feed_gives_every_image_once_in_the_unit_range():
+    images = torch.arange(7 * 3 * 4).reshape(7, 3, 2, 2).to(torch.uint8) * 3
+    feed = BatchLoader(ImageSet(images, torch.arange(7)), torch.device("cpu"))
+    batches = list(feed.in_order(3))
+    assert [len(y) for _, y in batches] == [3, 3, 1] and len(feed) == 7
+    assert torch.cat([y for _, y in batches]).tolist() == [*range(7)]
+    assert_close(torch.cat([x for x, _ in batches]), images / 255)
+    x, y = feed(torch.tensor([5, 1, 5]))
+    assert y.tolist() == [5, 1, 5] and x.dtype == torch.float32
+    assert_close(x, images[[5, 1, 5]] / 255)
+
+
+def test_feed_reads_ahead_what_it_will_take_and_nothing_else(folder, tmp_path):
+    sets = load(folder, tmp_path, size=100)  # 30,000 bytes, not a multiple of the page size
+    assert sets.train.images.is_contiguous() and len(sets.train.mapping) == 27 * 30_000
+    asked = []
+
+    class Mapping:
+        def madvise(self, option, start, length):
+            sets.train.mapping.madvise(option, start, length)
+            asked.append((option, start, start + length))
+
+    feed = BatchLoader(sets.train._replace(mapping=Mapping()), torch.device("cpu"))
+    numbers = torch.tensor([26, 0, 13])
+    x, y = feed(numbers)
+    assert_close(x, sets.train.images[numbers] / 255)
+    assert torch.equal(y, sets.train.labels[numbers])
+    assert len(asked) == 3
+    for n, (option, start, stop) in zip(numbers.tolist(), asked, strict=True):
+        assert option == mmap.MADV_WILLNEED and start % mmap.PAGESIZE == 0
+        assert 0 <= n * 30_000 - start < mmap.PAGESIZE and stop == (n + 1) * 30_000
+
+
+def test_work_ahead_keeps_order_bounds_and_errors():
+    began, rest = [], threading.Event()
+
+    def slow(n):
+        began.append(n)
+        rest.wait()
+        if n == 6:
+            raise ValueError(f"no {n}")
+        return n * n
+
+    threads = threading.active_count()
+    results = prefetch(slow, itertools.count(), threads=2, window=3)
+    rest.set()
+    assert [next(results) for _ in range(4)] == [0, 1, 4, 9]
+    assert set(began) <= set(range(4 + 3))
+    assert [next(results) for _ in range(2)] == [16, 25]
+    with pytest.raises(ValueError, match="no 6"):
+        next(results)
+    results = prefetch(slow, range(4), threads=1, window=2)
+    assert next(results) == 0 and threading.active_count() == threads + 1
+    results.close()
+    assert threading.active_count() == threads  # no thread outlives its iterator
+    assert [*prefetch(slow, range(3), threads=1, window=9)] == [0, 1, 4]

@@ -1,0 +1,418 @@
+"""Test that several processes train and evaluate like one, and what happens when one dies."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+import evaluate
+import train
+from attacks import pgd
+from harness import checkpoints, distributed, errors
+from harness.benchmark.config import parse_eval_config
+from harness.training.config import parse_train_config
+from harness.training.methods import METHODS
+from mtlat import frozen, mtlat_loss
+from tests.support.processes import SERVER, Job, environment, open_store, start_server
+from tests.support.tiny import image_folder, normed, states_equal
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def jobs() -> Iterator[dict[int, Job]]:
+    """Start jobs of two, three and four processes."""
+    made = {world: Job(world) for world in (2, 3, 4)}
+    yield made
+    for job in made.values():
+        job.end()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images") / "set"
+    image_folder(root / "train", each=11)
+    image_folder(root / "val", each=10)
+    return root
+
+
+# ---------------------------------------------------------------- training
+
+
+def arguments(folder: Path, out: Path, *flags: str) -> list[str]:
+    """Return flags for a training on 33 images, in steps of 22 or 11, with two test batches."""
+    return [
+        "--data", str(folder), "--size", "12", "--batch-size", "22", "--device", "cpu",
+        "--cache-dir", str(folder.parent / "cache"), "--output-dir", str(out), *flags,
+    ]  # fmt: skip
+
+
+def trained(out: Path) -> dict[str, Any]:
+    return checkpoints.load_checkpoint(out / "last.pt")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_many_processes_train_what_one_trains(jobs, folder, tmp_path, method):
+    """Check that the weights agree up to rounding in float64.
+
+    The images of a batch do not affect each other in this network, so that only the order of sums
+    differs.
+    """
+    flags = (
+        "--method",
+        method,
+        "--arch",
+        "tiny:smooth",
+        "--epochs",
+        "2",
+        "--lr",
+        "0.03",
+    )
+    train.main(arguments(folder, tmp_path / "one", *flags))
+    one = trained(tmp_path / "one")
+    for world, job in jobs.items():
+        out = tmp_path / f"{world}"
+        assert job(train.main, arguments(folder, out, *flags)) == [None] * world
+        several = trained(out)
+        assert one["model"]["1.weight"].dtype == torch.float64
+        assert_close(several["model"], one["model"], rtol=0, atol=1e-12)
+        assert several["optimizer"]["state"].keys() == one["optimizer"]["state"].keys()
+        for ours, theirs in zip(several["log"], one["log"], strict=True):
+            assert ours["loss1"] == pytest.approx(theirs["loss1"], abs=1e-6)  # summed in float32
+            assert ours["clean_accuracy"] == theirs["clean_accuracy"]
+        assert several["settings"]["processes"] == world
+
+
+def seed_after(argv: list[str]) -> int:
+    train.main(argv)
+    return torch.initial_seed()
+
+
+def test_each_process_has_dropout_of_its_own(jobs, folder, tmp_path):
+    flags = "--arch", "tiny:convnet", "--epochs", "1"
+    one = seed_after(arguments(folder, tmp_path / "one", *flags))
+    seeds = jobs[4](seed_after, arguments(folder, tmp_path / "four", *flags))
+    assert seeds[0] == one and len(set(seeds)) == 4
+
+
+def test_the_checkpoint_holds_the_mean_of_the_running_statistics(jobs, folder, tmp_path):
+    """Check two equal shards, where the average of the shard means is the mean of all images."""
+    flags = (
+        "--arch",
+        "tiny:normed",
+        "--epochs",
+        "1",
+        "--method",
+        "standard",
+        "-b",
+        "24",
+    )
+    train.main(arguments(folder, tmp_path / "one", *flags))
+    jobs[2](train.main, arguments(folder, tmp_path / "two", *flags))
+    one, two = (trained(tmp_path / out)["model"] for out in ("one", "two"))
+    assert one["0.running_mean"].abs().min() > 0.01
+    assert_close(two["0.running_mean"], one["0.running_mean"])
+    assert not torch.equal(two["0.running_var"], one["0.running_var"])  # of one shard
+
+
+def wrapped(options: dict[str, bool]) -> list[tuple[torch.Tensor, ...]]:
+    """Return weights after training steps through DDP, and with gradients averaged by hand."""
+    outer = nn.parallel.DistributedDataParallel(normed(3), **options, broadcast_buffers=False)
+    model = copy.deepcopy(outer.module)
+    both = (outer, outer.module), (model, model)
+    optimizers = [torch.optim.SGD(inner.parameters(), lr=0.1) for _, inner in both]
+    for step in range(3):
+        for (called, inner), optimizer in zip(both, optimizers, strict=True):
+            generator = torch.Generator().manual_seed(9 * step + distributed.rank())
+            x = torch.rand(6, 3, 12, 12, generator=generator)
+            y = torch.randint(3, (6,), generator=generator)
+            optimizer.zero_grad()
+            pgd(called, x, y, steps=1)  # an attack as in an evaluation
+            mtlat_loss(called, x, y, num_classes=3, generator=generator).backward()
+            if inner is model:
+                distributed.all_reduce_sum([p.grad for p in model.parameters()])
+                for p in model.parameters():
+                    p.grad /= distributed.world_size()
+            optimizer.step()
+    return [tuple(p.detach() for p in inner.parameters()) for _, inner in both]
+
+
+@pytest.mark.parametrize("option", ["", "find_unused_parameters", "static_graph"])
+def test_the_loss_works_through_distributed_data_parallel(jobs, option):
+    """Check DistributedDataParallel, also with a static graph.
+
+    Attacks need no gradients of the weights, so that they must bypass the wrapper if its graph is
+    static.
+    """
+    for by_torch, by_hand in jobs[2](wrapped, {option: True} if option else {}):
+        assert_close(by_torch, by_hand)
+
+
+def test_sync_batchnorm_does_not_remember_the_attack():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(normed(3))
+    assert isinstance(model[0], nn.SyncBatchNorm)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with frozen(model):
+        model(torch.rand(4, 3, 12, 12))
+    assert states_equal(model.state_dict(), before)
+    model(torch.rand(4, 3, 12, 12))
+    assert not states_equal(model.state_dict(), before)
+
+
+@given(st.integers(1, 9), st.integers(0, 40))
+def test_a_share_is_rows_in_order_in_pairs_and_about_equal(world, more):
+    count = 2 * world + more
+    parts = []
+    with pytest.MonkeyPatch.context() as patch:
+        for rank in range(world):
+            patch.setattr(distributed, "_job", distributed._Job(rank, world))
+            parts.append(range(count)[distributed.shard_rows(count)])
+    assert [row for rows in parts for row in rows] == [*range(count)]
+    assert all(rows.start % 2 == 0 for rows in parts)
+    assert min(map(len, parts)) >= 2 and max(map(len, parts)) - min(map(len, parts)) <= 3
+
+
+def test_one_process_takes_all():
+    assert [range(n)[distributed.shard_rows(n)] for n in (1, 2, 7)] == [
+        range(1),
+        range(2),
+        range(7),
+    ]
+
+
+def first_weights(argv: list[str], seed: int) -> torch.Tensor:
+    """Return the first weights of a training, drawn from a different seed on each rank."""
+    config, checkpoint = parse_train_config(argv)
+    draw, rank = torch.manual_seed, distributed.rank()
+    torch.manual_seed = lambda given: draw(given + seed * rank)
+    try:
+        return train.build(config, train.load_data(config), checkpoint).model[2].weight.detach()
+    finally:
+        torch.manual_seed = draw
+
+
+def test_all_processes_start_from_the_weights_of_the_first(jobs, folder, tmp_path):
+    argv = arguments(folder, tmp_path / "out", "--arch", "tiny:linear", "--epochs", "1")
+    one, *others = jobs[3](first_weights, argv, 1)
+    assert torch.equal(one, first_weights(argv, 0))
+    assert all(torch.equal(other, one) for other in others)
+
+
+def refused(argv: list[str]) -> str:
+    try:
+        config, checkpoint = parse_train_config(argv)
+        train.build(config, train.load_data(config), checkpoint)
+    except errors.UserError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("-b 14", "--batch-size 14 makes minibatches of 7, and each of 4 processes needs 2 of them"),
+    ("-b 16", "accepted"),
+    ("--device cuda:1", "--device cuda:1: 4 processes run on cuda, one GPU each, or cpu"),
+    ("--device mps", "--device mps: 4 processes run on cuda, one GPU each, or cpu"),
+    ("--sync-bn", "--sync-bn works on CUDA, not on cpu"),
+])  # fmt: skip
+def test_what_several_processes_cannot_do(jobs, folder, tmp_path, flags, message):
+    argv = arguments(folder, tmp_path / "out", "--arch", "tiny:linear", *flags.split())
+    for said in jobs[4](refused, argv):
+        assert said.startswith(message)
+
+
+def turn(seconds: float) -> tuple[float, float]:
+    with distributed.local_rank_zero_first():
+        entered = time.monotonic()
+        time.sleep(seconds)
+        return entered, time.monotonic()
+
+
+def test_one_process_of_a_machine_goes_first_at_every_start_of_a_job():
+    """Check two starts of a job with one store, which torchrun keeps for a job and its restarts."""
+    store = open_store()
+    for _ in range(2):
+        job = Job(2, store)
+        (_, first), (second, _) = job(turn, 0.3)
+        assert first <= second
+        assert sorted(job(distributed.is_first_error)) == [False, True]
+        job.end()
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def measured(argv: list[str]) -> None:
+    """Run evaluate.py without its tables and figures."""
+    torch.manual_seed(0)  # for networks without a checkpoint
+    evaluate.write_results = lambda *_: None
+    evaluate.main(argv)
+
+
+def scores(out: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Return the lines of cells.jsonl without times, and the prediction files."""
+    lines = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
+    files = {str(p.relative_to(out)): p.read_bytes() for p in out.glob("predictions/*/*.npy")}
+    times = {"seconds", "seconds_making", "crc"}
+    return [{k: x[k] for k in x.keys() - times} for x in lines], files
+
+
+def test_many_processes_score_what_one_scores(jobs, folder, tmp_path, monkeypatch):
+    """Check that lines and predictions are identical, for seven batches, one of them smaller."""
+    monkeypatch.setattr(evaluate, "write_results", evaluate.write_results)
+    monkeypatch.chdir(ROOT / "tests")
+    images, cache = tmp_path / "images", str(tmp_path / "cache")
+    image_folder(images / "val", each=9, side=16)
+    image_folder(images / "train", each=4, side=16)
+    for severity in range(1, 6):
+        image_folder(tmp_path / "c" / "contrast" / str(severity), each=8, side=20)
+    train.main(["--data", str(images), "--size", "16", "--cache-dir", cache, "--device", "cpu",
+                "--arch", "tiny:convnet", "--epochs", "1", "--batch-size", "6",
+                "--output-dir", str(tmp_path / "run")])  # fmt: skip
+    argv = [
+        str(tmp_path / "run" / "last.pt"), "tiny:linear", "--surrogate", "tiny:smooth",
+        "--only", "gaussian_noise", "contrast", "white-box", "mi_fgsm_0.08", "--skip", "checks",
+        "--imagenet-c", str(tmp_path / "c"), "--cache-dir", cache, "--device", "cpu",
+        "--batch-size", "4", "--limit", "25", "--save-predictions", "--output-dir",
+    ]  # fmt: skip
+    measured([*argv, str(tmp_path / "1")])
+    one = scores(tmp_path / "1")
+    assert len(one[0]) == len(one[1]) == 2 * 15
+    for world, job in jobs.items():
+        assert job(measured, [*argv, str(tmp_path / f"{world}")]) == [None] * world
+        assert scores(tmp_path / f"{world}") == one
+
+
+def drawn_weights(argv: list[str]) -> str:
+    """Return the error of evaluate.py if each process draws its own weights."""
+    torch.manual_seed(distributed.rank())
+    try:
+        evaluate.prepare(parse_eval_config(argv))
+    except errors.UserError as error:
+        return str(error)
+    return "none"
+
+
+def test_models_that_differ_between_the_processes_are_refused(jobs, folder):
+    argv = ["tiny:linear", "--data", str(folder), "--size", "16", "--device", "cpu",
+            "--cache-dir", str(folder.parent / "cache")]  # fmt: skip
+    for said in jobs[2](drawn_weights, argv):
+        assert said.startswith("the processes of the job find different images or weights")
+
+
+# ---------------------------------------------------------------- failure of one process
+
+
+def _script(rank: int, port: int, argv: list[str], said: Path) -> None:
+    """Run train.py as one of two processes of torchrun, with its output in a file."""
+    environment(rank, 2, port)
+    with open(said, "a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    errors.run_script(lambda: train.main(argv), "add --resume auto to go on")
+
+
+@contextmanager
+def started(
+    folder: Path, tmp_path: Path, *flags: str, second: Sequence[str] = ()
+) -> Iterator[tuple[list[Any], Path]]:
+    """Start two processes of a training; yield them and the file that receives their output."""
+    start_server()
+    store, said = open_store(), tmp_path / "said"
+    said.touch()
+    argv = arguments(folder, tmp_path / "out", "--arch", "tiny:linear", *flags)
+    both = [
+        SERVER.Process(target=_script, args=(rank, store.port, [*argv, *own], said))
+        for rank, own in enumerate(((), second))
+    ]
+    for process in both:
+        process.start()
+    yield both, said
+    for process in both:
+        process.kill()
+
+
+def ends(processes: list[Any], said: Path) -> tuple[list[int], list[str]]:
+    """Wait for the processes; return their exit codes and the lines that give the reason."""
+    for process in processes:
+        process.join(30)
+    text = said.read_text()
+    assert "Traceback" not in text
+    last = [line for line in text.splitlines() if line.startswith(("error", "stopped"))]
+    return [process.exitcode for process in processes], last
+
+
+@pytest.mark.parametrize("second, message", [
+    ("--data nowhere", "--data nowhere: no such folder"),
+    ("--classes 2", "the processes of the job find different images or weights"),
+])  # fmt: skip
+def test_a_mistake_in_one_process_ends_the_job_in_one_line(folder, tmp_path, second, message):
+    with started(folder, tmp_path, second=second.split()) as (both, said):
+        codes, last = ends(both, said)
+    assert codes == [2, 2]
+    assert len(last) == 1 and last[0].startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_ends_ends_the_job_in_one_line(folder, tmp_path, number):
+    with started(folder, tmp_path, "--epochs", "10000") as (both, said):
+        while "loss1" not in said.read_text():
+            time.sleep(0.05)
+            assert both[0].is_alive() and both[1].is_alive()
+        os.kill(both[1].pid, number)
+        codes, last = ends(both, said)
+    assert codes == [2, -9 if number == signal.SIGKILL else 128 + number]
+    assert len(last) == 1 and last[0].endswith("is kept, add --resume auto to go on")
+    if number == signal.SIGKILL:
+        assert "another process of the job has ended or hangs (" in last[0]
+    assert trained(tmp_path / "out")["log"]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_job_again_to_the_same_bits(folder, tmp_path):
+    """Check SIGKILL of each of two processes, of which one writes the checkpoints."""
+
+    def torchrun(out: str) -> subprocess.Popen:
+        flags = "--arch", "tiny:linear", "--epochs", "60", "--resume", "auto"
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+             "--standalone", "--max-restarts=2", str(ROOT / "train.py"),
+             *arguments(folder, tmp_path / out, *flags)],
+            cwd=ROOT / "tests" / "support", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        )  # fmt: skip
+
+    with torchrun("straight") as straight:
+        said = straight.stdout.read()
+    assert straight.returncode == 0 and said.count("clean accuracy") == 61  # printed by one process
+    said, kills = "", 0
+    with torchrun("killed") as killed:
+        for line in killed.stdout:
+            said += line
+            if line.startswith(f"epoch {10 * kills + 10}/") and kills < 2:
+                children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text()
+                workers = [pid for pid in map(int, children.split())
+                           if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
+                os.kill(sorted(workers)[kills], signal.SIGKILL)
+                kills += 1
+    assert killed.returncode == 0 and kills == 2
+    assert said.count("error: another process of the job has ended") <= 2
+    assert said.count(f"output in {tmp_path / 'killed'}") == 3  # number of starts
+    ours, theirs = (trained(tmp_path / out) for out in ("killed", "straight"))
+    assert states_equal(ours["model"], theirs["model"])
+    assert states_equal(ours["optimizer"], theirs["optimizer"])
+    assert [row["loss1"] for row in ours["log"]] == [row["loss1"] for row in theirs["log"]]

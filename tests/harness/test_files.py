@@ -1,0 +1,44 @@
+"""Test file locking and error messages that the tests of the scripts do not cover."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.errors import UserError, run_script
+from harness.files import atomic_path, lock_folder
+
+
+def test_a_lock_keeps_others_out_and_clears_up(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with lock_folder(out):
+        (out / "mine.tmp").touch()
+        with atomic_path(out / "last.pt") as unfinished:
+            unfinished.touch()
+            with pytest.raises(UserError, match=r"another run is writing into .*out: wait"):
+                with lock_folder(out):
+                    pass
+            unfinished.rename(out / ".old.unfinished")
+            unfinished.touch()
+    with lock_folder(out):
+        assert sorted(path.name for path in out.iterdir()) == [".lock", "last.pt", "mine.tmp"]
+
+
+def test_what_pytorch_cannot_repeat_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Check the message for an operation that has no deterministic implementation.
+
+    On CUDA, the pooling of VGG is one. On a CPU, `put_` is one.
+    """
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            run_script(lambda: torch.zeros(4).put_(torch.arange(2), torch.ones(2)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    said = capsys.readouterr().err
+    assert (
+        said == "error: --deterministic: put_ has no deterministic implementation; "
+        "leave the flag out, or choose another --arch\n"
+    )
+    with pytest.raises(RuntimeError, match="size"):  # any other RuntimeError is raised unchanged
+        run_script(lambda: torch.zeros(4) + torch.zeros(5))

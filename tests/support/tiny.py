@@ -1,0 +1,67 @@
+"""Provide small networks and image folders for the tests of the scripts."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+
+def convnet(num_classes: int) -> nn.Module:
+    """Return a network with BatchNorm and dropout that trains in milliseconds."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(), nn.Dropout(0.2), nn.Linear(24, num_classes),
+    )  # fmt: skip
+
+
+def linear(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, num_classes))
+
+
+class Double(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double()
+
+
+def smooth(num_classes: int) -> nn.Module:
+    """Return a float64 network in which the images of a batch do not affect each other."""
+    layers = nn.Conv2d(3, 6, 3, stride=2), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    return nn.Sequential(Double(), *layers, nn.Linear(24, num_classes)).double()
+
+
+def normed(num_classes: int) -> nn.Module:
+    """Return a network whose first layer is a BatchNorm, which normalizes the images."""
+    return nn.Sequential(nn.BatchNorm2d(3), linear(num_classes))
+
+
+def image_folder(root: Path, classes: int = 3, each: int = 10, side: int = 12) -> Path:
+    """Write root/CLASS/N.png, noise with a different color for each class, and return root."""
+    random = np.random.default_rng(0)
+    for k in range(classes):
+        (root / f"class{k}").mkdir(parents=True)
+        for n in range(each):
+            pixels = random.integers(0, 120, (side, side, 3))
+            pixels[..., k % 3] += 120
+            Image.fromarray(pixels.astype(np.uint8)).save(root / f"class{k}" / f"{n}.png")
+    return root
+
+
+def states_equal(one: object, other: object) -> bool:
+    """Return whether nested dicts and lists have bit-identical tensors and equal values."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(states_equal(one[k], other[k]) for k in one)
+        )
+    if isinstance(one, list | tuple):
+        return (
+            isinstance(other, list | tuple)
+            and len(one) == len(other)
+            and all(map(states_equal, one, other))
+        )
+    return one == other
