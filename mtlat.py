@@ -80,8 +80,8 @@ def draw(
 ) -> Draws:  # fmt: skip
     """Draw lam1, lam2 ~ Beta(alpha, alpha), epsilon ~ U[0, epsilon_max], and a uniform target.
 
-    The numbers are drawn on the generator's device (None: torch's global generator on `device`),
-    and returned on `device`.
+    The numbers are drawn where the generator lives (None: torch's global one on `device`), and
+    returned on `device`.
     """
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha}; Beta(alpha, alpha) needs alpha > 0 (paper: 0.4)")
@@ -89,13 +89,21 @@ def draw(
         raise ValueError(f"epsilon_max is {epsilon_max}; it must lie in [0, 1] (paper: 0.025)")
     if batch_size < 1 or num_classes < 2:
         raise ValueError(f"{batch_size} images, {num_classes} classes: need at least 1 and 2")
-    home = device if generator is None else generator.device
+    home = torch.device(device or "cpu") if generator is None else generator.device
+    home = torch.device("cpu") if home.type == "mps" else home  # which draws no gamma variates
     # Reading 3: every image has its own lambdas and epsilon, as Algorithm 1 is written for one set
     # of couples. `per_batch` draws one of each for the whole minibatch.
-    u = torch.rand(9, 1 if per_batch else batch_size, generator=generator, device=home)
+    size = 1 if per_batch else batch_size
+    # Beta(a, a) = G1 / (G1 + G2) with G1, G2 ~ Gamma(a), and Gamma(a) = Gamma(a + 1) U^(1/a). In
+    # logarithms, because Gamma(a) underflows for small a.
+    gamma = torch._standard_gamma(torch.full((2, 2, size), alpha + 1.0, device=home), generator)
+    u = torch.rand(2, 2, size, generator=generator, device=home)
+    log_g1, log_g2 = gamma.log() + torch.log1p(-u) / alpha  # 1 - u is in (0, 1]
+    lam1, lam2 = torch.sigmoid(log_g1 - log_g2)
+    epsilon = epsilon_max * torch.rand(size, generator=generator, device=home)
     # Reading 4: the target may be any class, also one of the image's own, as printed.
     target = torch.randint(num_classes, (batch_size,), generator=generator, device=home)
-    drawn = _beta(alpha, u[:4]), _beta(alpha, u[4:8]), epsilon_max * u[8], target
+    drawn = (lam1, lam2, epsilon, target)
     return Draws(*(t.expand(batch_size).to(device or home) for t in drawn))
 
 
@@ -259,18 +267,6 @@ def frozen(model: Model) -> Iterator[Model]:
     finally:
         for owner, flag in on:
             setattr(owner, flag, True)
-
-
-def _beta(alpha: float, u: Tensor) -> Tensor:
-    """Beta(alpha, alpha) from four rows of uniforms: exact, no rejection, no underflow.
-
-    Ulrich (1984): (1 + sqrt(1 - u^(2 / (2a - 1))) cos(2 pi v)) / 2 ~ Beta(a, a) for a > 1/2. With
-    a = alpha + 1 it is G1 / (G1 + G2) of two Gamma(a), and G u^(1/alpha) ~ Gamma(alpha).
-    """
-    log_u = torch.log(1 - u)  # 1 - u is in (0, 1]
-    radius = torch.sqrt(-torch.expm1(log_u[0] * (2 / (2 * alpha + 1))))
-    b = (1 + radius * torch.cos(2 * math.pi * u[1])) / 2
-    return torch.sigmoid(torch.logit(b) + (log_u[2] - log_u[3]) / alpha)
 
 
 def _per_image(name: str, value: Numbers, like: Tensor) -> Tensor:

@@ -137,8 +137,11 @@ FAULTS["images not weighted by 1 - p_y"] = (
     ),
 )
 # The draws.
-replace_result("Beta(1, 1)", "_beta", lambda lam, alpha, *a: torch.rand_like(lam))
-replace_arguments("Beta(alpha + 1)", "_beta", lambda f, alpha, *a: f(alpha + 1, *a))
+replace_result("Beta(1, 1)", "draw", lambda d, *a, **o: d._replace(lam1=torch.rand_like(d.lam1)))
+replace_arguments("Beta(alpha + 1)", "draw",
+    lambda f, *a, alpha, **o: f(*a, alpha=alpha + 1, **o))  # fmt: skip
+
+
 replace_result("epsilon above its maximum", "draw",
     lambda d, *a, **o: d._replace(epsilon=2 * d.epsilon))  # fmt: skip
 replace_result("epsilon tied to lambda", "draw", lambda d, *a, epsilon_max, **o: d._replace(
