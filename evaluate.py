@@ -27,10 +27,9 @@ from harness.benchmark.measure import (
     choose_images,
     measure,
     perturb,
-    prediction_path,
     refuse_other_runs,
 )
-from harness.benchmark.metrics import aggregate
+from harness.benchmark.metrics import aggregate, score_differences
 from harness.benchmark.registry import COLUMNS, GROUPS, PERTURBATIONS
 from harness.benchmark.store import Cell, append_cells, read_cells
 from harness.benchmark.subjects import Subject, fuse_subject, inspect_subject, load_subjects
@@ -175,9 +174,6 @@ def unfinished(run: Evaluation, cells: list[Cell]) -> list[tuple[str, int | None
             continue
         for severity in PERTURBATIONS[name].severities:
             missing = [m for m in models if (m.digest, name, severity) not in done]
-            if run.config.save_predictions:
-                missing = [m for m in models if m in missing
-                           or not prediction_path(run, m, name, severity).exists()]  # fmt: skip
             work += [(name, severity, missing)] if missing else []
     return work
 
@@ -194,6 +190,10 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     atomic_write(out / "results.csv", tables.to_csv(results))
     atomic_write(out / "results.md", tables.to_markdown(results))
     atomic_write(out / "results.tex", tables.to_latex(results))
+    compared = {row.model: score_differences(row) for row in results.rows}
+    del compared[results.baseline]
+    if any(compared.values()):
+        plots.plot_differences(compared, results.baseline, out / "differences.png")
     plots.plot_robustness(results, out / "robustness.png")
     plots.plot_severities(results, out / "severities.png")
     if run.config.dump_images:

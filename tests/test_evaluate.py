@@ -51,7 +51,7 @@ def test_all_cells_against_one_image_at_a_time(bench: Bench) -> None:
     lines = bench.run("--batch-size", "7", "--seed", "3", *bench.surrogate)
     (standard, mtlat, vgg), sets = bench.networks(), bench.sets()
     cells_of = {name: by_cell(lines, name) for name in ("standard", "mtlat")}
-    assert len(lines) == 2 * (1 + 5 * 15 + 4 + 5 + 1 + len(CHECKS))
+    assert len(lines) == 2 * (1 + 5 * 15 + 4 + 5 + 1 + 1 + len(CHECKS))
 
     def start(name: str, number: int) -> Tensor:
         return Stream(3, name, None, torch.tensor([number])).uniform(3, SIDE, SIDE) * 2 - 1
@@ -86,7 +86,7 @@ def test_all_cells_against_one_image_at_a_time(bench: Bench) -> None:
                 count[name][key] += int(model(image).argmax(1) == y)
     for name, table in cells_of.items():
         for key, line in table.items():
-            if key[0].startswith("check_"):
+            if key[0].startswith("check_") or key[0] == registry.SUPPLEMENT:
                 assert line["n"] == 6
             else:
                 assert (line["correct"], line["n"]) == (count[name][key], 30), key
@@ -205,9 +205,11 @@ def test_the_supplement_is_the_smallest_adversarial_step(bench: Bench) -> None:
     few = measure.choose_images(sets.test.labels, 6, 0)
     x, y = sets.test.images[few].float() / 255, sets.test.labels[few]
     right = model(x).argmax(1) == y
-    result = cw2_result(model, x[right], y[right], confidence=0.0)
+    rounds = registry.SUPPLEMENT_ROUNDS
+    result = cw2_result(model, x[right], y[right], confidence=0.0, rounds=rounds)
     assert table["cw2_0", None]["l2"] == pytest.approx(result.l2[result.reached].median().item())
-    assert "cw2_0" not in registry.choose_perturbations([], [])
+    assert table["cw2_0", None]["reached"] == int(result.reached.sum())
+    assert "cw2_0" in registry.choose_perturbations(["cw2"], [])
 
 
 def test_images_are_made_once_for_all_models(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,15 +166,16 @@ def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
             assert row["entries"][name]["values"] == [pytest.approx(number)]
             assert row["entries"][name]["sign"] == score["sign"]
         assert len(row["entries"]) == 1 + 24 + 2
-    agree, total = tables(images)["signs"].values()
-    assert total == 25 and f"{agree} of 25 signs agree" in said and str(out / "report.html") in said
+    verdicts = tables(images)["verdicts"]
+    assert sum(verdicts.values()) == 25 and "Of 25 signs of the paper, " in said
+    assert "M-TLAT against standard: clean accuracy" in said and str(out / "report.html") in said
     assert "Table 1, tiny:convnet beside the paper's resnet50" in (out / "tables.md").read_text()
     html = (out / "report.html").read_text()
     assert all(name in html for name in [*trained, evaluation])
     assert results["weights"]["tiny-convnet-mtlat-seed0"] in html
     assert [path.name for path in sorted(out.glob("*.png"))] == [
-        "curves-tiny-convnet.png", "robustness-tiny-convnet.png", "severities-tiny-convnet.png",
-        "step.png",
+        "curves-tiny-convnet.png", "differences-tiny-convnet-table1.png",
+        "robustness-tiny-convnet.png", "severities-tiny-convnet.png", "step.png",
     ]  # fmt: skip
 
     # A second run repeats no training. Then some cells and one training are deleted and made again.

@@ -45,8 +45,8 @@ class EvalConfig:
         " them", type=Path, metavar="DIR")
 
     only: list[str] = option(None, "measure these, by name or by group:"
-        f" {', '.join(GROUPS)}; clean: nothing else (default: all but the supplement, which is CW2"
-        " at confidence 0 and takes long)", group="perturbations", nargs="+", metavar="NAME")
+        f" {', '.join(GROUPS)}; clean: nothing else (default: all)", group="perturbations",
+        nargs="+", metavar="NAME")
     skip: list[str] = option(None, "leave these out", nargs="+", metavar="NAME")
 
     batch_size: int = option(100, "images at a time; changes nothing but speed and memory",
@@ -55,8 +55,6 @@ class EvalConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     output_dir: str = option("runs/evaluation", "for the finished cells, from which an interrupted"
         " run continues, tables and figures", metavar="DIR")
-    save_predictions: bool = option(False, "keep for each cell which images were right, as"
-        " predictions/MODEL/CELL.npy")
     dump_images: int = option(4, "draw N images under every perturbation, with the first model's"
         " predictions", type=number(int, 0, 100), metavar="N")
     # fmt: on

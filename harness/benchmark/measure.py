@@ -4,7 +4,6 @@ Images are corrupted and attacked by the batch. What does not depend on the mode
 for all models.
 """
 
-import io
 import math
 import os
 import time
@@ -24,11 +23,11 @@ from harness import distributed
 from harness.benchmark import registry
 from harness.benchmark.checks import broken_gradients
 from harness.benchmark.config import EvalConfig
+from harness.benchmark.paired import pack
 from harness.benchmark.registry import PERTURBATIONS
 from harness.benchmark.store import Cell
 from harness.benchmark.subjects import Subject
 from harness.errors import UserError
-from harness.files import atomic_write
 from harness.images.cache import decode_all
 from harness.images.folders import File, list_classes
 from harness.images.loader import BatchLoader
@@ -256,12 +255,10 @@ def _make_cell(
         of_all = torch.zeros(len(run.loader), dtype=torch.int64)
         of_all[run.chosen] = least_likely
         run.least_likely[model.digest] = of_all.to(run.loader.device)
-    if run.config.save_predictions and distributed.rank() == 0:
-        _save(prediction_path(run, model, name, severity), right)
     return {
         "model": model.digest, "label": model.label, "perturbation": name,
-        "severity": severity, "n": len(right), "correct": int(right.sum()),
-        **{key: _summarize(found) for key, found in values.items()},
+        "severity": severity, "n": len(right), "correct": int(right.sum()), "hits": pack(right),
+        **{key: _summarize(found) for key, found in values.items()}, **_margins(values),
         "seconds": round(seconds[0], 3), "seconds_making": round(seconds[1], 3),
         **run.decided_by(name), **run.setup,
     }  # fmt: skip
@@ -282,17 +279,12 @@ def _summarize(values: Tensor) -> int | float | None:
     return None if math.isnan(median) else round(median, 6)
 
 
-def prediction_path(run: Evaluation, model: Subject, name: str, severity: int | None) -> Path:
-    """Return where --save-predictions keeps which images of a cell were right, bool (n,)."""
-    file = name if severity is None else f"{name}_{severity}"
-    return Path(run.config.output_dir, "predictions", model.digest, f"{file}.npy")
-
-
-def _save(path: Path, right: Tensor) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, right.numpy())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, buffer.getbuffer())
+def _margins(values: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Return the deciles of the margins that CW2 reaches, if it was run."""
+    if "margin" not in values or not len(values["margin"]):
+        return {}
+    deciles = values["margin"].double().quantile(torch.linspace(0, 1, 11, dtype=torch.float64))
+    return {"margin_deciles": [round(value, 3) for value in deciles.tolist()]}
 
 
 def refuse_other_runs(run: Evaluation, path: Path, cells: list[Cell]) -> None:

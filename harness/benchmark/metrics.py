@@ -7,11 +7,24 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from corruptions import CORRUPTIONS
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import failed_checks
+from harness.benchmark.paired import (
+    Array,
+    Difference,
+    compare_accuracy,
+    compare_robustness,
+    holm,
+    robustness_interval,
+    unpack,
+)
 from harness.benchmark.registry import CHECK, COLUMNS, PERTURBATIONS, SUPPLEMENT, TABLES
 from harness.benchmark.store import Cell
+
+VOID_SHARE = 0.05  # of the right images that CW2 must reach on the baseline, to say anything
 
 
 class Score(NamedTuple):
@@ -21,9 +34,18 @@ class Score(NamedTuple):
     low: float  # 95 % interval of the accuracy
     high: float
     n: int
-    robustness: float  # accuracy / clean accuracy, NaN if that is 0
+    robustness: float  # R = accuracy / clean accuracy, NaN if that is 0
     sign: str  # + - or nothing, against the baseline, of the two decimals that are printed
     by_severity: tuple[float, ...]  # accuracies
+    r_low: float = math.nan  # 95 % interval of R
+    r_high: float = math.nan
+    difference: Difference | None = None  # of R to the baseline's; of clean accuracy for "clean"
+
+    @property
+    def decided_sign(self) -> str:
+        """The sign, in parentheses where the difference is not decided."""
+        decided = self.difference is not None and self.difference.decided
+        return self.sign if decided or not self.sign else f"({self.sign})"
 
 
 class ModelScores(NamedTuple):
@@ -33,8 +55,10 @@ class ModelScores(NamedTuple):
     scores: dict[str, Score]  # "clean" and every perturbation that is complete
     means: dict[str, float]  # of R, by title of TABLES and "All corruptions", where complete
     relative_mce: float  # in percent of the baseline's, NaN if there is none
-    smallest_step: float | None  # median L2 of CW2 at confidence 0, over images that are right
+    cw2: dict[str, float]  # "gave_up", "at_0", "l2": see `_describe_cw2`
     findings: dict[str, list[str]]  # by perturbation: why its score may mean something else
+    mean_differences: Mapping[str, Difference]  # of `means`, to the baseline's
+    void: frozenset[str] = frozenset()  # perturbations whose scores mean nothing here
 
 
 class Results(NamedTuple):
@@ -44,6 +68,15 @@ class Results(NamedTuple):
     baseline: str
     total: int  # images in the test set, of which a score has n
     notes: list[str]
+
+
+Outcomes = dict[str, Array]  # by perturbation, for each image the share of severities that is right
+Cells = Mapping[tuple[str, str, int | None], Cell]  # by model, perturbation, severity
+
+
+def score_differences(row: ModelScores) -> dict[str, Difference]:
+    """Return the differences of a model to the baseline by perturbation, "clean" included."""
+    return {name: s.difference for name, s in row.scores.items() if s.difference}
 
 
 def wilson(correct: float, n: int) -> tuple[float, float]:
@@ -59,8 +92,8 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
 def aggregate(cells: Iterable[Cell], models: Mapping[str, str], baseline: str) -> Results:
     """Compute the scores of several models from finished cells.
 
-    The interval of a mean over severities is that of n images, not of n images per severity: they
-    are the same images.
+    Differences to the baseline are paired by image, and their p-values are corrected for the number
+    of perturbations by Holm's method, clean accuracy included.
 
     Args:
         cells: finished cells; of equal ones the last counts. Every model needs its clean cell. A
@@ -69,27 +102,41 @@ def aggregate(cells: Iterable[Cell], models: Mapping[str, str], baseline: str) -
         baseline: the name of the model that signs and the relative mCE refer to.
     """
     by_key = {(cell["model"], cell["perturbation"], cell["severity"]): cell for cell in cells}
-    measured = {name: _scores(by_key, digest) for name, digest in models.items()}
+    outcomes = {name: _outcomes(by_key, digest) for name, digest in models.items()}
+    measured = {name: _scores(by_key, models[name], outcomes[name]) for name in models}
+    void = _void(by_key, models[baseline])
     rows = []
     for name, digest in models.items():
         own, other = measured[name], measured[baseline]
-        signed = {
-            key: score._replace(
-                sign=sign(key, table_value(key, score), table_value(key, other[key]))
-            )
-            if name != baseline and key in other
-            else score
-            for key, score in own.items()
-        }
         by_name = {c["perturbation"]: c for c in by_key.values() if c["model"] == digest}
-        step = by_name.get(SUPPLEMENT, {}).get("l2")
-        mce = _relative_mce(own, other)
-        rows.append(ModelScores(name, signed, _means(own), mce, step, _findings(by_name)))
+        differences: dict[str, Difference] = {}
+        if name != baseline:
+            compared = _differences(outcomes[name], outcomes[baseline], void)
+            own = _compare(own, other, compared)
+            differences = {title: d for title, d in compared.items() if title not in own}
+        rows.append(
+            ModelScores(
+                name, own, _means(own, void), _relative_mce(own, other), _describe_cw2(by_name),
+                _findings(by_name), differences, void,
+            )
+        )  # fmt: skip
     total = max((cell["total"] for cell in by_key.values()), default=0)
-    return Results(rows, baseline, total, _notes(rows, list(by_key.values())))
+    return Results(rows, baseline, total, _notes(rows, baseline, list(by_key.values())))
 
 
-def _scores(cells: Mapping[tuple[str, str, int | None], Cell], digest: str) -> dict[str, Score]:
+def _outcomes(cells: Cells, digest: str) -> Outcomes:
+    """Read the per-image outcomes of a model, where its cells have them for the same images."""
+    found: Outcomes = {}
+    for name in ("clean", *COLUMNS):
+        keys = [(digest, name, s) for s in PERTURBATIONS[name].severities]
+        if all("hits" in cells.get(key, ()) for key in keys):
+            hits = [unpack(cells[key]["hits"], cells[key]["n"]) for key in keys]
+            if {len(h) for h in hits} == {len(found.get("clean", hits[0]))}:
+                found[name] = np.mean(hits, axis=0)
+    return found
+
+
+def _scores(cells: Cells, digest: str, outcomes: Outcomes) -> dict[str, Score]:
     clean = cells[digest, "clean", None]
     scores: dict[str, Score] = {}
     for name in ("clean", *COLUMNS):
@@ -98,9 +145,60 @@ def _scores(cells: Mapping[tuple[str, str, int | None], Cell], digest: str) -> d
         if len(found) == len(severities):
             shares = tuple(cell["correct"] / cell["n"] for cell in found)
             accuracy, n = math.fsum(shares) / len(shares), min(cell["n"] for cell in found)
-            ratio = robustness(accuracy, clean["correct"] / clean["n"])
-            scores[name] = Score(accuracy, *wilson(accuracy * n, n), n, ratio, "", shares)
+            low, high = wilson(accuracy * n, n)
+            base = clean["correct"] / clean["n"]
+            interval = robustness(low, base), robustness(high, base)
+            if name in outcomes and "clean" in outcomes and 0 < accuracy:
+                interval = robustness_interval(outcomes[name], outcomes["clean"])
+            ratio = robustness(accuracy, base)
+            scores[name] = Score(accuracy, low, high, n, ratio, "", shares, *interval)
     return scores
+
+
+def _differences(own: Outcomes, other: Outcomes, void: frozenset[str]) -> dict[str, Difference]:
+    """Compare a model with the baseline under every perturbation, and in the means of R."""
+    if "clean" not in own or "clean" not in other:
+        return {}
+    c, d = own["clean"], other["clean"]
+    found: dict[str, Difference | None] = {"clean": compare_accuracy(c, d)}
+    shared = [name for name in COLUMNS if name in own and name in other and name not in void]
+    found |= {name: compare_robustness(own[name], c, other[name], d) for name in shared}
+    corrected = dict(zip(found, holm(list(found.values())), strict=True))
+    for title, names in _groups(void).items():
+        if set(names) <= set(shared):
+            a, b = (np.mean([o[name] for name in names], axis=0) for o in (own, other))
+            corrected[title] = compare_robustness(a, c, b, d)
+    return {name: difference for name, difference in corrected.items() if difference}
+
+
+def _compare(
+    own: Mapping[str, Score], other: Mapping[str, Score], differences: Mapping[str, Difference]
+) -> dict[str, Score]:
+    """Add signs and differences to the scores of a model."""
+    return {
+        name: score._replace(
+            sign=sign(name, table_value(name, score), table_value(name, other[name])),
+            difference=differences.get(name),
+        )
+        if name in other
+        else score
+        for name, score in own.items()
+    }
+
+
+def _groups(void: frozenset[str]) -> dict[str, list[str]]:
+    """List what each mean of R averages, without what is void."""
+    wanted = {**TABLES, "All corruptions": list(CORRUPTIONS)}
+    return {title: [n for n in names if n not in void] for title, names in wanted.items()}
+
+
+def _void(cells: Cells, baseline: str) -> frozenset[str]:
+    """Return "cw2" if the attack gave up on nearly all images that the baseline gets right.
+
+    CW2 at confidence 50 then measures the scale of the baseline's logits, and not its robustness.
+    """
+    cell = cells.get((baseline, "cw2", None))
+    return frozenset({"cw2"} if cell and cell["reached"] <= VOID_SHARE * cell["right"] else ())
 
 
 def robustness(accuracy: float, clean: float) -> float:
@@ -119,12 +217,11 @@ def sign(name: str, own: float, base: float) -> str:
     return "+" if own > base else "-" if own < base else ""
 
 
-def _means(scores: Mapping[str, Score]) -> dict[str, float]:
-    wanted = {**TABLES, "All corruptions": list(CORRUPTIONS)}
+def _means(scores: Mapping[str, Score], void: frozenset[str]) -> dict[str, float]:
     return {
         title: math.fsum(scores[name].robustness for name in names) / len(names)
-        for title, names in wanted.items()
-        if scores.keys() >= set(names)
+        for title, names in _groups(void).items()
+        if names and scores.keys() >= set(names)
     }
 
 
@@ -164,26 +261,46 @@ def _findings(cells: Mapping[str, Cell]) -> dict[str, list[str]]:
     return found
 
 
-def _notes(rows: Sequence[ModelScores], cells: Sequence[Cell]) -> list[str]:
+def _describe_cw2(cells: Mapping[str, Cell]) -> dict[str, float]:
+    """Describe CW2 beyond its score, where it was measured.
+
+    "gave_up" is the share of right images on which the attack at confidence 50 gave up; "at_0" is R
+    at confidence 0, where an image is lost if any iterate is wrong; "l2" is the median length of
+    the smallest step that fools the model. The last two are of the sample that the checks take.
+    """
+    found = {}
+    if (cell := cells.get("cw2")) and cell["right"]:
+        found["gave_up"] = 1 - cell["reached"] / cell["right"]
+    if (cell := cells.get(SUPPLEMENT)) and cell["right"]:
+        found["at_0"] = 1 - cell["reached"] / cell["right"]
+        if cell.get("l2") is not None:
+            found["l2"] = cell["l2"]
+    return found
+
+
+def _notes(rows: Sequence[ModelScores], baseline: str, cells: Sequence[Cell]) -> list[str]:
     """Collect the remarks that hold for all tables."""
     notes = []
-    clean = [(row.scores["clean"], row.model) for row in rows]
-    (worst, last), (best, first) = min(clean), max(clean)
+    compared = [s for row in rows if row.model != baseline for s in row.scores.values()]
+    if any(score.difference is None for score in compared if score.sign):
+        notes.append("unpaired: some cells have no per-image outcomes, so nothing is decided there")
+    if any(row.void for row in rows):
+        notes.append(
+            f"CW2 is void: at confidence 50 it gave up on nearly all images that {baseline} gets"
+            " right, so that its R measures the scale of the logits, and not robustness; the mean"
+            " of the attacks leaves it out"
+        )
+    ordered = sorted(rows, key=lambda row: row.scores["clean"].accuracy)
+    worst, best = (row.scores["clean"] for row in (ordered[0], ordered[-1]))
     if worst.high < best.low:
         notes.append(
-            f"clean accuracies differ by more than their intervals ({first}"
-            f" {100 * best.accuracy:.1f} %, {last} {100 * worst.accuracy:.1f} %): compare"
-            " robustness only at comparable clean accuracy"
+            f"clean accuracies differ by more than their intervals ({ordered[-1].model}"
+            f" {100 * best.accuracy:.1f} %, {ordered[0].model} {100 * worst.accuracy:.1f} %):"
+            " compare robustness only at comparable clean accuracy"
         )
     if limits := {(cell["limit"], cell["seed"]) for cell in cells if cell.get("limit")}:
         limit, seed = min(limits)
         notes.append(f"tested on {limit} images, as many of each class, drawn with seed {seed}")
-    notes += [
-        f"{row.model}: the smallest adversarial step (CW2 at confidence 0) has a median length of"
-        f" {row.smallest_step:.3f} (L2), over images that the model gets right"
-        for row in rows
-        if row.smallest_step is not None
-    ]
     if len({str((cell.get("device"), cell.get("versions"))) for cell in cells}) > 1:
         notes.append("the cells come from several devices or versions: see cells.jsonl")
     return notes

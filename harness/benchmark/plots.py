@@ -13,6 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor, nn
 
 from harness.benchmark.metrics import Results, wilson
+from harness.benchmark.paired import Difference
 from harness.benchmark.registry import COLUMNS, PERTURBATIONS, TABLES
 from harness.errors import escape_unprintable
 from harness.files import atomic_path
@@ -44,19 +45,60 @@ def plot_robustness(results: Results, path: Path) -> None:
     colors = _colors([row.model for row in results.rows], results.baseline)
     for i, row in enumerate(results.rows):
         left = (i - (len(results.rows) - 1) / 2) * width
-        bars = [(places[n] + left, s) for n, s in row.scores.items() if n in places and s.accuracy]
+        scores = {n: s for n, s in row.scores.items() if n in places}
+        bars = [(places[n] + left, s) for n, s in scores.items() if not math.isnan(s.robustness)]
         x = [place for place, _ in bars]
         y = [s.robustness for _, s in bars]
-        low = [s.robustness * (1 - s.low / s.accuracy) for _, s in bars]
-        high = [s.robustness * (s.high / s.accuracy - 1) for _, s in bars]
+        low = [max(0.0, s.robustness - s.r_low) for _, s in bars]
+        high = [max(0.0, s.r_high - s.robustness) for _, s in bars]
         axes.bar(x, y, width, color=colors[row.model], label=row.model,
                  yerr=(low, high), error_kw={"lw": 0.6, "ecolor": "#444444"})  # fmt: skip
+        zeros = [place for place, s in bars if not s.accuracy]
+        axes.plot(zeros, [0] * len(zeros), ls="", marker="o", ms=4, color=colors[row.model],
+                  clip_on=False, zorder=3)  # fmt: skip
     axes.axhline(1, color="#444444", lw=0.8, ls=":")
     axes.set_xticks(list(places.values()), [COLUMNS[name] for name in places], rotation=45,
                     ha="right", rotation_mode="anchor")  # fmt: skip
     axes.set_xlim(-0.7, max(places.values()) + 0.7)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("R = accuracy / clean accuracy, 95 % intervals", fontsize=9)
+    _finish(figure, path)
+
+
+def plot_differences(
+    compared: Mapping[str, Mapping[str, Difference | None]], baseline: str, path: Path,
+    paper: Mapping[str, float] | None = None,
+) -> None:  # fmt: skip
+    """Plot the differences of R to the baseline with their paired 95 % intervals.
+
+    Args:
+        compared: for each model, its differences by perturbation. Filled marks are decided.
+        baseline: its name.
+        path: the PNG file to write.
+        paper: the paper's differences by perturbation, drawn as diamonds.
+    """
+    names = [n for n in COLUMNS if any(d.get(n) for d in compared.values())]
+    figure = _figure(10, 0.8 + 0.27 * max(4, len(names)))
+    axes = figure.subplots()
+    colors = _colors([baseline, *compared], baseline)
+    for i, (model, differences) in enumerate(compared.items()):
+        shift = (i - (len(compared) - 1) / 2) * 0.5 / len(compared)
+        for y, name in enumerate(names):
+            if found := differences.get(name):
+                style: dict[str, Any] = {"color": colors[model], "marker": "o", "ms": 5}
+                axes.plot([found.low, found.high], [y + shift] * 2, color=colors[model], lw=1.6)
+                axes.plot(found.value, y + shift, ls="", **style, label=model,
+                          mfc=colors[model] if found.decided else "white")  # fmt: skip
+    if paper:
+        places = [(paper[name], y) for y, name in enumerate(names) if name in paper]
+        diamonds: dict[str, Any] = {"marker": "D", "ms": 4.5, "mfc": "none", "ls": ""}
+        axes.plot(*zip(*places, strict=True), **diamonds, color="#222222", label="the paper")
+    axes.axvline(0, color="#444444", lw=0.9)
+    axes.set_yticks(range(len(names)), [COLUMNS[name] for name in names], fontsize=9)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel(f"R minus the R of {baseline}; paired 95 % intervals, hollow: not decided",
+                    fontsize=9)  # fmt: skip
     _finish(figure, path)
 
 

@@ -9,7 +9,8 @@ from harness.benchmark.checks import CHECKS, broken_gradients
 from harness.errors import UserError
 
 CHECK = "check_"  # prefix of the attack checks' names
-SUPPLEMENT = "cw2_0"  # the smallest adversarial step: CW2 at confidence 0
+SUPPLEMENT = "cw2_0"  # CW2 at confidence 0: the smallest adversarial step
+SUPPLEMENT_ROUNDS = 4  # of its bisection, which finds a step of about the smallest length
 SAMPLE = 200  # images that the attack checks and the supplement take
 
 _CW2 = ATTACKS["cw2"]
@@ -50,7 +51,9 @@ def _register() -> dict[str, Perturbation]:
     broken = Attack(broken_gradients, {}, "clean images with their gradients")
     for name, attack in {"clean": broken, **CHECKS}.items():
         rows[CHECK + name] = Perturbation("checks", attack=attack, sampled=True)
-    smallest = _CW2._replace(keywords=_CW2.keywords | {"confidence": 0.0})
+    smallest = _CW2._replace(
+        keywords=_CW2.keywords | {"confidence": 0.0, "rounds": SUPPLEMENT_ROUNDS}
+    )
     rows[SUPPLEMENT] = Perturbation("supplement", attack=smallest, sampled=True)
     return rows
 
@@ -72,8 +75,8 @@ def choose_perturbations(only: list[str], skip: list[str]) -> list[str]:
     """Choose what to measure, in order; clean images are always the first.
 
     Args:
-        only: names and groups to measure; empty for all but the supplement. ["clean"] measures
-            clean accuracy alone. A white-box attack brings the attack checks with it.
+        only: names and groups to measure; empty for all. ["clean"] measures clean accuracy alone.
+            A white-box attack brings the attack checks with it, and CW2 the supplement.
         skip: names and groups to leave out.
 
     Raises:
@@ -87,10 +90,10 @@ def choose_perturbations(only: list[str], skip: list[str]) -> list[str]:
             close = ", ".join(difflib.get_close_matches(word, known, 3)) or ", ".join(GROUPS)
             raise UserError(f"{word!r} is not a perturbation or a group; close names: {close}")
     wanted = {name for word in only or known for name in known[word]}
-    if not only:
-        wanted -= set(GROUPS["supplement"])
-    elif wanted & set(GROUPS["white-box"]):
+    if wanted & set(GROUPS["white-box"]):
         wanted |= set(GROUPS["checks"])
+    if "cw2" in wanted:
+        wanted |= set(GROUPS["supplement"])
     wanted -= {name for word in skip for name in known[word]}
     if not wanted:
         raise UserError("--only and --skip leave nothing to measure")

@@ -4,32 +4,47 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from harness.benchmark.metrics import Results, robustness, wilson
+import numpy as np
+
+from harness.benchmark.metrics import Results, robustness, score_differences, wilson
+from harness.benchmark.paired import Difference
 from harness.benchmark.registry import COLUMNS, PERTURBATIONS, TABLES
 
 MISSING = "-"
+SIGN = re.compile(r"(?<=\d)(\(?[+-]\)?)(!?)$")  # 0.83+ or 0.83(-)!
+
+CSV_COLUMNS = [
+    *("model", "perturbation", "severity", "n", "accuracy", "low", "high", "R", "R low", "R high"),
+    *("sign", "difference", "difference low", "difference high", "p (Holm)", "decided"),
+]
 
 
 def table_cells(results: Results, title: str) -> list[list[str]]:
     """Format one of TABLES as text: a header, then a row for each model."""
-    extra = {"ImageNet-C's corruptions": ["rel. mCE"], "The paper's corruptions": ["mean of 19"]}
+    extra = {
+        "ImageNet-C's corruptions": ["rel. mCE"], "The paper's corruptions": ["mean of 19"],
+        "Adversarial attacks": ["CW2 gave up", "CW2 at 0", "L2"],
+    }  # fmt: skip
     columns = [*(COLUMNS[name] for name in TABLES[title]), "mean", *extra.get(title, [])]
     table = [["model", "clean %", "95 %", *columns]]
     for row in results.rows:
         clean = row.scores["clean"]
-        cells = [row.model, f"{100 * clean.accuracy:.1f}{clean.sign}"]
+        cells = [row.model, f"{100 * clean.accuracy:.1f}{clean.decided_sign}"]
         cells.append(f"{100 * clean.low:.0f} to {100 * clean.high:.0f}")
         for name in TABLES[title]:
             mark = "!" if name in row.findings else ""
             score = row.scores.get(name)
-            cells.append(_number(score.robustness, score.sign + mark) if score else MISSING)
+            cells.append(_number(score.robustness, score.decided_sign + mark) if score else MISSING)
         means = {
             "mean": _number(row.means.get(title, math.nan)),
             "rel. mCE": _number(row.relative_mce, "%"),
             "mean of 19": _number(row.means.get("All corruptions", math.nan)),
+            "CW2 gave up": _number(100 * row.cw2.get("gave_up", math.nan), "%"),
+            "CW2 at 0": _number(row.cw2.get("at_0", math.nan)),
+            "L2": _number(row.cw2.get("l2", math.nan)),
         }
         table.append(cells + [means[key] for key in table[0][len(cells) :]])
     return table
@@ -56,10 +71,53 @@ def table_caption(results: Results, title: str) -> str:
         images += f" of {results.total}"
     graded = any(len(PERTURBATIONS[name].severities) > 1 for name in TABLES[title])
     mean = ", mean of five severities" if graded else ""
+    compared = max(
+        (sum(s.difference is not None for s in own.values()) for own in scores), default=0
+    )
+    decided = ""
+    if compared:
+        decided = (
+            "; in parentheses where the paired difference is not decided at 95 % (Holm's correction"
+            f" for {compared})"
+        )
     return (
         f"{title}: R = accuracy / clean accuracy{mean}; n = {images} test images; + and - against"
-        f" {results.baseline}"
+        f" {results.baseline}{decided}"
     )
+
+
+def answer(model: str, baseline: str, differences: Mapping[str, Difference | None]) -> str:
+    """Say in plain words how a model differs from the baseline.
+
+    Args:
+        model, baseline: their names.
+        differences: of clean accuracy ("clean") and of R by perturbation; None where unpaired.
+    """
+    clean = differences.get("clean")
+    others = [d for name, d in differences.items() if name != "clean" and d]
+    counts = [
+        sum(1 for d in others if (d.value > 0) == higher and d.value and (d.decided or not decided))
+        for higher in (True, False)
+        for decided in (False, True)
+    ]
+    points = "not compared"
+    if clean:
+        decided = "decided" if clean.decided else "not decided"
+        points = f"{100 * clean.value:+.1f} points ({decided})"
+    return (
+        f"{model} against {baseline}: clean accuracy {points}. Robustness is higher under"
+        f" {counts[0]} of {len(others)} perturbations (decided under {counts[1]}), and lower under"
+        f" {counts[2]} (decided under {counts[3]})."
+    )
+
+
+def answers(results: Results) -> list[str]:
+    """Say in plain words how each model differs from the baseline, where that is known."""
+    return [
+        answer(row.model, results.baseline, differences)
+        for row in results.rows
+        if (differences := score_differences(row))
+    ]
 
 
 def table_notes(results: Results, title: str) -> list[str]:
@@ -98,7 +156,7 @@ def to_text(results: Results) -> str:
         rows = align_columns(table_cells(results, title))
         notes = table_notes(results, title)
         blocks.append("\n".join([table_caption(results, title), *rows, *notes]))
-    return "\n\n".join(blocks + [f"note: {note}" for note in results.notes]) + "\n"
+    return "\n\n".join([*blocks, *answers(results), *(f"note: {n}" for n in results.notes)]) + "\n"
 
 
 def to_markdown(results: Results) -> str:
@@ -109,7 +167,7 @@ def to_markdown(results: Results) -> str:
         notes = [f"- {line}" for line in table_notes(results, title)]
         caption = f"**{table_caption(results, title)}**"
         blocks.append("\n".join([caption, "", *table, "", *notes]).rstrip())
-    return "\n\n".join(blocks + [f"*{note}*" for note in results.notes]) + "\n"
+    return "\n\n".join([*blocks, *answers(results), *(f"*{n}*" for n in results.notes)]) + "\n"
 
 
 def to_latex(results: Results) -> str:
@@ -118,7 +176,7 @@ def to_latex(results: Results) -> str:
     titles = measured_tables(results)
     for title in titles:
         rows = [
-            " & ".join(re.sub(r"([+-])(!?)$", r"$\1$\2", _escape(cell)) for cell in row) + r" \\"
+            " & ".join(re.sub(SIGN, r"$\1$\2", _escape(cell)) for cell in row) + r" \\"
             for row in table_cells(results, title)
         ]
         columns = "l" + "r" * (rows[0].count("&"))
@@ -140,25 +198,36 @@ def to_csv(results: Results) -> str:
     """Format all scores as CSV: a row per model, perturbation and severity, and for their mean."""
     sink = io.StringIO()
     out = csv.writer(sink, lineterminator="\n")
-    out.writerow(["model", "perturbation", "severity", "n", "accuracy", "low", "high", "R", "sign"])
+    out.writerow(CSV_COLUMNS)
     for row in results.rows:
         for name, s in row.scores.items():
             several = len(s.by_severity) > 1
             for severity, share in enumerate(s.by_severity if several else (), 1):
                 ratio = robustness(share, row.scores["clean"].accuracy)
                 numbers = _digits(share, *wilson(share * s.n, s.n), ratio)
-                out.writerow([row.model, name, severity, s.n, *numbers, ""])
-            numbers = _digits(s.accuracy, s.low, s.high, s.robustness)
-            out.writerow([row.model, name, "mean" if several else "", s.n, *numbers, s.sign])
+                out.writerow([row.model, name, severity, s.n, *numbers, *[""] * 8])
+            numbers = _digits(s.accuracy, s.low, s.high, s.robustness, s.r_low, s.r_high)
+            cells = [row.model, name, "mean" if several else "", s.n, *numbers, s.sign]
+            out.writerow([*cells, *_difference_cells(s.difference)])
     return sink.getvalue()
 
 
+def _difference_cells(difference: Difference | None) -> list[str]:
+    """Format a difference for the last columns of the CSV file."""
+    if difference is None:
+        return [""] * 5
+    numbers = difference.value, difference.low, difference.high, difference.adjusted
+    return [*_digits(*numbers), "yes" if difference.decided else "no"]
+
+
 def to_plain(value: Any) -> Any:
-    """Convert nested named tuples to dicts, lists and numbers that JSON can hold; NaN to None."""
+    """Convert nested named tuples to what JSON can hold: NaN to None, without NumPy arrays."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return to_plain(value._asdict())
     if isinstance(value, dict):
-        return {key: to_plain(item) for key, item in value.items()}
+        return {k: to_plain(v) for k, v in value.items() if not isinstance(v, np.ndarray)}
+    if isinstance(value, frozenset):
+        return sorted(value)
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

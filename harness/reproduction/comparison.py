@@ -1,27 +1,34 @@
-"""Our numbers beside the paper's.
+"""Our numbers beside the paper's, and what they decide.
 
     rows = compare(1, "resnet18", {"standard": [scores], "iat": [scores], "mtlat": [scores]})
     print(comparison_caption(rows), *align_columns(comparison_table(rows)), conclusion(rows))
 
-Each method has one `ModelScores` per seed. Clean accuracies are in percent, all else is R.
+Each method has one `ModelScores` per seed. Clean accuracies are in percent, all else is R. A sign
+of the paper has one of four verdicts: our difference is decided and has the same sign ("agrees") or
+the opposite one ("contradicts"), it is "undecided", or the score is "void".
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from harness.benchmark.metrics import ModelScores, sign, table_value
-from harness.benchmark.tables import MISSING
+from harness.benchmark.paired import Difference, combine_seeds, holm, subtract, uncorrected
+from harness.benchmark.tables import MISSING, answer
 from harness.reproduction.paper import (
     ATTACKS_TITLE,
     BASELINE,
     HEADINGS,
     MEANS,
     PAPER_ROWS,
+    PaperRow,
     Printed,
 )
+
+AGREES, CONTRADICTS, UNDECIDED, VOID = VERDICTS = ("agrees", "contradicts", "undecided", "void")
 
 
 class Entry(NamedTuple):
@@ -32,9 +39,11 @@ class Entry(NamedTuple):
     spread: float  # sample standard deviation, NaN for one seed
     sign: str  # of the mean, against the baseline's mean
     doubted: bool  # whether an attack check failed
+    by_seed: list[Difference]  # to the baseline; empty for the baseline and where unpaired
+    difference: Difference | None  # their mean, after Holm's correction
     paper: float | None
     paper_sign: str | None
-    agrees: bool | None  # whether the signs do; None where the paper has none
+    verdict: str  # one of VERDICTS; empty where the paper has no sign
 
 
 class Compared(NamedTuple):
@@ -47,19 +56,22 @@ class Compared(NamedTuple):
     entries: dict[str, Entry]
 
 
-class Claim(NamedTuple):
-    """An order of methods in the paper, best first, and whether our numbers have it."""
+class Order(NamedTuple):
+    """Two methods, the better one in the paper first, and our difference between them."""
 
     text: str
     arch: str
     name: str  # of the numbers, as in `HEADINGS`
-    entries: dict[str, Entry]  # by method, in the paper's order, of those that were run
-    missing: list[str]  # methods that were not run
-    holds: bool | None  # None where fewer than two were run
+    entries: dict[str, Entry]  # of both methods
+    difference: Difference | None
+    verdict: str
 
 
 def compare(table: int, arch: str, measured: Mapping[str, Sequence[ModelScores]]) -> list[Compared]:
     """Put our numbers beside those of one of the paper's tables.
+
+    Differences are averaged over the seeds, and their p-values corrected by Holm's method for the
+    number of comparisons of the row.
 
     Args:
         table: 1, 2 or 3.
@@ -69,25 +81,48 @@ def compare(table: int, arch: str, measured: Mapping[str, Sequence[ModelScores]]
     """
     known = {row.arch for row in PAPER_ROWS if row.table == table}
     paper_arch = arch if arch in known else "resnet50"
+    base = measured[BASELINE]
     compared = []
     for method, seeds in measured.items():
-        # The baseline stands in Table 1 alone, and is Table 2's too.
-        theirs: dict[str, Printed] = next(
-            (row.scores for row in sorted(PAPER_ROWS, key=lambda row: row.table != table)
-             if (row.arch, row.method) == (paper_arch, method)), {},
-        )  # fmt: skip
-        entries = {}
-        for name in HEADINGS if table < 3 else ["clean"]:
-            own = [_number(row, name) for row in seeds]
-            base = [_number(row, name) for row in measured[BASELINE]]
-            if None not in (*own, *base):
-                doubted = any(name in row.findings for row in seeds)
-                entries[name] = _entry(
-                    name, [x for x in own if x is not None], [x for x in base if x is not None],
-                    doubted, theirs.get(name),
-                )  # fmt: skip
+        void = frozenset().union(*(row.void for row in seeds))
+        theirs = _paper_scores(table, paper_arch, method, void)
+        entries = {
+            name: _entry(name, seeds, base, theirs.get(name))
+            for name in (HEADINGS if table < 3 else ["clean"])
+            if None not in [_number(row, name) for row in (*seeds, *base)]
+        }
+        entries = _decide(entries, void)
         compared.append(Compared(table, arch, paper_arch, method, entries))
     return compared
+
+
+def _paper_scores(table: int, arch: str, method: str, void: frozenset[str]) -> dict[str, Printed]:
+    """Return the paper's row, with the mean of the attacks without what is void in ours."""
+    # The baseline stands in Table 1 alone, and is Table 2's too.
+    ordered = sorted(PAPER_ROWS, key=lambda row: row.table != table)
+    found: PaperRow | None = next(
+        (row for row in ordered if (row.arch, row.method) == (arch, method)), None
+    )
+    scores = dict(found.scores) if found else {}
+    if ATTACKS_TITLE in scores:
+        kept = [scores[name].value for name in MEANS[ATTACKS_TITLE] if name not in void]
+        scores[ATTACKS_TITLE] = Printed(fmean(kept), None)
+    return scores
+
+
+def _decide(entries: dict[str, Entry], void: frozenset[str]) -> dict[str, Entry]:
+    """Average the differences over the seeds, correct their p-values, and add the verdicts."""
+    combined = {n: combine_seeds(e.by_seed) if e.by_seed else None for n, e in entries.items()}
+    single = [name for name in entries if name not in MEANS]
+    combined |= zip(single, holm([combined[name] for name in single]), strict=True)
+    combined |= {name: uncorrected(combined[name]) for name in entries if name in MEANS}
+    return {
+        name: entry._replace(
+            difference=combined[name],
+            verdict=_verdict(combined[name], entry.paper_sign, name in void),
+        )
+        for name, entry in entries.items()
+    }
 
 
 def _number(row: ModelScores, name: str) -> float | None:
@@ -97,45 +132,68 @@ def _number(row: ModelScores, name: str) -> float | None:
 
 
 def _entry(
-    name: str, values: list[float], base: list[float], doubted: bool, theirs: Printed | None
+    name: str, seeds: Sequence[ModelScores], base: Sequence[ModelScores], theirs: Printed | None
 ) -> Entry:
-    mean = fmean(values)
-    mark = sign(name, mean, fmean(base))
+    values, others = (
+        [x for row in rows if (x := _number(row, name)) is not None] for rows in (seeds, base)
+    )
+    found = [
+        row.mean_differences.get(name) if name in MEANS else row.scores[name].difference
+        for row in seeds
+    ]
+    by_seed = [difference for difference in found if difference]
     value, paper_sign = theirs or (None, None)
-    agrees = None if paper_sign is None else mark == paper_sign
-    spread = stdev(values) if len(values) > 1 else math.nan
-    return Entry(values, mean, spread, mark, doubted, value, paper_sign, agrees)
+    return Entry(
+        values, fmean(values), stdev(values) if len(values) > 1 else math.nan,
+        sign(name, fmean(values), fmean(others)), any(name in row.findings for row in seeds),
+        by_seed if len(by_seed) == len(seeds) else [], None, value, paper_sign, "",
+    )  # fmt: skip
 
 
-def agreement(rows: Iterable[Compared]) -> tuple[int, int]:
-    """Count the signs that agree with the paper's, and all signs."""
-    found = [e.agrees for row in rows for e in row.entries.values() if e.agrees is not None]
-    return sum(found), len(found)
+def _verdict(difference: Difference | None, paper_sign: str | None, void: bool = False) -> str:
+    if not paper_sign:
+        return ""
+    if void:
+        return VOID
+    if difference is None or not difference.decided:
+        return UNDECIDED
+    return AGREES if (difference.value > 0) == (paper_sign == "+") else CONTRADICTS
 
 
-def claims(rows: Sequence[Compared]) -> list[Claim]:
-    """List the orders that the paper argues with, and whether our numbers have them."""
+def count_verdicts(rows: Iterable[Compared]) -> Counter[str]:
+    """Count the verdicts on the paper's signs."""
+    return Counter(e.verdict for row in rows for e in row.entries.values() if e.verdict)
+
+
+def orders(rows: Sequence[Compared]) -> list[Order]:
+    """Compare the methods that the paper orders, in pairs; the means are ours of its numbers."""
+    table_3 = [row for row in PAPER_ROWS if row.table == 3]
+    table_3.sort(key=lambda row: -row.scores["clean"].value)
+    wanted = [
+        (1, "mean R under the 19 corruptions", "All corruptions", "mtlat", "iat"),
+        (1, "mean R under the attacks", ATTACKS_TITLE, "mtlat", "iat"),
+        *((3, "clean accuracy", "clean", a.method, b.method) for a, b in pairwise(table_3)),
+    ]
     found = []
     for arch in dict.fromkeys(row.arch for row in rows):
-        for table, text, name, methods in (
-            (1, "mean R under the 19 corruptions", "All corruptions", ["mtlat", "iat"]),
-            (1, "mean R under the 5 attacks", ATTACKS_TITLE, ["mtlat", "iat"]),
-            (1, "clean accuracy", "clean", ["mtlat", BASELINE]),
-            (3, "Table 3: clean accuracy", "clean", _order_of_table_3()),
-        ):
+        for table, text, name, better, worse in wanted:
             ours = {r.method: r.entries for r in rows if (r.table, r.arch) == (table, arch)}
-            if ours:
-                there = {m: ours[m][name] for m in methods if name in ours.get(m, {})}
-                missing = [m for m in methods if m not in there]
-                means = [entry.mean for entry in there.values()]
-                holds = all(a >= b for a, b in pairwise(means)) if len(means) > 1 else None
-                found.append(Claim(text, arch, name, there, missing, holds))
+            entries = {m: ours[m][name] for m in (better, worse) if name in ours.get(m, {})}
+            if len(entries) == 2:
+                difference = _subtract_seeds(entries[better].by_seed, entries[worse].by_seed)
+                verdict = _verdict(difference, "+")
+                found.append(Order(text, arch, name, entries, difference, verdict))
     return found
 
 
-def _order_of_table_3() -> list[str]:
-    rows = sorted((r for r in PAPER_ROWS if r.table == 3), key=lambda r: -r.scores["clean"].value)
-    return [row.method for row in rows]
+def _subtract_seeds(first: list[Difference], second: list[Difference]) -> Difference | None:
+    """Compare two methods by their differences to the baseline, which has none to itself."""
+    if first and second and len(first) == len(second):
+        pairs = zip(first, second, strict=True)
+        return uncorrected(combine_seeds([subtract(a, b) for a, b in pairs]))
+    if first:
+        return uncorrected(combine_seeds(first))
+    return uncorrected(combine_seeds([subtract(None, b) for b in second])) if second else None
 
 
 # ---------------------------------------------------------------------------- text
@@ -144,19 +202,24 @@ def _order_of_table_3() -> list[str]:
 def comparison_table(rows: Sequence[Compared]) -> list[list[str]]:
     """Format the rows of one table as text: a line per perturbation, columns per method.
 
-    The columns of a method are ours, the paper's, and whether the signs agree. The baseline has the
-    first two.
+    The columns of a method are ours, the paper's, and the verdict. The baseline has the first two.
     """
     header, names = [""], [n for n in HEADINGS if any(n in row.entries for row in rows)]
-    lines = [[HEADINGS[name]] for name in names]
+    lines = [[_heading(rows, name)] for name in names]
     for row in rows:
-        signed = any(entry.agrees is not None for entry in row.entries.values())
-        header += [row.method, "paper", "agrees"] if signed else [row.method, "paper"]
+        signed = any(entry.verdict for entry in row.entries.values())
+        header += [row.method, "paper", "verdict"] if signed else [row.method, "paper"]
         for name, line in zip(names, lines, strict=True):
             entry = row.entries.get(name)
             line += [format_entry(name, entry), _format_paper(name, entry)]
-            line += [_yes(entry.agrees if entry else None)] if signed else []
+            line += [(entry.verdict if entry else "") or MISSING] if signed else []
     return [header, *lines]
+
+
+def _heading(rows: Sequence[Compared], name: str) -> str:
+    """Name a line of a table; the mean of the attacks says how many it averages."""
+    void = any(e.verdict == VOID for row in rows for e in row.entries.values())
+    return "mean of 4, without CW2" if void and name == ATTACKS_TITLE else HEADINGS[name]
 
 
 def comparison_caption(rows: Sequence[Compared]) -> str:
@@ -169,7 +232,7 @@ def comparison_caption(rows: Sequence[Compared]) -> str:
     what = "clean accuracy" if first.table == 3 else "clean accuracy, then R"
     return (
         f"Table {first.table}, {first.arch} beside the paper's {first.paper_arch}: {what}"
-        f"{spread}{mark}"
+        f"{spread}; in parentheses where undecided{mark}"
     )
 
 
@@ -178,7 +241,10 @@ def format_entry(name: str, entry: Entry | None) -> str:
     if entry is None or math.isnan(entry.mean):
         return MISSING
     spread = "" if math.isnan(entry.spread) else f" ± {_rounded(name, entry.spread)}"
-    return f"{_rounded(name, entry.mean)}{spread}{entry.sign}{'!' if entry.doubted else ''}"
+    mark = entry.sign
+    if mark and not (entry.difference and entry.difference.decided):
+        mark = f"({mark})"
+    return f"{_rounded(name, entry.mean)}{spread}{mark}{'!' if entry.doubted else ''}"
 
 
 def _format_paper(name: str, entry: Entry | None) -> str:
@@ -191,41 +257,56 @@ def _rounded(name: str, value: float) -> str:
     return f"{value:.1f}" if name == "clean" else f"{value:.2f}"
 
 
-def _yes(value: bool | None) -> str:
-    return MISSING if value is None else "yes" if value else "NO"
-
-
-def claims_table(found: Sequence[Claim]) -> list[list[str]]:
-    """Format the claims as text: a header, then a row for each."""
-    table = [["in the paper's order", "model", "ours", "paper", "holds"]]
-    for claim in found:
+def orders_table(found: Sequence[Order]) -> list[list[str]]:
+    """Format the orders as text: a header, then a row for each."""
+    table = [["better in the paper", "model", "ours", "paper", "difference, 95 %", "verdict"]]
+    for order in found:
         ours, theirs = [], []
-        for method, entry in claim.entries.items():
-            ours.append(f"{method} {format_entry(claim.name, entry._replace(sign=''))}")
-            theirs.append(f"{method} {_format_paper(claim.name, entry._replace(paper_sign=''))}")
-        absent = [f"not run: {', '.join(claim.missing)}"] if claim.missing else []
-        numbers = [", ".join(ours + absent), ", ".join(theirs)]
-        table.append([claim.text, claim.arch, *numbers, _yes(claim.holds)])
+        for method, entry in order.entries.items():
+            ours.append(f"{method} {format_entry(order.name, entry._replace(sign=''))}")
+            theirs.append(f"{method} {_format_paper(order.name, entry._replace(paper_sign=''))}")
+        numbers = [", ".join(ours), ", ".join(theirs), format_difference(order.difference)]
+        table.append([order.text, order.arch, *numbers, order.verdict])
     return table
 
 
+def format_difference(difference: Difference | None) -> str:
+    """Format a difference with its interval."""
+    if difference is None:
+        return "unpaired"
+    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+
+
 def conclusion(rows: Sequence[Compared]) -> str:
-    """Say in one sentence how far our numbers and the paper's agree."""
-    agree, total = agreement(rows)
-    decided = [claim.holds for claim in claims(rows) if claim.holds is not None]
+    """Say in one sentence what our numbers decide of the paper's signs."""
+    counts = count_verdicts(rows)
+    void = f", {counts[VOID]} void" if counts[VOID] else ""
     return (
-        f"{agree} of {total} signs agree with the paper's, and {sum(decided)} of"
-        f" {len(decided)} orders"
+        f"Of {sum(counts.values())} signs of the paper, {counts[AGREES]} agree and are decided,"
+        f" {counts[CONTRADICTS]} are contradicted and decided, {counts[UNDECIDED]} are"
+        f" undecided{void}"
     )
 
 
-def claims_to_plain(found: Sequence[Claim]) -> list[dict[str, Any]]:
-    """Convert the claims for JSON, without what the tables hold already."""
+def answers(rows: Sequence[Compared]) -> list[str]:
+    """Say for M-TLAT, per architecture, what it changes against the standard training."""
+    return [
+        answer(
+            "M-TLAT", BASELINE, {n: e.difference for n, e in row.entries.items() if n not in MEANS}
+        )
+        for row in rows
+        if (row.table, row.method) == (1, "mtlat")
+    ]
+
+
+def orders_to_plain(found: Sequence[Order]) -> list[dict[str, Any]]:
+    """Convert the orders for JSON, without what the tables hold already."""
     return [
         {
-            "text": claim.text, "arch": claim.arch, "missing": claim.missing, "holds": claim.holds,
-            "ours": {m: e.mean for m, e in claim.entries.items()},
-            "paper": {m: e.paper for m, e in claim.entries.items()},
+            "text": order.text, "arch": order.arch, "verdict": order.verdict,
+            "ours": {m: e.mean for m, e in order.entries.items()},
+            "paper": {m: e.paper for m, e in order.entries.items()},
+            "difference": order.difference and order.difference[:4],
         }
-        for claim in found
+        for order in found
     ]  # fmt: skip

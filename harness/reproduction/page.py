@@ -16,9 +16,9 @@ import jinja2
 
 from harness.benchmark.plots import DPI
 
-# The sign and the mark of a failed check behind a number in a table: 0.83+ or 0.83-!
-SIGN = re.compile(r"(?<=\d)([+-]?)(!?)(?=[\s,;/)]|$)")
-NUMBER = re.compile(r"[-+±%!.,:/()\s\d]*( to [\d.]+)?|not run")
+# The sign and the mark of a failed check behind a number in a table: 0.83+, 0.83(-) or 0.83-!
+SIGN = re.compile(r"(?<=\d)(\(?[+-]\)|[+-]?)(!?)(?=[\s,;/]|$)")
+NUMBER = re.compile(r"[-+±%!.,:/()\s\d]*( to [-+\d.]+\)?)?|not run")
 
 
 class Part(NamedTuple):
@@ -68,6 +68,7 @@ class Table:
     caption: str
     rows: list[list[str]]
     notes: Sequence[str] = ()
+    fold: bool = False  # whether the page shows it only when the reader asks
     kind: str = field(default="table", init=False)
 
     def __post_init__(self) -> None:
@@ -136,7 +137,7 @@ def _split_signs(content: str) -> list[Part]:
     for match in SIGN.finditer(content):
         sign, mark = match.groups()
         if sign + mark:
-            css = {"+": "better", "-": "worse", "": "doubt"}[sign]
+            css = {"+": "better", "-": "worse", "": "doubt"}.get(sign, "undecided")
             css += " hang" if match.end() == len(content) else ""
             parts += [Part(content[start : match.start()])]
             parts += [Part(sign.replace("-", "\N{MINUS SIGN}") + mark, css)]

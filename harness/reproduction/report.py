@@ -27,16 +27,16 @@ from harness.images.datasets import Dataset
 from harness.images.loader import BatchLoader
 from harness.models import restore_model
 from harness.reproduction.comparison import (
-    Claim,
     Compared,
-    agreement,
-    claims,
-    claims_table,
-    claims_to_plain,
+    answers,
     compare,
     comparison_caption,
     comparison_table,
     conclusion,
+    count_verdicts,
+    orders,
+    orders_table,
+    orders_to_plain,
 )
 from harness.reproduction.page import Block, Code, Figure, Section, Table, Text, render_page
 from harness.reproduction.paper import BASELINE, methods_of_table
@@ -131,53 +131,63 @@ def write_report(
     """
     out, tables = Path(config.output_dir), compare_all(found)
     rows = [row for table in tables for row in table]
-    orders = claims(rows)
+    trained = {folder.name: Trained.read(folder) for folder in trainings}
+    updates = _updates_table(trained, data)
     for table in tables:
         print("", comparison_caption(table), *align_columns(comparison_table(table)), sep="\n")
-    print("", *align_columns(claims_table(orders)), "", sep="\n")
-    print(f"{conclusion(rows)}.")
-    agree, total = agreement(rows)
+    if found_orders := orders(rows):
+        print("", *align_columns(orders_table(found_orders)), sep="\n")
+    print("", *align_columns(updates), "", *answers(rows), f"{conclusion(rows)}.", sep="\n")
     recipe = {
         name: value
         for name, value in asdict(config).items()
         if name not in ("output_dir", "cache_dir", "device")
     }
     facts = {
-        "format": 1, "recipe": recipe, "images": data.fingerprint, "rows": to_plain(rows),
-        "signs": {"agree": agree, "of": total}, "claims": claims_to_plain(orders),
+        "format": 2, "recipe": recipe, "images": data.fingerprint, "rows": to_plain(rows),
+        "verdicts": count_verdicts(rows), "orders": orders_to_plain(found_orders),
     }  # fmt: skip
     atomic_write(out / "tables.json", json.dumps(facts, indent=1) + "\n")
-    atomic_write(out / "tables.md", _markdown(config, commands, tables, orders, found))
+    atomic_write(out / "tables.md", _markdown(config, commands, tables, updates, found))
     title = f"M-TLAT, reproduced at the scale “{config.scale}”"
-    sections = _make_sections(config, commands, tables, trainings, found, data)
-    atomic_write(out / "report.html", render_page(title, _lead(config, data, rows), sections))
+    sections = _make_sections(config, commands, tables, trained, trainings, found, data)
+    lead = "\n\n".join([*answers(rows), f"{conclusion(rows)}.", _describe(config, data)])
+    atomic_write(out / "report.html", render_page(title, lead, sections))
     print(f"report: {out / 'report.html'}")
 
 
-def _lead(config: ReproduceConfig, data: Dataset, rows: list[Compared]) -> str:
+def _describe(config: ReproduceConfig, data: Dataset) -> str:
     """Describe what was run, and how far it is from the paper's experiment."""
     side = data.train.images.shape[-1]
+    embedded = ""
+    if config.data == "shapes":
+        embedded = (
+            " The images are drawn by the code, and built to contain what the paper describes: they"
+            " illustrate how the method works, and prove nothing about photographs."
+        )
     return (
         f"{', '.join(config.archs)} on {len(data.classes)} classes of {config.data}:"
         f" {len(data.train.labels)} training and {len(data.test.labels)} test images of"
         f" {side}x{side}, {config.epochs} epochs, {config.seeds} seed{'s' * (config.seeds > 1)}."
-        " The paper trains ResNet-50 and ResNeXt-50 for 90 epochs on 100 classes of ImageNet at"
-        " 224x224. The further an experiment is from that, the less its numbers can be expected to"
-        f" equal the paper's; its signs are the claim.\n\n{conclusion(rows)}."
+        f"{embedded} The paper trains ResNet-50 and ResNeXt-50 for 90 epochs on 100 classes of"
+        " ImageNet at 224x224. The further an experiment is from that, the less its numbers can be"
+        " expected to equal the paper's."
     )
 
 
 def _markdown(
     config: ReproduceConfig, commands: list[str], tables: list[list[Compared]],
-    orders: list[Claim], found: Sequence[Evaluated],
+    updates: list[list[str]], found: Sequence[Evaluated],
 ) -> str:  # fmt: skip
     """Format the tables beside the paper's, our full ones, and the commands."""
     rows = [row for table in tables for row in table]
-    blocks = [f"# Scale {config.scale}", f"{conclusion(rows)}."]
+    blocks = [f"# Scale {config.scale}", *answers(rows), f"{conclusion(rows)}."]
     for table in tables:
         lines = markdown_rows(comparison_table(table))
         blocks += [f"**{comparison_caption(table)}**", "\n".join(lines)]
-    blocks += ["\n".join(markdown_rows(claims_table(orders)))]
+    if found_orders := orders(rows):
+        blocks += ["\n".join(markdown_rows(orders_table(found_orders)))]
+    blocks += ["\n".join(markdown_rows(updates))]
     for one in found:
         if one.tables != [3]:
             blocks += [f"## {one.arch}, seed {one.seed}", to_markdown(one.results).rstrip()]
@@ -189,15 +199,18 @@ def _markdown(
 
 def _make_sections(
     config: ReproduceConfig, commands: list[str], tables: list[list[Compared]],
-    trainings: list[Path], found: Sequence[Evaluated], data: Dataset,
+    trained: Mapping[str, Trained], trainings: list[Path], found: Sequence[Evaluated],
+    data: Dataset,
 ) -> list[Section]:  # fmt: skip
-    """Make the parts of report.html."""
+    """Make the parts of report.html: the answer, the tables, the details."""
     out, first = Path(config.output_dir), [one for one in found if one.seed == 0]
     full = [one for one in first if one.tables != [3]]
-    trained = {folder.name: Trained.read(folder) for folder in trainings}
-    beside: list[Block] = [Table(comparison_caption(t), comparison_table(t)) for t in tables]
-    orders = claims([row for table in tables for row in table])
-    beside.append(Table("Orders that the paper argues with", claims_table(orders)))
+    rows = [row for table in tables for row in table]
+    beside: list[Block] = [
+        Table(comparison_caption(t), comparison_table(t), fold=True) for t in tables
+    ]
+    if found_orders := orders(rows):
+        beside.append(Table("Orders of the paper", orders_table(found_orders)))
     curves: list[Block] = []
     for arch in config.archs:
         folders = {m: path for one in first if one.arch == arch for m, path in one.models.items()}
@@ -205,6 +218,7 @@ def _make_sections(
         plots.plot_curves({m: trained[folder.name].log for m, folder in folders.items()}, path)
         curves.append(Figure(path, f"{arch}, seed 0: losses and clean accuracy by epoch"))
     return [
+        Section("What M-TLAT changes", list(_answer_figures(tables, out))),
         Section("Beside the paper", beside),
         *(Section(f"{one.arch}, seed 0", list(_measured(one, out))) for one in full),
         Section("Training curves", curves),
@@ -218,11 +232,41 @@ def _make_sections(
     ]  # fmt: skip
 
 
+def _answer_figures(tables: list[list[Compared]], out: Path) -> Iterator[Block]:
+    """Plot the differences of R to the standard training, with the paper's beside them."""
+    for table in tables:
+        rows = {row.method: row for row in table}
+        compared = {
+            m: {n: e.difference for n, e in row.entries.items()}
+            for m, row in rows.items() if m != BASELINE
+        }  # fmt: skip
+        if table[0].table < 3 and any(map(any, (d.values() for d in compared.values()))):
+            arch = table[0].arch.replace(":", "-")
+            path = out / f"differences-{arch}-table{table[0].table}.png"
+            plots.plot_differences(compared, BASELINE, path, _paper_differences(rows))
+            yield Figure(
+                path, f"{table[0].arch}: R minus the R of the standard training, with paired 95 %"
+                " intervals; diamonds: the paper's M-TLAT",
+            )  # fmt: skip
+
+
+def _paper_differences(rows: Mapping[str, Compared]) -> dict[str, float]:
+    """Return by how much the paper's M-TLAT differs from its standard training."""
+    if not {BASELINE, "mtlat"} <= rows.keys():
+        return {}
+    own, base = (
+        {n: e.paper for n, e in rows[m].entries.items() if e.paper is not None and n != "clean"}
+        for m in ("mtlat", BASELINE)
+    )
+    return {name: own[name] - base[name] for name in own.keys() & base.keys()}
+
+
 def _measured(one: Evaluated, out: Path) -> Iterator[Block]:
     """Yield the tables and the figures of an evaluation."""
     for title in measured_tables(one.results):
         notes = table_notes(one.results, title)
-        yield Table(table_caption(one.results, title), table_cells(one.results, title), notes)
+        cells = table_cells(one.results, title)
+        yield Table(table_caption(one.results, title), cells, notes, fold=True)
     if one.results.notes:
         yield Text("\n\n".join(one.results.notes))
     arch = one.arch.replace(":", "-")
@@ -254,6 +298,8 @@ def _provenance(
         numbers = [str(len(run.log)), f"{clean:.1f}", f"{run.minutes(images):.1f}"]
         rows.append([name, *numbers, digests.get(name, "surrogate"),
                      *(run.settings[key] for key in VERSIONS)])  # fmt: skip
+    yield Table("Trainings: updates of the weights, and images that the losses saw",
+                _updates_table(trained, data))  # fmt: skip
     yield Table(
         "Trainings: clean accuracy on the whole test set; minutes without the tests after every"
         " epoch; weights: the digest in cells.jsonl", rows,
@@ -261,3 +307,14 @@ def _provenance(
     times = [[one.folder.name, f"{one.minutes:.1f}"] for one in found]
     yield Table("Evaluations: minutes", [["evaluation", "minutes"], *times])
     yield Text(f"The images have the fingerprint {data.fingerprint}.")
+
+
+def _updates_table(trained: Mapping[str, Trained], data: Dataset) -> list[list[str]]:
+    """List how often each training updated its weights, and how many images its losses saw."""
+    table = [["training", "epochs", "updates", "images seen"]]
+    for name, run in trained.items():
+        config = TrainConfig.from_settings(run.settings)
+        steps = len(run.log) * (len(data.train.labels) // config.minibatch_size)
+        seen = steps * config.minibatch_size * METHODS[config.method].terms
+        table.append([name, str(len(run.log)), f"{steps:,}", f"{seen:,}"])
+    return table

@@ -17,6 +17,7 @@ from scipy.stats import binomtest
 from corruptions import CORRUPTIONS
 from harness.benchmark import metrics, plots, registry, tables
 from harness.benchmark.attack_registry import ATTACKS
+from harness.benchmark.paired import pack
 from harness.benchmark.store import Cell
 from harness.reproduction.paper import PAPER_ROWS
 
@@ -63,19 +64,24 @@ ImageNet-C's corruptions: R = accuracy / clean accuracy, mean of five severities
 images; + and - against alpha
 model  clean %      95 %  {}  mean  rel. mCE
 alpha     80.0  71 to 87  {}  0.60     100 %
-beta     50.0-  40 to 60  {}  0.70      47 %
+beta   50.0(-)  40 to 60  {}  0.70      47 %
 
 The paper's corruptions: R = accuracy / clean accuracy; n = 100 test images; + and - against alpha
-model  clean %      95 %  Obstru  Color  Trans    Rot  mean  mean of 19
-alpha     80.0  71 to 87    0.74   0.74   0.50   1.00  0.74        0.63
-beta     50.0-  40 to 60    0.74   0.74  0.74+  0.74-  0.74        0.71
+model  clean %      95 %  Obstru  Color    Trans      Rot  mean  mean of 19
+alpha     80.0  71 to 87    0.74   0.74     0.50     1.00  0.74        0.63
+beta   50.0(-)  40 to 60    0.74   0.74  0.74(+)  0.74(-)  0.74        0.71
 
 Adversarial attacks: R = accuracy / clean accuracy; n = 100 test images; + and - against alpha
-model  clean %      95 %    PGD  PGD LL    CW2  MI FGSM 0.04  MI FGSM 0.08  mean
-alpha     80.0  71 to 87   0.00    0.10  1.00!             -             -     -
-beta     50.0-  40 to 60  0.10+       -      -             -             -     -
+model  clean %      95 %      PGD  PGD LL    CW2  MI FGSM 0.04  MI FGSM 0.08  mean  \
+CW2 gave up  CW2 at 0  L2
+alpha     80.0  71 to 87     0.00    0.10  1.00!             -             -     -  \
+       80 %         -   -
+beta   50.0(-)  40 to 60  0.10(+)       -      -             -             -     -  \
+          -         -   -
 ! alpha, CW2: the attack gave up on 80.0 % of the images that the model gets right, and these \
 count as right; it fooled the model by less than its confidence on 90.0 % (median margin 12.2)
+
+note: unpaired: some cells have no per-image outcomes, so nothing is decided there
 
 note: clean accuracies differ by more than their intervals (alpha 80.0 %, beta 50.0 %): compare \
 robustness only at comparable clean accuracy
@@ -88,10 +94,10 @@ def make(lines: list[Cell] = CELLS, baseline: str = "alpha") -> metrics.Results:
 
 def test_the_tables_are_those_worked_out_by_hand() -> None:
     headings = [CORRUPTIONS[name].column for name in FIFTEEN]
-    columns = [max(len(h), 5) for h in headings]
+    columns = [max(len(h), 7) for h in headings]
     rows = [
         "  ".join(cell.rjust(w) for cell, w in zip(cells, columns, strict=True))
-        for cells in (headings, ["0.60"] * 15, ["0.70+"] * 15)
+        for cells in (headings, ["0.60"] * 15, ["0.70(+)"] * 15)
     ]
     assert tables.to_text(make()) == TABLES.format(*rows)
 
@@ -124,7 +130,7 @@ def test_a_perturbation_without_one_of_its_severities_is_not_scored() -> None:
 def test_a_model_that_is_never_right_has_no_robustness() -> None:
     made = make([line(B, "clean", 0), *(x for x in CELLS if x != line(B, "clean", 50))])
     row = tables.table_cells(made, "Adversarial attacks")[2]
-    assert row[1:4] == ["0.0-", "0 to 4", "-"]
+    assert row[1:4] == ["0.0(-)", "0 to 4", "-"]
     assert json.loads(json.dumps(tables.to_plain(made), allow_nan=False))["rows"][1]["means"]
 
 
@@ -138,13 +144,67 @@ def test_intervals_are_wilsons(n: int, share: float) -> None:
     assert 0 <= low <= correct / n <= high <= 1
 
 
+def paired(lines: list[Cell]) -> list[Cell]:
+    """Add per-image outcomes: the first images are right, as many as the cell says."""
+    return [x | {"hits": pack(torch.arange(x["n"]) < x["correct"])} for x in lines]
+
+
+def test_paired_outcomes_decide_signs() -> None:
+    made = make(paired(CELLS))
+    alpha, beta = made.rows
+    assert not any(score.difference for score in alpha.scores.values())
+    fog = beta.scores["fog"].difference
+    assert fog and fog.value == pytest.approx(0.1) and fog.low < 0.1 < fog.high
+    assert fog.p < fog.adjusted == 1 and not fog.decided
+    clean = beta.scores["clean"].difference
+    assert clean and clean.value == pytest.approx(-0.3)
+    assert clean.p == pytest.approx(2 * 0.5**30)  # McNemar: of 30 discordant images, all 30
+    assert beta.scores["clean"].decided_sign == "-"
+    assert beta.scores["occlusion"].difference and not beta.scores["occlusion"].decided_sign
+    rotation = beta.scores["rotation"].difference
+    assert rotation and rotation.value == pytest.approx(-0.26) and rotation.decided
+    mean = beta.mean_differences["ImageNet-C's corruptions"]
+    assert mean.value == pytest.approx(0.1) and mean.low < 0.1 < mean.high
+    assert tables.answers(made) == [
+        "beta against alpha: clean accuracy -30.0 points (decided). Robustness is higher under 19"
+        " of 20 perturbations (decided under 1), and lower under 1 (decided under 1)."
+    ]
+    text = tables.to_text(made)
+    assert "(Holm's correction for 21)" in text and "unpaired" not in text
+    flat = {(r["model"], r["perturbation"], r["severity"]): r
+            for r in csv.DictReader(io.StringIO(tables.to_csv(made)))}  # fmt: skip
+    assert flat["beta", "fog", "mean"]["difference"] == "0.100000"
+    assert flat["beta", "rotation", ""]["decided"] == "yes"
+    assert flat["beta", "fog", "mean"]["decided"] == "no"
+    assert flat["beta", "fog", "1"]["decided"] == flat["alpha", "fog", "mean"]["decided"] == ""
+
+
+def test_cw2_is_void_where_it_gives_up_on_the_baseline() -> None:
+    others = [line(m, name, 40) for m in (A, B) for name in ATTACKS if name != "cw2"]
+    clean = [line(A, "clean", 80), line(B, "clean", 80)]
+    hopeless, fair = (
+        [line(A, "cw2", 80 - reached, right=80, reached=reached, misclassified=80, margin=1.0)]
+        for reached in (4, 5)
+    )
+    mtlat = [line(B, "cw2", 20, right=80, reached=60, misclassified=80, margin=1.0)]
+    alpha, beta = make(paired(clean + others + hopeless + mtlat)).rows
+    assert alpha.void == beta.void == {"cw2"} and beta.scores["cw2"].difference is None
+    assert (alpha.means["Adversarial attacks"], beta.means["Adversarial attacks"]) == (0.5, 0.5)
+    text = tables.to_text(make(paired(clean + others + hopeless + mtlat)))
+    assert "CW2 is void" in text and "of 4 perturbations" in text
+    alpha, beta = make(paired(clean + others + fair + mtlat)).rows
+    assert not alpha.void and beta.scores["cw2"].difference
+    assert beta.means["Adversarial attacks"] == pytest.approx((4 * 0.5 + 0.25) / 5)
+
+
 def test_findings_stand_beside_the_score() -> None:
     checks = {"clean": 80, "pgd_0": 79, "fgsm_0.04": 1, "pgd_0.04": 2, "pgd_0.5": 30}
     made = make([
         *CELLS,
         *(line(A, f"check_{name}", c, broken=3 if name == "clean" else None)
           for name, c in checks.items()),
-        line(A, "mi_fgsm_0.04", 70), line(B, "mi_fgsm_0.04", 4), line(A, "cw2_0", 0, l2=0.125),
+        line(A, "mi_fgsm_0.04", 70), line(B, "mi_fgsm_0.04", 4),
+        line(A, "cw2_0", 20, right=80, reached=60, l2=0.125),
     ])  # fmt: skip
     alpha, beta = made.rows
     found = "\n".join(alpha.findings["pgd_0.04"])
@@ -153,8 +213,8 @@ def test_findings_stand_beside_the_score() -> None:
     assert "another model" not in found and found.count("(on 100 images)") == 3
     assert ["another model" in said for said in beta.findings["pgd_0.04"]] == [True]
     marked = tables.table_cells(made, "Adversarial attacks")[1:]
-    assert [row[3] for row in marked] == ["0.00!", "0.10+!"]
-    assert "median length of 0.125" in tables.to_text(made)
+    assert [row[3] for row in marked] == ["0.00!", "0.10(+)!"]
+    assert marked[0][-3:] == ["80 %", "0.25", "0.12"] and marked[1][-3:] == ["-"] * 3
 
 
 def test_notes_on_a_subset_and_on_mixed_versions() -> None:
@@ -231,7 +291,7 @@ def test_cells_with_the_papers_scores_give_the_papers_table(arch: str) -> None:
     for title, names in registry.TABLES.items():
         for model, _, _, *cells in tables.table_cells(made, title)[1:]:
             printed = [rows[model][name] for name in names]
-            expected = [f"{score.value:.2f}{score.sign or ''}" for score in printed]
+            expected = [f"{value:.2f}{f'({sign})' if sign else ''}" for value, sign in printed]
             assert [cell.rstrip("!") for cell in cells[: len(names)]] == expected
 
 
@@ -255,12 +315,22 @@ def rgb(colour: str) -> tuple[int, int, int]:
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 
+def draw_differences(results: metrics.Results, path: Path) -> None:
+    compared = {r.model: metrics.score_differences(r) for r in results.rows[1:]}
+    plots.plot_differences({"other": {}, **compared}, "alpha", path, {"fog": 0.2})
+
+
 @pytest.mark.parametrize("draw", [plots.plot_robustness, plots.plot_severities])
 def test_the_figures_show_every_model(
     draw: Callable[[metrics.Results, Path], None], tmp_path: Path
 ) -> None:
     draw(make(), tmp_path / "figure.png")
     assert {rgb(plots.GRAY), rgb(plots.PALETTE[0])} <= colours(tmp_path / "figure.png")
+
+
+def test_differences_are_drawn_with_the_papers_beside_them(tmp_path: Path) -> None:
+    draw_differences(make(paired(CELLS)), tmp_path / "figure.png")
+    assert {rgb("#222222"), rgb(plots.PALETTE[1])} <= colours(tmp_path / "figure.png")
 
 
 def test_a_figure_without_scores_is_empty(tmp_path: Path) -> None:

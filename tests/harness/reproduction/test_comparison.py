@@ -8,10 +8,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from corruptions import CORRUPTIONS
 from harness.benchmark import metrics, tables
+from harness.benchmark.paired import Difference
 from harness.reproduction import comparison, paper
 from harness.training.methods import METHODS
 
@@ -31,7 +33,7 @@ def make_row(
     means = {name: r for name, r in scores.items() if name in paper.MEANS}
     findings = {name: ["doubt"] for name in doubted}
     return metrics.ModelScores(
-        "m", {"clean": score(clean / 100, 1), **own}, means, math.nan, None, findings
+        "m", {"clean": score(clean / 100, 1), **own}, means, math.nan, {}, findings, {}
     )
 
 
@@ -86,27 +88,63 @@ def test_the_papers_signs_follow_from_its_scores(row: paper.PaperRow) -> None:
 
 
 @pytest.mark.parametrize("table, arch", [(1, "resnet50"), (1, "resnext50_32x4d"), (2, "resnet50")])
-def test_the_papers_own_numbers_agree_with_it(table: int, arch: str) -> None:
+def test_the_papers_own_numbers_have_its_signs(table: int, arch: str) -> None:
+    """Check the signs, which without per-image outcomes are all undecided."""
     rows = comparison.compare(table, arch, as_ours(table, arch))
-    assert comparison.agreement(rows) == (2 * 25, 2 * 25)
+    signs = [e.paper_sign for row in rows for n, e in row.entries.items() if e.paper_sign]
+    assert comparison.count_verdicts(rows) == {"undecided": len(signs)}
+    assert all(e.sign == (e.paper_sign or "") for row in rows[1:]
+               for n, e in row.entries.items() if n not in paper.MEANS)  # fmt: skip
     header, *lines = comparison.comparison_table(rows)
-    assert len(lines) == 1 + 24 + 2 and not any("NO" in line for line in lines)
     place = header.index("paper", 3)
-    assert [line[place - 1] for line in lines[1:20]] == [line[place] for line in lines[1:20]]
+    assert len(lines) == 1 + 24 + 2
+    for line in lines[1:20]:
+        assert line[place - 1].replace("(", "").replace(")", "") == line[place]
+
+
+def decided(value: float) -> Difference:
+    """Return a difference that is decided."""
+    return Difference(value, value - 0.01, value + 0.01, 1e-9, np.array([-0.01, 0.01]))
+
+
+def with_differences(table: int, arch: str, sense: int = 1) -> list[comparison.Compared]:
+    """Compare the paper's own numbers, with decided differences of its signs times `sense`."""
+    ours = as_ours(table, arch)
+    base = ours["standard"][0]
+    for method, (row,) in ours.items():
+        if method != "standard":
+            scores = {
+                n: s._replace(difference=decided(sense * (metrics.table_value(n, s)
+                                                 - metrics.table_value(n, base.scores[n]))))
+                for n, s in row.scores.items()
+            }  # fmt: skip
+            means = {n: decided(v - base.means[n]) for n, v in row.means.items() if base.means}
+            ours[method] = [row._replace(scores=scores, mean_differences=means)]
+    return comparison.compare(table, arch, ours)
+
+
+@pytest.mark.parametrize("sense, verdict", [(1, "agrees"), (-1, "contradicts")])
+def test_decided_differences_agree_or_contradict(sense: int, verdict: str) -> None:
+    rows = with_differences(1, "resnet50", sense)
+    assert comparison.count_verdicts(rows) == {verdict: 2 * 25}
+    numbers = {"agrees": "50 agree and are decided, 0 are", "contradicts": "0 agree and are"
+               " decided, 50 are"}[verdict]  # fmt: skip
+    assert f"Of 50 signs of the paper, {numbers} contradicted" in comparison.conclusion(rows)
+    (answer,) = comparison.answers(rows)
+    assert answer.startswith(f"M-TLAT against standard: clean accuracy {60 * sense:+.1f} points")
+    assert "24 of 24 perturbations (decided under 24)" in answer or sense < 0
 
 
 def test_the_papers_own_numbers_are_in_the_papers_orders() -> None:
-    rows = [
-        row
-        for table, arch in sorted({(row.table, row.arch) for row in paper.PAPER_ROWS})
-        for row in comparison.compare(table, arch, as_ours(table, arch))
-    ]  # fmt: skip
-    claims = comparison.claims(rows)
-    assert [claim.holds for claim in claims] == [True] * 7
-    assert list(claims[3].entries) == ["standard", "tlat", "target-fgsm", "ls", "fgsm"]
-    assert comparison.conclusion(rows).startswith(
-        "150 of 150 signs"
-    ) and " 7 of 7 " in comparison.conclusion(rows)
+    keys = sorted({(row.table, row.arch) for row in paper.PAPER_ROWS})
+    rows = [row for table, arch in keys for row in with_differences(table, arch)]
+    found = comparison.orders(rows)
+    assert [order.verdict for order in found] == ["agrees"] * 8
+    assert list(found[3].entries) == ["tlat", "target-fgsm"]
+    assert found[0].difference and found[0].difference.value == pytest.approx(
+        found[0].entries["mtlat"].mean - found[0].entries["iat"].mean
+    )
+    assert len(comparison.orders_table(found)) == 9
 
 
 # Each method has two seeds. Fog: standard has 0.40 and 0.42, with mean 0.41. mtlat has 0.50 and
@@ -129,49 +167,83 @@ def test_seeds_are_averaged_and_signs_are_those_of_the_means() -> None:
     fog = row.entries["fog"]
     assert fog.values == [0.50, 0.60] and fog.mean == pytest.approx(0.55)
     assert fog.spread == pytest.approx(0.1 / math.sqrt(2)) and fog.doubted
-    assert (fog.sign, fog.paper, fog.paper_sign, fog.agrees) == ("+", 0.59, "+", True)
-    assert comparison.format_entry("fog", fog) == "0.55 ± 0.07+!"
+    assert (fog.sign, fog.paper, fog.paper_sign, fog.verdict) == ("+", 0.59, "+", "undecided")
+    assert comparison.format_entry("fog", fog) == "0.55 ± 0.07(+)!"
     occlusion, clean = row.entries["occlusion"], row.entries["clean"]
-    assert (occlusion.sign, occlusion.agrees, clean.sign, clean.agrees) == ("", False, "-", False)
-    assert clean.mean == pytest.approx(79.0)
-    assert base.entries["fog"].agrees is None and comparison.agreement([base, row]) == (1, 3)
+    assert (occlusion.sign, clean.sign, clean.mean) == ("", "-", pytest.approx(79.0))
+    assert base.entries["fog"].verdict == ""
+    assert comparison.count_verdicts([base, row]) == {"undecided": 3}
     table = comparison.comparison_table([base, row])
-    assert table[0] == ["", "standard", "paper", "mtlat", "paper", "agrees"]
-    assert table[2] == ["Fog", "0.41 ± 0.01", "0.48", "0.55 ± 0.07+!", "0.59+", "yes"]
-    assert table[3] == ["Obstru", "0.70 ± 0.00", "0.74", "0.70 ± 0.00", "0.75+", "NO"]
+    assert table[0] == ["", "standard", "paper", "mtlat", "paper", "verdict"]
+    assert table[2] == ["Fog", "0.41 ± 0.01", "0.48", "0.55 ± 0.07(+)!", "0.59+", "undecided"]
     assert comparison.comparison_caption([base, row]) == (
         "Table 1, tiny beside the paper's resnet50: clean accuracy, then R; mean ± sample standard"
-        " deviation of 2 seeds; !: an attack check failed"
+        " deviation of 2 seeds; in parentheses where undecided; !: an attack check failed"
     )
+
+
+def test_a_mean_over_seeds_is_decided_by_all_of_them() -> None:
+    """Check that two seeds that agree decide, and two that contradict each other do not."""
+
+    def fog(*values: float) -> comparison.Entry:
+        seeds = [make_row(80.0, {"fog": 0.4 + value}) for value in values]
+        own = [
+            seed._replace(scores=seed.scores | {
+                "fog": seed.scores["fog"]._replace(difference=decided(value))})
+            for seed, value in zip(seeds, values, strict=True)
+        ]  # fmt: skip
+        base = [make_row(80.0, {"fog": 0.4})] * len(values)
+        return comparison.compare(1, "tiny", {"standard": base, "mtlat": own})[1].entries["fog"]
+
+    assert (fog(0.2, 0.2, 0.201).verdict, fog(-0.2, -0.2, -0.201).verdict) == (
+        "agrees",
+        "contradicts",
+    )
+    assert fog(0.2, -0.1, 0.3).verdict == "undecided"
+    three = fog(0.2, 0.2, 0.201).difference
+    assert three and three.value == pytest.approx(0.601 / 3)
+
+
+def test_void_scores_have_no_part_in_means_and_verdicts() -> None:
+    scores = {name: 0.5 for name in paper.MEANS[paper.ATTACKS_TITLE]}
+    rows = {
+        method: [make_row(80.0, scores | {paper.ATTACKS_TITLE: 0.5})._replace(
+            void=frozenset({"cw2"}))]
+        for method in ("standard", "mtlat")
+    }  # fmt: skip
+    compared = comparison.compare(1, "resnet50", rows)
+    assert compared[1].entries["cw2"].verdict == "void"
+    assert ", 1 void" in comparison.conclusion(compared)
+    (mtlat,) = (r for r in FULL if (r.arch, r.method) == ("resnet50", "mtlat"))
+    four = [mtlat.scores[n].value for n in scores if n != "cw2"]
+    mean = compared[1].entries[paper.ATTACKS_TITLE]
+    assert mean.paper == pytest.approx(sum(four) / 4)
+    assert comparison.comparison_table(compared)[-1][0] == "mean of 4, without CW2"
 
 
 def test_one_seed_has_no_spread() -> None:
     (row,) = comparison.compare(1, "resnet50", {"standard": STANDARD[:1]})
     assert comparison.format_entry("clean", row.entries["clean"]) == "80.0"
-    assert comparison.comparison_caption([row]).endswith("resnet50: clean accuracy, then R")
+    assert comparison.comparison_caption([row]).endswith("then R; in parentheses where undecided")
     assert tables.to_plain(row.entries["clean"])["spread"] is None
 
 
-def test_an_order_needs_two_methods_and_a_tie_keeps_it() -> None:
-    def orders(**clean: float) -> list[tuple[bool | None, list[str]]]:
-        rows = {method.replace("_", "-"): [make_row(c, {})] for method, c in clean.items()}
-        return [
-            (c.holds, c.missing) for c in comparison.claims(comparison.compare(3, "tiny", rows))
-        ]
-
-    everything = {"standard": 70.0, "tlat": 60.0, "target_fgsm": 60.0, "ls": 50.0, "fgsm": 40.0}
-    assert orders(**everything) == [(True, [])]
-    assert orders(**everything | {"ls": 39.0}) == [(False, [])]
-    assert orders(standard=70, tlat=71) == [(False, ["target-fgsm", "ls", "fgsm"])]
-    assert orders(standard=70)[0][0] is None
-    claims = comparison.claims(
-        comparison.compare(1, "tiny", {"standard": STANDARD, "mtlat": MTLAT})
-    )
-    assert [claim.holds for claim in claims] == [None, None, False]
-    assert comparison.claims_table(claims)[3][2:] == [
-        "mtlat 79.0 ± 0.0, standard 81.0 ± 1.4", "mtlat 73.9, standard 73.3", "NO"
+def test_an_order_needs_two_methods_and_paired_outcomes() -> None:
+    rows = {m: [make_row(c, {})] for m, c in {"standard": 70.0, "tlat": 60.0, "ls": 50.0}.items()}
+    (first,) = comparison.orders(comparison.compare(3, "tiny", rows))
+    assert list(first.entries) == ["standard", "tlat"] and first.verdict == "undecided"
+    assert comparison.orders_table([first])[1] == [
+        "clean accuracy", "tiny", "standard 70.0, tlat 60.0", "standard 73.3, tlat 69.4",
+        "unpaired", "undecided",
     ]  # fmt: skip
-    assert "not run: mtlat, iat" in comparison.claims_table(claims)[1][2]
+    for other, verdict in ((-10.0, "agrees"), (10.0, "contradicts")):
+        (row,) = rows["tlat"]
+        clean = row.scores["clean"]._replace(difference=decided(other))
+        changed = rows | {"tlat": [row._replace(scores={"clean": clean})]}
+        (first,) = comparison.orders(comparison.compare(3, "tiny", changed))
+        assert first.verdict == verdict
+        assert first.difference and first.difference.value == -other
+    assert comparison.orders(comparison.compare(3, "tiny", {"standard": rows["standard"]})) == []
 
 
 def test_the_means_are_over_all_nineteen_and_all_five() -> None:

@@ -1,0 +1,188 @@
+"""Intervals of robustness and of its differences, from per-image outcomes.
+
+All models see the same images, so that their differences are paired. Outcomes are arrays (n,): for
+each image the share of severities at which the model is right. With a and c the outcomes of a model
+under a perturbation and on clean images, R = mean(a) / mean(c). To first order (the delta method),
+image i moves R by (a_i - R c_i) / (n mean(c)). A difference of two models moves by the difference
+of these influences, and its variance is their sample variance divided by n.
+
+Sources: delta method and bootstrap: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993.
+McNemar, Psychometrika 1947. Welch and Satterthwaite: Satterthwaite, Biometrics 1946. Holm,
+Scandinavian Journal of Statistics 1979.
+"""
+
+import base64
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+from torch import Tensor
+
+Array = np.ndarray[Any, Any]  # (n,) float64
+
+FEW = 10.0  # right or lost images below which the bootstrap replaces the delta method
+RESAMPLES = 10_000
+LEVEL = 0.05  # of decisions, after Holm's correction
+
+
+class Difference(NamedTuple):
+    """A difference of two models, its 95 % interval, and the two-sided p-value of no difference."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    influence: Array  # (n,) of the images
+    adjusted: float = math.nan  # p after Holm's correction
+
+    @property
+    def decided(self) -> bool:
+        """Whether the corrected p-value is below `LEVEL`."""
+        return self.adjusted < LEVEL
+
+
+def pack(hits: Tensor) -> str:
+    """Encode bool (n,) as base64 of one bit per image."""
+    return base64.b64encode(np.packbits(hits.numpy()).tobytes()).decode()
+
+
+def unpack(text: str, n: int) -> Array:
+    """Decode what `pack` encoded, as float64 (n,) of 0 and 1."""
+    bits = np.frombuffer(base64.b64decode(text), np.uint8)
+    return np.unpackbits(bits, count=n).astype(np.float64)
+
+
+def robustness_interval(a: Array, c: Array) -> tuple[float, float]:
+    """Compute the 95 % interval of R = mean(a) / mean(c); NaN where that does not exist."""
+    if len(a) < 2 or not c.any():
+        return math.nan, math.nan
+    if _few(a, c):
+        return _bootstrap(a, c)[:2]
+    half = _quantile() * _standard_error(_influence(a, c))
+    return float(a.mean() / c.mean() - half), float(a.mean() / c.mean() + half)
+
+
+def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | None:
+    """Compare the R of two models on the same images.
+
+    Args:
+        a, c: outcomes of the first model, perturbed and clean.
+        b, d: outcomes of the second model.
+
+    Returns:
+        R of the first minus R of the second; None if either clean accuracy is 0.
+    """
+    if not (c.any() and d.any()):
+        return None
+    value = float(a.mean() / c.mean() - b.mean() / d.mean())
+    influence = _influence(a, c) - _influence(b, d)
+    if len(a) > 1 and (_few(a, c) or _few(b, d)):
+        return Difference(value, *_bootstrap(a, c, b, d), influence)
+    return _normal(value, influence)
+
+
+def compare_accuracy(c: Array, d: Array) -> Difference:
+    """Compare the accuracies of two models on the same images; p is McNemar's exact one."""
+    only_first, only_second = int(((c == 1) & (d == 0)).sum()), int(((c == 0) & (d == 1)).sum())
+    found = _normal(float(c.mean() - d.mean()), c - d - (c - d).mean())
+    if not only_first + only_second:
+        return found._replace(p=1.0)
+    p = float(stats.binomtest(only_first, only_first + only_second).pvalue)
+    return found._replace(p=p)
+
+
+def combine_seeds(differences: Sequence[Difference]) -> Difference:
+    """Average the differences of several seeds, trained apart and measured on the same images.
+
+    The variance of the mean is s^2 / S, with s the standard deviation over the S seeds, plus the
+    sample variance of the images' mean influences divided by n. The interval is a t interval with
+    Welch's and Satterthwaite's degrees of freedom. The first term contains a part of the second, so
+    that the interval is somewhat too wide.
+    """
+    if len(differences) == 1:
+        return differences[0]
+    values = np.array([d.value for d in differences])
+    mean, seeds = float(values.mean()), len(values)
+    if len({len(d.influence) for d in differences}) == 1:
+        influence = np.mean([d.influence for d in differences], axis=0)
+        images = _standard_error(influence) ** 2
+    else:  # of other images
+        influence = np.zeros(1)
+        images = sum(_standard_error(d.influence) ** 2 for d in differences) / seeds**2
+    between = float(values.var(ddof=1)) / seeds
+    error = math.sqrt(between + images)
+    freedom = (seeds - 1) * (1 + images / between) ** 2 if between else math.inf
+    return _normal(mean, influence, error, freedom)
+
+
+def subtract(first: Difference | None, second: Difference) -> Difference:
+    """Compare two models by their differences to a third one; None is the third one itself."""
+    value = (first.value if first else 0.0) - second.value
+    influence = (first.influence if first else 0.0) - second.influence
+    return _normal(value, np.asarray(influence))
+
+
+def uncorrected(difference: Difference | None) -> Difference | None:
+    """Decide a difference by its own p-value, as the only comparison of its kind."""
+    return difference and difference._replace(adjusted=difference.p)
+
+
+def holm(differences: Sequence[Difference | None]) -> list[Difference | None]:
+    """Correct the p-values of these differences for their number."""
+    known = sorted((d.p, i) for i, d in enumerate(differences) if d and not math.isnan(d.p))
+    corrected, largest = list(differences), 0.0
+    for rank, (p, i) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        difference = differences[i]
+        assert difference
+        corrected[i] = difference._replace(adjusted=largest)
+    return corrected
+
+
+def _influence(a: Array, c: Array) -> Array:
+    """Compute by how much each image moves R, times n."""
+    clean = c.mean()
+    influence: Array = (a - a.mean() / clean * c) / clean
+    return influence
+
+
+def _standard_error(influence: Array) -> float:
+    """Compute the standard error of a mean from the influences of its images."""
+    return float(influence.std(ddof=1) / math.sqrt(len(influence))) if len(influence) > 1 else 0.0
+
+
+def _quantile(freedom: float = math.inf) -> float:
+    return float(stats.t.ppf(0.975, freedom))
+
+
+def _normal(
+    value: float, influence: Array, error: float | None = None, freedom: float = math.inf
+) -> Difference:
+    """Make a difference with a t interval; from a single image nothing is known."""
+    error = _standard_error(influence) if error is None else error
+    if len(influence) < 2 and error == 0:
+        return Difference(value, math.nan, math.nan, math.nan, influence)
+    half = _quantile(freedom) * error
+    p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error else float(value == 0)
+    return Difference(value, value - half, value + half, p, influence)
+
+
+def _few(a: Array, c: Array) -> bool:
+    """Return whether R is so near 0 or 1 that its distribution is not normal."""
+    return float(min(a.sum(), np.abs(c - a).sum())) < FEW
+
+
+def _bootstrap(a: Array, c: Array, *other: Array) -> tuple[float, float, float]:
+    """Resample images: the 95 % percentile interval, and the two-sided p-value."""
+    rows, counts = np.unique(np.stack([a, c, *other], axis=1), axis=0, return_counts=True)
+    n = len(a)
+    drawn = np.random.default_rng(0).multinomial(n, counts / n, RESAMPLES) @ rows / n
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = drawn[:, 0] / drawn[:, 1]
+        values = values - drawn[:, 2] / drawn[:, 3] if other else values
+    values = values[np.isfinite(values)]
+    low, high = np.quantile(values, (0.025, 0.975))
+    tail = min((values <= 0).sum(), (values >= 0).sum())
+    return float(low), float(high), float(min(1.0, 2 * (tail + 1) / (len(values) + 1)))

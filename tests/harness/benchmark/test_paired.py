@@ -1,0 +1,183 @@
+"""Test the paired intervals: coverage, the bootstrap, closed forms, and degenerate cases."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from harness.benchmark import paired
+
+
+def draw_outcomes(random, n, clean, kept, severities=1, shared=0.6):
+    """Draw the outcomes of two models whose images are hard or easy for both.
+
+    Each image has a difficulty that both models share. `clean` and `kept` are the models' clean
+    accuracies, and the shares of the right images that stay right under a perturbation.
+    """
+    found = []
+    easy = random.standard_normal(n)
+    for accuracy, share in zip(clean, kept, strict=True):
+        skill = math.sqrt(shared) * easy + math.sqrt(1 - shared) * random.standard_normal(n)
+        c = skill > stats.norm.ppf(1 - accuracy)
+        a = np.zeros(n)
+        for _ in range(severities):
+            noise = math.sqrt(shared) * easy + math.sqrt(1 - shared) * random.standard_normal(n)
+            a += (noise > stats.norm.ppf(1 - share * accuracy)) / severities
+        found += [a, c.astype(float)]
+    return found
+
+
+def true_difference(kept):
+    return kept[0] - kept[1]
+
+
+@pytest.mark.parametrize(
+    "n, clean, kept, severities",
+    [
+        (1000, (0.7, 0.8), (0.6, 0.5), 1),
+        (500, (0.5, 0.5), (0.8, 0.8), 5),
+        (2500, (0.9, 0.4), (0.3, 0.9), 1),
+    ],
+)
+def test_95_percent_of_the_intervals_cover_the_difference(n, clean, kept, severities):
+    random = np.random.default_rng(0)
+    covered = rejected = 0
+    for _ in range(2000):
+        a, c, b, d = draw_outcomes(random, n, clean, kept, severities)
+        found = paired.compare_robustness(a, c, b, d)
+        covered += found.low <= true_difference(kept) <= found.high
+        rejected += found.p < 0.05
+    assert 0.94 <= covered / 2000 <= 0.96
+    if kept[0] == kept[1]:
+        assert 0.04 <= rejected / 2000 <= 0.06  # the p-value's rate of false decisions
+
+
+def test_pairing_makes_the_interval_narrower():
+    random = np.random.default_rng(1)
+    a, c, b, d = draw_outcomes(random, 2000, (0.7, 0.7), (0.6, 0.5), 5, shared=0.9)
+    together = paired.compare_robustness(a, c, b, d)
+    apart = paired.compare_robustness(a, c, *(x[random.permutation(2000)] for x in (b, d)))
+    assert together.high - together.low < 0.7 * (apart.high - apart.low)
+    assert (together.value, apart.value) == pytest.approx((together.value, together.value))
+
+
+def test_the_interval_is_that_of_a_plain_bootstrap():
+    """Resample images one by one, which shares no code with the module."""
+    random = np.random.default_rng(2)
+    a, c, b, d = draw_outcomes(random, 800, (0.7, 0.75), (0.6, 0.5), 5)
+    found = paired.compare_robustness(a, c, b, d)
+    own = paired.robustness_interval(a, c)
+    differences, ratios = [], []
+    for _ in range(4000):
+        i = random.integers(800, size=800)
+        ratios.append(a[i].mean() / c[i].mean())
+        differences.append(ratios[-1] - b[i].mean() / d[i].mean())
+    assert np.quantile(differences, (0.025, 0.975)) == pytest.approx(found[1:3], abs=0.005)
+    assert np.quantile(ratios, (0.025, 0.975)) == pytest.approx(own, abs=0.005)
+
+
+def test_near_0_the_interval_is_the_bootstraps():
+    random = np.random.default_rng(3)
+    c = d = (random.random(400) < 0.7).astype(float)
+    a, b = np.zeros(400), np.zeros(400)
+    a[np.flatnonzero(c)[:3]] = 1
+    found = paired.compare_robustness(a, c, b, d)
+    assert found.low >= 0 and not found.p < 0.01  # three images of 400 decide little
+    resampled = [a[i].mean() / c[i].mean() for i in random.integers(400, size=(4000, 400))]
+    assert np.quantile(resampled, (0.025, 0.975)) == pytest.approx(found[1:3], abs=0.003)
+    a[np.flatnonzero(c)[:60]] = 1
+    assert paired.compare_robustness(a, c, b, d).p < 0.001
+    assert paired.robustness_interval(b, c) == (0, 0)
+
+
+def test_influences_sum_to_nothing_and_predict_the_loss_of_an_image():
+    random = np.random.default_rng(4)
+    a, c, b, d = draw_outcomes(random, 300, (0.7, 0.8), (0.6, 0.5), 5)
+    found = paired.compare_robustness(a, c, b, d)
+    assert found.influence.mean() == pytest.approx(0, abs=1e-12)
+    for i in range(5):
+        without = paired.compare_robustness(*(np.delete(x, i) for x in (a, c, b, d)))
+        assert 299 * (found.value - without.value) == pytest.approx(found.influence[i], rel=0.02)
+
+
+def test_clean_accuracies_are_compared_by_mcnemar():
+    c, d = np.zeros(100), np.zeros(100)
+    c[:30], d[20:60] = 1, 1  # 20 right by the first alone, 30 by the second alone
+    found = paired.compare_accuracy(c, d)
+    assert found.value == pytest.approx(-0.1)
+    assert found.p == pytest.approx(stats.binomtest(20, 50).pvalue)
+    assert paired.compare_accuracy(c, c).p == 1
+
+
+def test_seeds_are_combined_by_both_variances():
+    random = np.random.default_rng(5)
+    seeds = [
+        paired.compare_robustness(*draw_outcomes(random, 1000, (0.7, 0.7), (0.6, share), 5))
+        for share in (0.5, 0.52, 0.48)
+    ]
+    found = paired.combine_seeds(seeds)
+    values = [one.value for one in seeds]
+    between = np.var(values, ddof=1) / 3
+    images = np.mean([one.influence for one in seeds], axis=0).var(ddof=1) / 1000
+    freedom = (between + images) ** 2 / (between**2 / 2)
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(between + images)
+    assert found[:3] == pytest.approx((np.mean(values), np.mean(values) - half, found.value + half))
+    assert found.p == pytest.approx(
+        2 * stats.t.sf(abs(found.value) / math.sqrt(between + images), freedom)
+    )
+    assert paired.combine_seeds(seeds[:1]) is seeds[0]
+    with_other_images = [seeds[0], seeds[1]._replace(influence=seeds[1].influence[:-1])]
+    assert math.isfinite(paired.combine_seeds(with_other_images).high)
+
+
+def test_intervals_over_seeds_cover_the_difference():
+    """Seeds differ by training, and share the images."""
+    random, covered = np.random.default_rng(6), 0
+    for _ in range(400):
+        easy = random.standard_normal(500)
+        seeds = []
+        for _ in range(3):
+            share = np.clip(random.normal(0.5, 0.03), 0, 1)
+            a, c, b, d = (
+                (easy + random.standard_normal(500) > math.sqrt(2) * stats.norm.ppf(1 - p)) * 1.0
+                for p in (0.7 * share, 0.7, 0.7 * 0.5, 0.7)
+            )
+            seeds.append(paired.compare_robustness(a, c, b, d))
+        found = paired.combine_seeds(seeds)
+        covered += found.low <= 0 <= found.high
+    assert covered / 400 >= 0.94
+
+
+def test_holm_is_the_step_down_procedure():
+    ps = [0.01, 0.04, 0.03, 0.005]
+    made = [paired.Difference(0.1, 0, 0.2, p, np.zeros(2)) for p in ps]
+    adjusted = [d.adjusted for d in paired.holm([made[0], None, *made[1:]]) if d]
+    assert adjusted == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert [d.decided for d in paired.holm(made)] == [True, False, False, True]
+    assert not made[0].decided
+
+
+def test_degenerate_cases_have_no_interval_or_an_undecided_one():
+    zero, one, some = np.zeros(50), np.ones(50), np.arange(50) % 2.0
+    assert paired.compare_robustness(zero, zero, some, one) is None  # never right when clean
+    assert paired.compare_robustness(some, one, zero, zero) is None
+    equal = paired.compare_robustness(some, one, some, one)
+    assert equal[:4] == (0, 0, 0, 1) and not paired.holm([equal])[0].decided
+    single = paired.compare_robustness(one[:1], one[:1], zero[:1], one[:1])
+    assert single.value == 1 and math.isnan(single.low) and math.isnan(single.p)
+    assert not paired.holm([single])[0].decided
+    assert all(map(math.isnan, paired.robustness_interval(zero, zero)))
+    assert all(map(math.isnan, paired.robustness_interval(one[:1], one[:1])))
+    assert paired.compare_accuracy(one[:1], zero[:1]).value == 1
+
+
+@given(st.integers(0, 100), st.integers(1, 300))
+def test_outcomes_survive_packing(seed, n):
+    hits = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < 0.5
+    text = paired.pack(hits)
+    assert len(text) <= n / 6 + 4
+    assert np.array_equal(paired.unpack(text, n), hits.numpy())
