@@ -24,6 +24,7 @@ from harness.benchmark.paired import (
 from harness.benchmark.registry import CHECK, COLUMNS, PERTURBATIONS, SUPPLEMENT, TABLES
 from harness.benchmark.store import Cell
 
+CONFIDENCES = (0, 10, 20, 30, 40, 50)
 VOID_SHARE = 0.05  # of the right images that CW2 must reach on the baseline, to say anything
 
 
@@ -264,13 +265,17 @@ def _findings(cells: Mapping[str, Cell]) -> dict[str, list[str]]:
 def _describe_cw2(cells: Mapping[str, Cell]) -> dict[str, float]:
     """Describe CW2 beyond its score, where it was measured.
 
-    "gave_up" is the share of right images on which the attack at confidence 50 gave up; "at_0" is R
-    at confidence 0, where an image is lost if any iterate is wrong; "l2" is the median length of
-    the smallest step that fools the model. The last two are of the sample that the checks take.
+    "gave_up" is the share of right images on which the attack at confidence 50 gave up, and
+    "margin_20" the share on which the wrong class led by at least 20; "at_0" is R at confidence 0,
+    where an image is lost if any iterate is wrong; "l2" is the median length of the smallest step
+    that fools the model. The last two are of the sample that the checks take.
     """
     found = {}
     if (cell := cells.get("cw2")) and cell["right"]:
         found["gave_up"] = 1 - cell["reached"] / cell["right"]
+        if deciles := cell.get("margin_deciles"):
+            below = np.interp(CONFIDENCES, deciles, np.linspace(0, 1, 11))
+            found |= {f"margin_{c}": 1 - float(b) for c, b in zip(CONFIDENCES, below, strict=True)}
     if (cell := cells.get(SUPPLEMENT)) and cell["right"]:
         found["at_0"] = 1 - cell["reached"] / cell["right"]
         if cell.get("l2") is not None:

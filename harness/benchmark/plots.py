@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 
 from harness.benchmark.metrics import Results, wilson
@@ -99,6 +100,21 @@ def plot_differences(
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(f"R minus the R of {baseline}; paired 95 % intervals, hollow: not decided",
                     fontsize=9)  # fmt: skip
+    _finish(figure, path)
+
+
+def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Plot shares in [0, 1] as bars: a group per quantity, a bar per model."""
+    groups = list(next(iter(shares.values())))
+    figure, colors, width = _figure(9, 3.4), _colors(list(shares)), 0.8 / len(shares)
+    axes = figure.subplots()
+    for i, (model, values) in enumerate(shares.items()):
+        x = [place + (i - (len(shares) - 1) / 2) * width for place in range(len(groups))]
+        bars = axes.bar(x, list(values.values()), width, color=colors[model], label=model)
+        axes.bar_label(bars, fmt="{:.0%}", fontsize=8)
+    axes.set_xticks(range(len(groups)), groups, fontsize=9)
+    axes.set_ylim(0, 1.08)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     _finish(figure, path)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.benchmark.metrics import Results, robustness, score_differences, wilson
+from harness.benchmark.metrics import CONFIDENCES, Results, robustness, score_differences, wilson
 from harness.benchmark.paired import Difference
 from harness.benchmark.registry import COLUMNS, PERTURBATIONS, TABLES
 
@@ -48,6 +48,17 @@ def table_cells(results: Results, title: str) -> list[list[str]]:
         }
         table.append(cells + [means[key] for key in table[0][len(cells) :]])
     return table
+
+
+def margin_table(results: Results) -> list[list[str]]:
+    """Format the shares of right images that CW2 at confidence 50 leads to a margin, or nothing."""
+    keys = [f"margin_{confidence}" for confidence in CONFIDENCES]
+    rows = [
+        [row.model, *(f"{100 * row.cw2[key]:.0f} %" for key in keys)]
+        for row in results.rows
+        if keys[0] in row.cw2
+    ]
+    return [["model", *(f"by {confidence}" for confidence in CONFIDENCES)], *rows] if rows else []
 
 
 def measured_tables(results: Results) -> list[str]:

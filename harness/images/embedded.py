@@ -1,9 +1,16 @@
-"""The embedded dataset: one colored shape on clutter, drawn from random numbers alone.
+"""The embedded dataset: one colored shape on clutter, under a faint grating.
 
-Each class has a shape, and a range of hues that overlaps with those of two other classes. A network
-learns the hues soon, and must then learn the shapes. A shape is the region where a function of its
-own coordinates (u, v), scaled to radius 1, is positive. Near the edge, the function is the distance
-to it.
+The images are drawn from random numbers alone, and built to contain what the paper's section 5.4
+describes (after Ilyas et al., NeurIPS 2019). Each class has two cues:
+
+- a robust one: its shape, in a random place, size, angle and color;
+- a brittle one: a fine grating over the whole image, with an orientation per class. It predicts the
+  class perfectly, is hardly visible, and a perturbation of less than epsilon_max removes it.
+
+The set illustrates how the method works. It proves nothing about photographs.
+
+A shape is the region where a function of its own coordinates (u, v), scaled to radius 1, is
+positive. Near the edge, the function is the distance to it.
 """
 
 import colorsys
@@ -15,7 +22,11 @@ from torch import Tensor
 
 INDICES = {"train": range(2000), "test": range(1_000_000, 1_001_000)}
 NAMES = ("bar", "crescent", "disc", "flower", "half", "plus", "ring", "square", "star", "triangle")
-CLUTTER, HUE, RADIUS = 0.12, 0.07, (0.33, 0.45)
+CLUTTER, RADIUS = 0.12, (0.33, 0.45)
+# An FGSM step of epsilon = 0.62 amplitudes turns a grating into another one's. The amplitude is the
+# largest hundredth at which a quarter of the draws from U[0, 0.025] reach that.
+AMPLITUDE = 0.03  # of full scale
+FREQUENCY = 0.25  # cycles per pixel
 
 Array = Any  # NumPy float64
 
@@ -61,24 +72,38 @@ def _clutter(random: np.random.RandomState, count: int, size: int) -> Array:
     return fields / fields.std(axis=(1, 2), keepdims=True)
 
 
-def _draw_shape(name: str, size: int, random: np.random.RandomState) -> Array:
-    """Draw one image, uint8 (3, size, size), with random position, size, angle and colors."""
+def _grating(k: int, size: int) -> Array:
+    """Compute the grating (size, size) of class k, of amplitude 1 and fixed phase."""
+    row, column = np.mgrid[:size, :size]
+    angle = np.pi * k / len(NAMES)
+    return np.cos(2 * np.pi * FREQUENCY * (column * np.cos(angle) + row * np.sin(angle)))
+
+
+def _draw_shape(name: str, size: int, random: np.random.RandomState) -> tuple[Array, Array]:
+    """Draw one image (3, size, size) with random position, size, angle and colors.
+
+    Returns:
+        The image, and the same image without its shape, before rounding.
+    """
     clutter, *tint = _clutter(random, 4, size)
     ground = random.uniform(0.3, 0.7) + random.uniform(-0.1, 0.1, 3)
-    hue = 0.3 * NAMES.index(name) + random.uniform(-HUE, HUE)
-    color = np.array(colorsys.hsv_to_rgb(hue % 1, *random.uniform(0.5, 1, 2)))
+    color = np.array(colorsys.hsv_to_rgb(random.uniform(), *random.uniform(0.5, 1, 2)))
     radius = random.uniform(*RADIUS) * size
     x, y = random.uniform(0.9 * radius, size - 0.9 * radius, 2)
     turn = np.exp(-2j * np.pi * random.uniform())
     row, column = np.mgrid[:size, :size] + 0.5
     place = turn * (column - x + 1j * (row - y)) / radius
     cover = np.clip(0.5 + radius * _inside(name, place.real, place.imag), 0, 1)
-    pixels = ground[:, None, None] + CLUTTER * clutter * (1 - cover)
-    pixels += (color - ground)[:, None, None] * cover + 0.05 * np.stack(tint)
-    return np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+    ground = ground[:, None, None] + 0.05 * np.stack(tint)
+    filled = color[:, None, None] + 0.05 * np.stack(tint)
+    empty = ground + CLUTTER * clutter
+    return empty * (1 - cover) + filled * cover, empty
 
 
-def draw_shapes(indices: range, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def draw_shapes(
+    indices: range, size: int, seed: int = 0, *,
+    shapes: bool = True, amplitude: float = AMPLITUDE, shift: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draw images of the embedded set.
 
     An image is a function of (seed, index, size) alone, on any version of any library: the stream
@@ -89,11 +114,18 @@ def draw_shapes(indices: range, size: int, seed: int = 0) -> tuple[Tensor, Tenso
         indices: of the images; index modulo 10 is the class.
         size: side in pixels.
         seed: any integer from 0 on.
+        shapes: False leaves the shapes away.
+        amplitude: of the gratings, 0 for none.
+        shift: class k gets the grating of class k + shift, modulo 10.
 
     Returns:
-        Images uint8 (N, 3, size, size), and labels int64 (N,), indices into `NAMES`.
+        Images uint8 (N, 3, size, size), and labels int64 (N,), indices into `NAMES`, of the shapes.
     """
-    images = [
-        _draw_shape(NAMES[i % len(NAMES)], size, np.random.RandomState([seed, i])) for i in indices
-    ]
-    return torch.from_numpy(np.stack(images)), torch.tensor(indices) % len(NAMES)
+    count = len(NAMES)
+    gratings = [amplitude * _grating((k + shift) % count, size) for k in range(count)]
+    images = []
+    for i in indices:
+        drawn = _draw_shape(NAMES[i % count], size, np.random.RandomState([seed, i]))
+        pixels = drawn[0 if shapes else 1] + gratings[i % count]
+        images.append(np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8))
+    return torch.from_numpy(np.stack(images)), torch.tensor(indices) % count

@@ -13,6 +13,7 @@ from harness.benchmark.metrics import Results, aggregate
 from harness.benchmark.store import read_cells
 from harness.benchmark.tables import (
     align_columns,
+    margin_table,
     markdown_rows,
     measured_tables,
     table_caption,
@@ -23,6 +24,7 @@ from harness.benchmark.tables import (
 )
 from harness.checkpoints import load_checkpoint
 from harness.files import atomic_write
+from harness.images import embedded
 from harness.images.datasets import Dataset
 from harness.images.loader import BatchLoader
 from harness.models import restore_model
@@ -38,6 +40,7 @@ from harness.reproduction.comparison import (
     orders_table,
     orders_to_plain,
 )
+from harness.reproduction.mechanism import measure_all, mechanism_section
 from harness.reproduction.page import Block, Code, Figure, Section, Table, Text, render_page
 from harness.reproduction.paper import BASELINE, methods_of_table
 from harness.reproduction.plan import ReproduceConfig
@@ -143,14 +146,21 @@ def write_report(
         for name, value in asdict(config).items()
         if name not in ("output_dir", "cache_dir", "device")
     }
+    cues = {}
+    if config.data == "shapes" and len(data.classes) == len(embedded.NAMES):
+        folders = {one.models[m].name: one.models[m] for one in found for m in one.models}
+        cues = measure_all(folders, config.size)
     facts = {
         "format": 2, "recipe": recipe, "images": data.fingerprint, "rows": to_plain(rows),
         "verdicts": count_verdicts(rows), "orders": orders_to_plain(found_orders),
+        "cues": to_plain(cues),
     }  # fmt: skip
     atomic_write(out / "tables.json", json.dumps(facts, indent=1) + "\n")
     atomic_write(out / "tables.md", _markdown(config, commands, tables, updates, found))
     title = f"M-TLAT, reproduced at the scale “{config.scale}”"
     sections = _make_sections(config, commands, tables, trained, trainings, found, data)
+    if cues:
+        sections.insert(1, mechanism_section(cues, out / "cues.png"))
     lead = "\n\n".join([*answers(rows), f"{conclusion(rows)}.", _describe(config, data)])
     atomic_write(out / "report.html", render_page(title, lead, sections))
     print(f"report: {out / 'report.html'}")
@@ -159,9 +169,9 @@ def write_report(
 def _describe(config: ReproduceConfig, data: Dataset) -> str:
     """Describe what was run, and how far it is from the paper's experiment."""
     side = data.train.images.shape[-1]
-    embedded = ""
+    illustration = ""
     if config.data == "shapes":
-        embedded = (
+        illustration = (
             " The images are drawn by the code, and built to contain what the paper describes: they"
             " illustrate how the method works, and prove nothing about photographs."
         )
@@ -169,7 +179,7 @@ def _describe(config: ReproduceConfig, data: Dataset) -> str:
         f"{', '.join(config.archs)} on {len(data.classes)} classes of {config.data}:"
         f" {len(data.train.labels)} training and {len(data.test.labels)} test images of"
         f" {side}x{side}, {config.epochs} epochs, {config.seeds} seed{'s' * (config.seeds > 1)}."
-        f"{embedded} The paper trains ResNet-50 and ResNeXt-50 for 90 epochs on 100 classes of"
+        f"{illustration} The paper trains ResNet-50 and ResNeXt-50 for 90 epochs on 100 classes of"
         " ImageNet at 224x224. The further an experiment is from that, the less its numbers can be"
         " expected to equal the paper's."
     )
@@ -267,6 +277,11 @@ def _measured(one: Evaluated, out: Path) -> Iterator[Block]:
         notes = table_notes(one.results, title)
         cells = table_cells(one.results, title)
         yield Table(table_caption(one.results, title), cells, notes, fold=True)
+    if margins := margin_table(one.results):
+        yield Table(
+            "Share of the right images on which CW2 at confidence 50 made a wrong class lead by at"
+            " least this margin: the larger a network's logits, the easier", margins, fold=True,
+        )  # fmt: skip
     if one.results.notes:
         yield Text("\n\n".join(one.results.notes))
     arch = one.arch.replace(":", "-")

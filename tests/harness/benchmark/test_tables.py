@@ -192,6 +192,13 @@ def test_cw2_is_void_where_it_gives_up_on_the_baseline() -> None:
     assert (alpha.means["Adversarial attacks"], beta.means["Adversarial attacks"]) == (0.5, 0.5)
     text = tables.to_text(make(paired(clean + others + hopeless + mtlat)))
     assert "CW2 is void" in text and "of 4 perturbations" in text
+    assert tables.margin_table(make(paired(clean + others + fair + mtlat))) == []
+    deciles = [5.0 * i for i in range(11)]  # the margins are uniform from 0 to 50
+    fair[0]["margin_deciles"] = deciles
+    assert tables.margin_table(make(paired(clean + others + fair + mtlat))) == [
+        ["model", "by 0", "by 10", "by 20", "by 30", "by 40", "by 50"],
+        ["alpha", "100 %", "80 %", "60 %", "40 %", "20 %", "0 %"],
+    ]
     alpha, beta = make(paired(clean + others + fair + mtlat)).rows
     assert not alpha.void and beta.scores["cw2"].difference
     assert beta.means["Adversarial attacks"] == pytest.approx((4 * 0.5 + 0.25) / 5)

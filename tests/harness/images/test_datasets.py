@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from harness.errors import UserError
 from harness.images import cache, datasets, embedded
 from harness.images.loader import BatchLoader, ImageSet, prefetch
+from mtlat import EPSILON_MAX
 from tests.support.tiny import image_folder, states_equal
 
 
@@ -44,11 +45,56 @@ def test_shapes_are_the_same_pixels_on_every_machine():
     assert images.shape == (20, 3, 64, 64) and images.dtype == torch.uint8
     assert labels.tolist() == [*range(10)] * 2
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
-    assert digest[:16] == "0b5121af3b41ed17"
+    assert digest[:16] == "9c81e115ee105935"
     alone = embedded.draw_shapes(range(13, 14), 64)[0]
     assert torch.equal(alone[0], images[13])
     other = embedded.draw_shapes(range(20), 64, seed=1)[0]
     assert (other != images).flatten(1).any(1).all()
+
+
+def match_gratings(images: torch.Tensor) -> torch.Tensor:
+    """Return the correlation (N, 10) of images in [0, 1] with the grating of every class."""
+    gratings = np.stack([embedded._grating(k, images.shape[-1]) for k in range(10)])
+    return images.double().mean(1).flatten(1) @ torch.from_numpy(gratings).flatten(1).T
+
+
+def test_the_color_and_the_clutter_do_not_tell_the_class():
+    """Check that least squares on means, minima and maxima of the channels is at chance."""
+    (x, y), (x_test, y_test) = (
+        embedded.draw_shapes(indices, 32, amplitude=0)
+        for indices in (range(1000), range(2000, 2500))
+    )
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        z = images.double() / 255
+        return torch.cat(
+            [z.mean((2, 3)), z.amin((2, 3)), z.amax((2, 3)), z[:, :1, 0, 0] * 0 + 1], 1
+        )
+
+    weights = torch.linalg.lstsq(features(x), torch.nn.functional.one_hot(y, 10).double()).solution
+    assert (features(x_test) @ weights).argmax(1).eq(y_test).double().mean() < 0.16
+    assert match_gratings(x_test / 255).argmax(1).eq(y_test).double().mean() < 0.16
+
+
+def test_the_grating_tells_the_class_and_an_attack_of_the_stated_size_exchanges_it():
+    """Check the gratings with their matched filters, which are the best detector of them."""
+    images, y = embedded.draw_shapes(range(200), 32)
+    assert match_gratings(images / 255).argmax(1).eq(y).all()
+    images, y = embedded.draw_shapes(range(200), 32, shift=3)
+    assert match_gratings(images / 255).argmax(1).eq((y + 3) % 10).all()
+    images, y = embedded.draw_shapes(range(200), 32, shapes=False)
+    own, other = (
+        np.stack([embedded._grating(k, 32) for k in ks])
+        for ks in (y.tolist(), ((y + 3) % 10).tolist())
+    )
+    direction = torch.from_numpy(np.sign(other - own))[:, None]
+    flipped = []
+    for step in (0.4, 0.62, 0.85):  # in amplitudes
+        found = match_gratings(images / 255 + step * embedded.AMPLITUDE * direction)
+        rows = torch.arange(len(y))
+        flipped.append((found[rows, (y + 3) % 10] > found[rows, y]).double().mean().item())
+    assert flipped[0] < 0.2 and 0.4 < flipped[1] < 0.65 and flipped[2] > 0.85
+    assert 0.62 * embedded.AMPLITUDE <= 0.75 * EPSILON_MAX < 0.62 * (embedded.AMPLITUDE + 0.01)
 
 
 def test_shapes_lie_where_their_function_is_positive():

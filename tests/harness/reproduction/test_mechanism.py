@@ -1,0 +1,85 @@
+"""Test which cue networks follow: by detectors of each cue, and by trained networks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import train
+from attacks import pgd
+from harness.checkpoints import load_checkpoint
+from harness.images import embedded
+from harness.models import restore_model
+from harness.reproduction import mechanism
+from harness.reproduction.page import Figure, Table
+
+
+class Detector(nn.Module):
+    """Predict the class whose grating correlates most, plus a shift."""
+
+    def __init__(self, shift: int = 0) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        gratings = [torch.from_numpy(embedded._grating(k, x.shape[-1])).float() for k in range(10)]
+        scores = x.mean(1).flatten(1) @ torch.stack(gratings).flatten(1).T
+        return scores.roll(self.shift, 1)
+
+
+def test_a_detector_of_gratings_follows_gratings() -> None:
+    cues = mechanism.measure_cues(Detector(), 32)
+    assert cues.both > 0.99 and cues.grating > 0.97 and cues.follows_grating > 0.99
+    assert cues.shape < 0.15 and cues.follows_shape < 0.01
+    # A shifted detector takes an exchanged grating for the class of the shape.
+    shifted = mechanism.measure_cues(Detector(-mechanism.SHIFT), 32)
+    assert shifted.follows_shape > 0.99 and shifted.follows_grating < 0.01 and shifted.both < 0.01
+    blind = mechanism.measure_cues(Detector(), 32, amplitude=0.0)
+    assert max(blind) < 0.15
+
+
+def test_the_section_has_a_row_and_a_bar_for_each_network(tmp_path: Path) -> None:
+    cues = {
+        "standard": mechanism.Cues(0.9, 0.3, 0.8, 0.1, 0.7),
+        "mtlat": mechanism.Cues(0.9, 0.5, 0.6, 0.4, 0.3),
+    }
+    section = mechanism.mechanism_section(cues, tmp_path / "cues.png")
+    (table,) = [block for block in section.blocks if isinstance(block, Table)]
+    (figure,) = [block for block in section.blocks if isinstance(block, Figure)]
+    assert table.rows[2] == ["mtlat", "90.0 %", "50.0 %", "60.0 %", "40.0 %", "30.0 %"]
+    assert figure.path == tmp_path / "cues.png" and figure.path.exists()
+
+
+@pytest.mark.slow
+def test_a_trained_network_follows_the_grating_and_with_mtlat_less(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Check the story of the embedded set with a small network of three convolutions."""
+
+    def trained(method: str, **cues: bool | float) -> nn.Module:
+        drawn = embedded.draw_shapes
+        with monkeypatch.context() as patch:
+            patch.setattr(embedded, "draw_shapes", lambda *a, **k: drawn(*a, **k, **cues))
+            out = tmp_path / f"{method}-{len(cues)}-{cues.get('shapes', True)}"
+            train.main(["--arch", "tiny:detector", "--size", "32", "-b", "32", "--whole-batches",
+                        "--lr", "2e-3", "--epochs", "5", "--method", method, "--device", "cpu",
+                        "--output-dir", str(out)])  # fmt: skip
+        return restore_model(load_checkpoint(out / "last.pt"))
+
+    # Trained on shapes alone, a network does not see the gratings.
+    cues = mechanism.measure_cues(trained("standard", amplitude=0.0), 32)
+    assert cues.shape > 0.3 and abs(cues.both - cues.shape) < 0.1
+    # Trained on gratings alone, it is right until they are gone, or attacked.
+    model = trained("standard", shapes=False)
+    cues = mechanism.measure_cues(model, 32)
+    assert cues.grating > 0.9 and cues.shape < 0.2
+    x, y = embedded.draw_shapes(range(1_000_000, 1_000_100), 32, shapes=False)
+    attacked = pgd(model, x.float() / 255, y, epsilon=0.04)
+    assert model(attacked).argmax(1).eq(y).double().mean() < 0.2
+    # With both cues, M-TLAT follows the grating less than the standard training does.
+    standard, mtlat = (
+        mechanism.measure_cues(trained(method), 32) for method in ("standard", "mtlat")
+    )
+    assert standard.follows_grating > mtlat.follows_grating + 0.05
+    assert mtlat.shape > standard.shape + 0.05
