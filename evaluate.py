@@ -47,7 +47,12 @@ SHEET_SEVERITY = 3  # of the corruptions in the contact sheet
 
 
 def load_data(config: EvalConfig, first: dict[str, Any]) -> Dataset:
-    """Load the images of --data, or those that the first checkpoint was trained on."""
+    """Load the test images of --data, or those of the set that the first checkpoint was trained on.
+
+    Of a folder CLASS/* alone, the checkpoint's training held out ten percent, and these are tested.
+    A model that is not from a checkpoint, or was trained with another layout, has not seen any of
+    its images: all are tested.
+    """
     trained = first.get("settings", {})
     if not (config.data or trained.get("data")):
         raise UserError("--data is missing: only a checkpoint of train.py knows its images")
@@ -56,6 +61,7 @@ def load_data(config: EvalConfig, first: dict[str, Any]) -> Dataset:
             config.data or trained["data"], size=config.size or first.get("size"),
             num_classes=trained.get("classes"), seed=trained.get("data_seed", config.seed),
             cache_dir=config.cache_dir, skip_bad_images=trained.get("skip_bad_images", False),
+            test_only=True, hold_out=bool(first) and trained.get("held_out", True),
         )  # fmt: skip
 
 
@@ -77,7 +83,8 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
         choose_images(data.test.labels, config.limit, config.seed),
         [subjects[spec] for spec in config.models],
         subjects[config.surrogate] if config.surrogate else None, facts,
-        {"total": count, "device": device.type, "versions": environment_info(config.device)},
+        {"total": count, "origin": data.origin, "device": device.type,
+         "versions": environment_info(config.device)},
     )  # fmt: skip
     x, y = run.loader(run.sample(16))
     warnings = [w for s in subjects.values() for w in inspect_subject(s, x, y, len(run.classes))]
@@ -135,6 +142,7 @@ def run_warnings(run: Evaluation) -> list[str]:
 def evaluate(config: EvalConfig) -> None:
     """Measure every cell that is not finished yet, then report on all that are."""
     run, warnings = prepare(config)
+    print(f"{run.setup['total']} test images: {run.setup['origin']}")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with lock_folder(Path(config.output_dir)) if distributed.rank() == 0 else nullcontext():

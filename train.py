@@ -143,7 +143,7 @@ def train(config: TrainConfig, training: Training) -> None:
     data, log, out = training.data, training.log, Path(config.output_dir)
     settings = saved_settings(
         config, **environment_info(config.device), processes=distributed.world_size(),
-        command=" ".join(sys.argv),
+        command=" ".join(sys.argv), held_out=data.held_out,
     )  # fmt: skip
     if distributed.rank() == 0:
         atomic_write(out / "args.json", json.dumps(settings, indent=2) + "\n")

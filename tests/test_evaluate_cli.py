@@ -97,6 +97,32 @@ def test_a_limited_run_scores_the_same_images_as_the_whole(bench: Bench) -> None
     assert bench.run(*options, "--limit", "30", out="whole")[0]["limit"] is None
 
 
+def test_a_folder_is_tested_whole_unless_a_checkpoint_held_out_a_part(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, settings = bench.root / "images" / "val", {"data": "elsewhere", "data_seed": 1}
+    fingerprint = bench.sets().fingerprint
+    bench.checkpoint("part", fingerprint, 0, 20.0, settings=settings | {"held_out": True})
+    bench.checkpoint("split", fingerprint, 0, 20.0, settings=settings | {"held_out": False})
+    for part in ("val", "test"):
+        (bench.root / f"only-{part}").mkdir()
+        (bench.root / f"only-{part}" / part).symlink_to(whole)
+    cases = {
+        "tinynets:net": (whole, 30, "all"), "part": (whole, 3, "a tenth, held out,"),
+        "split": (whole, 30, "all"), "tinynets:four": (bench.root / "only-val", 30, "all"),
+        "tinynets:net ": (bench.root / "only-test", 30, "all"),
+    }  # fmt: skip
+    for i, (models, (data, n, share)) in enumerate(cases.items()):
+        options = ["--data", str(data), "--size", "16", "--only", "clean", "--dump-images", "0"]
+        lines = bench.run(*options, models=models, out=f"whole{i}")
+        assert {line["n"] for line in lines} == {n}
+        folder = data if data == whole else data / data.name.removeprefix("only-")
+        assert f"{n} test images: {share} of {folder}\n" in capsys.readouterr().out
+    # What an earlier version of train.py held out is not known: as if it were the tenth.
+    old = bench.run("--data", str(whole), "--only", "clean", models="standard")
+    assert {line["n"] for line in old} == {3}
+
+
 @pytest.mark.parametrize("layout", ["{name}", "noise/{name}"])
 def test_official_files_give_what_was_written(
     bench: Bench, layout: str, capsys: pytest.CaptureFixture[str]
@@ -349,7 +375,7 @@ def test_more_wrong_usage(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None
     for part in ("train", "val"):
         for name in CLASSES:
             (empty / part / name).mkdir(parents=True)
-    with pytest.raises(UserError, match="has no image for the train part"):
+    with pytest.raises(UserError, match="has no image for the test part"):
         bench.run("--data", str(empty))
     monkeypatch.setenv("MTLAT_FROST_DIR", str(bench.root / "empty"))
     with pytest.raises(UserError, match=r"^frost: "):

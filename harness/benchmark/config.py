@@ -32,8 +32,9 @@ class EvalConfig:
     std: list[float] | None = option(None, "see --mean", type=number(float, 0, above=True), nargs=3,
         metavar="S")
 
-    data: str | None = option(None, "as in train.py (default: what the first checkpoint was trained"
-        " on)", group="images", flags=("--data-dir",), metavar="SET")
+    data: str | None = option(None, "as in train.py, or a test set alone: val/CLASS/*.jpg,"
+        " test/CLASS/*.jpg or CLASS/*.jpg (default: what the first checkpoint was trained on)",
+        group="images", flags=("--data-dir",), metavar="SET")
     size: int | None = option(None, "side of the square that images are resized to (default: the"
         " first checkpoint's)", type=number(int, MIN_SIDE, MAX_SIDE))
     cache_dir: str = option(str(default_cache_dir()), "where decoded folders are kept, and CIFAR",

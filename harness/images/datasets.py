@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from harness.errors import UserError
 from harness.images import embedded
 from harness.images.cache import decode_cached, default_cache_dir
-from harness.images.folders import choose_classes, list_folder
+from harness.images.folders import Listing, choose_classes, list_folder
 from harness.images.loader import ImageSet
 
 SIZES = {"shapes": 64, "cifar10": 32, "cifar100": 32}  # default sides; folders: the paper's 224
@@ -36,6 +36,8 @@ class Dataset(NamedTuple):
     test: ImageSet
     classes: list[str]
     fingerprint: str
+    origin: str  # of the test images, in words
+    held_out: bool = False  # whether the test part is a share of a folder of class folders
 
 
 def load_dataset(
@@ -47,6 +49,8 @@ def load_dataset(
     download: bool = False,
     skip_bad_images: bool = False,
     cache_dir: str | Path | None = None,
+    test_only: bool = False,
+    hold_out: bool = True,
 ) -> Dataset:
     """Load a dataset.
 
@@ -58,6 +62,7 @@ def load_dataset(
         download: download CIFAR if it is missing.
         skip_bad_images: leave out unreadable files of a folder instead of raising.
         cache_dir: where decoded folders are kept, and CIFAR; default `default_cache_dir()`.
+        test_only, hold_out: of a folder, as in `list_folder`.
 
     Raises:
         UserError: the dataset does not exist, or has another layout.
@@ -70,7 +75,8 @@ def load_dataset(
         return _load_shapes(size, num_classes, seed)
     if source in ("cifar10", "cifar100"):
         return _load_cifar(source, size, num_classes, seed, download, cache)
-    return _load_folder(Path(source), size, num_classes, seed, skip_bad_images, cache)
+    listing = list_folder(Path(source), num_classes, seed, test_only=test_only, hold_out=hold_out)
+    return _load_folder(Path(source), listing, size, skip_bad_images, cache)
 
 
 def _select_classes(images: Tensor, labels: Tensor, names: list[str], kept: list[str]) -> ImageSet:
@@ -89,7 +95,7 @@ def _load_shapes(size: int, num_classes: int | None, seed: int) -> Dataset:
     digest = hashlib.sha256()
     for part in parts.values():
         digest.update(part.images.numpy().tobytes() + part.labels.numpy().tobytes())
-    return Dataset(**parts, classes=kept, fingerprint=digest.hexdigest())
+    return Dataset(parts["train"], parts["test"], kept, digest.hexdigest(), "shapes")
 
 
 def _load_cifar(
@@ -111,21 +117,21 @@ def _load_cifar(
         parts[part] = _select_classes(images, torch.tensor(raw.targets), raw.classes, kept)
     digest = hashlib.sha256(b"".join(parts[p].labels.numpy().tobytes() for p in parts))
     digest.update(f"{source} {size} {kept}".encode())
-    return Dataset(**parts, classes=kept, fingerprint=digest.hexdigest())
+    return Dataset(parts["train"], parts["test"], kept, digest.hexdigest(), source)
 
 
-def _load_folder(
-    root: Path, size: int, num_classes: int | None, seed: int, skip_bad: bool, cache: Path
-) -> Dataset:
-    classes, parts = list_folder(root, num_classes, seed)
+def _load_folder(root: Path, listing: Listing, size: int, skip_bad: bool, cache: Path) -> Dataset:
     sets: dict[str, ImageSet] = {}
-    facts: list[Any] = [classes]
-    for part, files in parts.items():
+    facts: list[Any] = [listing.classes]
+    for part, files in listing.parts.items():
         sets[part], content = decode_cached(
             root, files, size, skip_bad_images=skip_bad, cache_dir=cache, title=f"decoding {part}"
         )
-        if not len(sets[part].labels):
+        if files and not len(sets[part].labels):
             raise UserError(f"{root}: no readable image in the {part} part; see --data in --help")
         facts += [part, [file.path for file in files], content]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return Dataset(**sets, classes=classes, fingerprint=fingerprint)
+    origin = f"{'a tenth, held out,' if listing.held_out else 'all'} of {listing.test_folder}"
+    return Dataset(
+        sets["train"], sets["test"], listing.classes, fingerprint, origin, listing.held_out
+    )

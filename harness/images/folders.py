@@ -8,6 +8,8 @@ from typing import NamedTuple
 from harness.errors import UserError
 
 TEST_SHARE = 0.1  # of every class, where a folder has no val/: "ten percent", as in the paper
+PARTS = {"train": ("train",), "test": ("val", "test")}  # names of their folders
+LAYOUT = "layout: train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 
 
@@ -16,6 +18,15 @@ class File(NamedTuple):
 
     path: str  # relative to the dataset's folder, with forward slashes
     label: int
+
+
+class Listing(NamedTuple):
+    """The files of a dataset."""
+
+    classes: list[str]
+    parts: dict[str, list[File]]  # "train" and "test"
+    test_folder: Path  # that holds the class folders of the test part
+    held_out: bool  # whether the test part is a share of these class folders
 
 
 def choose_classes(names: list[str], num_classes: int | None, seed: int) -> list[str]:
@@ -46,53 +57,66 @@ def list_classes(root: Path) -> dict[str, list[str]]:
 
 
 def list_folder(
-    root: Path, num_classes: int | None, seed: int
-) -> tuple[list[str], dict[str, list[File]]]:
+    root: Path, num_classes: int | None, seed: int, *, test_only: bool = False,
+    hold_out: bool = True,
+) -> Listing:  # fmt: skip
     """List the files of a dataset in a fixed order.
 
     Args:
-        root: holds train/CLASS/* and val/CLASS/*, or CLASS/*. In the latter case ten percent of
-            every class are the test part, drawn with the seed.
+        root: holds train/CLASS/* and val/CLASS/*, or CLASS/* alone.
         num_classes: keep that many classes, drawn with the seed; None keeps all.
         seed: of these draws.
-
-    Returns:
-        The class names, and the files of the parts "train" and "test".
+        test_only: the test part alone is needed: val/ or test/ may be there without train/.
+        hold_out: of CLASS/* alone, ten percent of every class are the test part, drawn with the
+            seed; otherwise all images are.
 
     Raises:
         UserError: the folder has another layout, or a class lacks images.
     """
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder, and not shapes, cifar10 or cifar100")
-    if (root / "train").is_dir() != (root / "val").is_dir():
-        one, other = ("train", "val") if (root / "train").is_dir() else ("val", "train")
+    folders = _find_parts(root, test_only)
+    found = {part: list_classes(folder) for part, folder in folders.items()}
+    if not folders:
+        found = {"test": list_classes(root)}
+    if "train" in found and found["train"].keys() != found["test"].keys():
+        odd = sorted(found["train"].keys() ^ found["test"].keys())
+        names = " and ".join(f"{folder.name}/" for folder in folders.values())
+        raise UserError(f"{root}: {names} need the same classes; only one has {odd[0]!r}")
+    if len(found["test"]) < 2:
         raise UserError(
-            f"{root} has {one}/ but no {other}/: add it, or give --data {root / one}, of which ten"
-            " percent of every class will be the test set"
+            f"{root} holds {len(found['test'])} class folders; a classifier needs at least 2"
+            f" ({LAYOUT})"
         )
-    split = (root / "train").is_dir()
-    found = {part: list_classes(root / part) for part in ("train", "val")} if split else {}
-    by_class = found["train"] if split else list_classes(root)
-    if split and found["train"].keys() != found["val"].keys():
-        odd = sorted(found["train"].keys() ^ found["val"].keys())
-        raise UserError(f"{root}: train/ and val/ need the same classes; only one has {odd[0]!r}")
-    if len(by_class) < 2:
-        raise UserError(
-            f"{root} holds {len(by_class)} class folders; a classifier needs at least 2 (layout:"
-            " train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg)"
-        )
-    classes = choose_classes(sorted(by_class), num_classes, seed)
+    hold_out = hold_out and not folders
+    classes = choose_classes(sorted(found["test"]), num_classes, seed)
     parts: dict[str, list[File]] = {"train": [], "test": []}
     for label, name in enumerate(classes):
-        if split:
-            lists = {"train": found["train"][name], "test": found["val"][name]}
-        else:
-            lists = _hold_out(by_class[name], f"split {seed} {name}")
+        lists = {part: by_class[name] for part, by_class in found.items()}
+        if hold_out:
+            lists = _hold_out(lists["test"], f"split {seed} {name}")
         for part, files in lists.items():
-            if not files:
+            if not files and not (test_only and part == "train"):
                 raise UserError(f"{root}: class {name!r} has no image for the {part} part")
             parts[part] += [File(Path(file).relative_to(root).as_posix(), label) for file in files]
-    return classes, parts
+    return Listing(classes, parts, folders.get("test", root), hold_out)
+
+
+def _find_parts(root: Path, test_only: bool) -> dict[str, Path]:
+    """Find the folders of the training and the test part; none in a folder of class folders."""
+    found = {
+        part: next((root / name for name in names if (root / name).is_dir()), None)
+        for part, names in PARTS.items()
+    }
+    folders = {part: folder for part, folder in found.items() if folder}
+    if len(folders) == 1 and not (test_only and found["test"]):
+        (there,) = folders.values()
+        part, other = ("train", "val") if found["train"] else (there.name, "train")
+        raise UserError(
+            f"{root} has {part}/ but no {other}/: add it, or give --data {there}, of which train.py"
+            " holds out ten percent of every class as test set"
+        )
+    return folders
 
 
 def _hold_out(files: list[str], word: str) -> dict[str, list[str]]:
