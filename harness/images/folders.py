@@ -2,13 +2,17 @@
 
 import os
 import random
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from harness.errors import UserError
 
 TEST_SHARE = 0.1  # of every class, where a folder has no val/: "ten percent", as in the paper
-PARTS = {"train": ("train",), "test": ("val", "test")}  # names of their folders
+PARTS = {  # names of their folders, in any case; the first one that is there is taken
+    "train": ("train", "training"),
+    "test": ("val", "valid", "validation", "test", "testing"),
+}
 LAYOUT = "layout: train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 
@@ -63,7 +67,7 @@ def list_folder(
     """List the files of a dataset in a fixed order.
 
     Args:
-        root: holds train/CLASS/* and val/CLASS/*, or CLASS/* alone.
+        root: holds train/CLASS/* and val/CLASS/*, or CLASS/* alone. `PARTS` lists other names.
         num_classes: keep that many classes, drawn with the seed; None keeps all.
         seed: of these draws.
         test_only: the test part alone is needed: val/ or test/ may be there without train/.
@@ -79,6 +83,8 @@ def list_folder(
     found = {part: list_classes(folder) for part, folder in folders.items()}
     if not folders:
         found = {"test": list_classes(root)}
+    for part, by_class in found.items():
+        _refuse_nested(folders.get(part, root), by_class)
     if "train" in found and found["train"].keys() != found["test"].keys():
         odd = sorted(found["train"].keys() ^ found["test"].keys())
         names = " and ".join(f"{folder.name}/" for folder in folders.values())
@@ -104,19 +110,35 @@ def list_folder(
 
 def _find_parts(root: Path, test_only: bool) -> dict[str, Path]:
     """Find the folders of the training and the test part; none in a folder of class folders."""
+    there = {path.name.lower(): path for path in sorted(root.iterdir(), reverse=True)}
     found = {
-        part: next((root / name for name in names if (root / name).is_dir()), None)
+        part: next((there[n] for n in names if n in there and any(_are_folders(there[n]))), None)
         for part, names in PARTS.items()
     }
     folders = {part: folder for part, folder in found.items() if folder}
     if len(folders) == 1 and not (test_only and found["test"]):
-        (there,) = folders.values()
-        part, other = ("train", "val") if found["train"] else (there.name, "train")
+        (one,) = folders.values()
         raise UserError(
-            f"{root} has {part}/ but no {other}/: add it, or give --data {there}, of which train.py"
-            " holds out ten percent of every class as test set"
+            f"{root} has {one.name}/CLASS but no {'val' if found['train'] else 'train'}/CLASS: add"
+            f" it, or give --data {one}, of which train.py holds out ten percent of every class as"
+            " test set"
         )
     return folders
+
+
+def _are_folders(path: Path) -> Iterator[bool]:
+    """Yield of each visible entry whether it is a folder; nothing if `path` is not a folder."""
+    if path.is_dir():
+        with os.scandir(path) as entries:
+            yield from (os.path.isdir(entry.path) for entry in entries if entry.name[0] != ".")
+
+
+def _refuse_nested(folder: Path, names: Iterable[str]) -> None:
+    """Raise `UserError` if a class folder holds folders alone: they are the classes, or parts."""
+    for name in names:
+        content = _are_folders(folder / name)
+        if next(content, False) and all(content):
+            raise UserError(f"{folder / name} holds folders alone, and no images ({LAYOUT})")
 
 
 def _hold_out(files: list[str], word: str) -> dict[str, list[str]]:

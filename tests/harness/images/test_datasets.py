@@ -177,8 +177,40 @@ def test_train_and_val(folder, tmp_path):
     with pytest.raises(UserError, match="need the same classes; only one has 'class1'"):
         load(root, tmp_path)
     (root / "val").rename(root / "elsewhere")
-    with pytest.raises(UserError, match="has train/ but no val/"):
+    with pytest.raises(UserError, match="has train/CLASS but no val/CLASS"):
         load(root, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("Training", "Testing"), ("TRAIN", "Valid"), ("train", "validation")]
+)
+def test_the_parts_have_several_names(tmp_path, train, test):
+    image_folder(tmp_path / "set" / train, each=4)
+    image_folder(tmp_path / "set" / test, each=2)
+    (tmp_path / "set" / train / "readme.txt").touch()
+    sets = load(tmp_path / "set", tmp_path)
+    assert sets.classes == ["class0", "class1", "class2"]
+    assert len(sets.train.labels) == 12 and len(sets.test.labels) == 6
+    assert sets.origin == f"all of {tmp_path / 'set' / test}"
+    image_folder(tmp_path / "set" / "val", each=3)  # the first of the known names is taken
+    assert len(load(tmp_path / "set", tmp_path).test.labels) == 9
+
+
+def test_a_class_may_be_named_like_a_part(folder, tmp_path):
+    (folder / "class0").rename(folder / "train")
+    assert load(folder, tmp_path).classes == ["class1", "class2", "train"]
+
+
+def test_class_folders_that_hold_only_folders_are_refused(tmp_path):
+    for part in ("learning", "checking"):
+        image_folder(tmp_path / "set" / part)
+        (tmp_path / "set" / part / ".DS_Store").touch()
+    message = r"checking holds folders alone, and no images \(layout: train/CLASS/\*.jpg and val"
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "set", tmp_path)
+    (tmp_path / "set" / "checking" / "list.txt").touch()  # Tiny ImageNet's classes have such files
+    (tmp_path / "set" / "learning" / "list.txt").touch()
+    assert load(tmp_path / "set", tmp_path).classes == ["checking", "learning"]
 
 
 def test_classes_are_drawn_with_the_seed(tmp_path):
