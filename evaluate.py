@@ -73,7 +73,7 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
     check_corruptions(config, side)
     subjects = load_subjects(config, data.classes, checkpoints)
     facts = {
-        "size": side, "data": data.fingerprint, "frost": frost_source(), "seed": config.seed,
+        "size": side, "data": data.test_fingerprint, "frost": frost_source(), "seed": config.seed,
         "limit": config.limit if config.limit and config.limit < count else None,
     }  # fmt: skip
     require_same_on_all_ranks(facts, [subject.digest for subject in subjects.values()])
@@ -82,7 +82,7 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
         config, data.classes, BatchLoader(data.test, device),
         choose_images(data.test.labels, config.limit, config.seed),
         [subjects[spec] for spec in config.models],
-        subjects[config.surrogate] if config.surrogate else None, facts,
+        subjects[config.surrogate] if config.surrogate else None, facts, data.fingerprint,
         {"total": count, "origin": data.origin, "device": device.type,
          "versions": environment_info(config.device)},
     )  # fmt: skip
@@ -95,13 +95,25 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
         # (pytorch#44943).
         if config.device == "cpu":
             run.surrogate.module.to(memory_format=torch.channels_last)
-    for spec, checkpoint in checkpoints.items():
-        if checkpoint["fingerprint"] != data.fingerprint or checkpoint["size"] != side:
-            warnings.append(
-                f"{subjects[spec].label} was trained on another dataset, or at another size: it may"
-                " have seen test images"
-            )
+    warnings += [w for spec, c in checkpoints.items() if (w := foreign(subjects[spec], c, data))]
     return run, warnings + run_warnings(run)
+
+
+def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
+    """Warn of a checkpoint unless its training held out these test images; nothing if it did."""
+    held_out = checkpoint["settings"].get("test_fingerprint")
+    same = data.test_fingerprint == held_out or data.fingerprint == checkpoint["fingerprint"]
+    if same and data.test.images.shape[-1] == checkpoint["size"]:
+        return ""
+    if held_out is None and not data.fingerprint:
+        return (
+            f"{subject.label} may have seen test images: an earlier version of train.py wrote it,"
+            " and the training images of --data are not in --cache-dir to compare"
+        )
+    return (
+        f"{subject.label} was trained on another dataset, or at another size: it may have seen test"
+        " images"
+    )
 
 
 def check_corruptions(config: EvalConfig, side: int) -> None:

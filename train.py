@@ -144,6 +144,7 @@ def train(config: TrainConfig, training: Training) -> None:
     settings = saved_settings(
         config, **environment_info(config.device), processes=distributed.world_size(),
         command=" ".join(sys.argv), held_out=data.held_out,
+        test_fingerprint=data.test_fingerprint,
     )  # fmt: skip
     if distributed.rank() == 0:
         atomic_write(out / "args.json", json.dumps(settings, indent=2) + "\n")

@@ -254,6 +254,26 @@ def test_checkpoints_that_may_have_seen_the_test_images_are_marked(
     assert "standard is the surrogate" in capsys.readouterr().err
 
 
+def test_checkpoints_are_compared_without_their_training_images(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Check that no training image is decoded, and that older checkpoints are judged honestly."""
+    settings = {
+        "data": str(bench.root / "images"),
+        "test_fingerprint": bench.sets().test_fingerprint,
+    }
+    bench.checkpoint("new", bench.sets().fingerprint, 0, 20.0, settings=settings)
+    options = ["--cache-dir", str(bench.root / "fresh"), "--only", "clean"]
+    for models, warned in (("new", 0), ("standard", 1)):
+        bench.run(*options, models=models, out=models + "-run")
+        said = capsys.readouterr().err
+        assert said.count("standard may have seen test images: an earlier version of") == warned
+        assert said.count("warning") == warned
+    assert [p.stat().st_size for p in (bench.root / "fresh").glob("*.u8")] == [30 * 3 * 16**2]
+    bench.run("--only", "clean", models="standard", out="known")
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_rows_are_named_by_folder_unless_two_share_it(bench: Bench) -> None:
     label = config.parse_eval_config(bench.argv()).labels
     assert list(label.values()) == ["standard", "mtlat"]

@@ -46,6 +46,7 @@ class Evaluation:
     models: list[Subject]
     surrogate: Subject | None
     facts: dict[str, Any]  # what decides every number
+    fingerprint: str  # of both parts of the dataset: what earlier versions stored as "data"
     setup: dict[str, Any]  # what else every record says
     least_likely: dict[str, Tensor] = field(default_factory=dict)  # by model, of every test image
 
@@ -292,6 +293,8 @@ def refuse_other_runs(run: Evaluation, path: Path, cells: list[Cell]) -> None:
     digests = {model.digest for model in run.models}
     for cell in cells:
         wanted = run.decided_by(cell["perturbation"])
+        if cell.get("data") == run.fingerprint:
+            wanted["data"] = run.fingerprint
         other = [f"{k}: {cell.get(k)}, now {v}" for k, v in wanted.items() if cell.get(k) != v]
         if cell["model"] not in digests:
             other.append(f"model: {cell['label']} of digest {cell['model']}, now not among them")

@@ -50,10 +50,8 @@ def decode_cached(
         The image set, and the checksum of its pixels and labels.
     """
     stamps = [_stamp(root / file.path) for file in files]
-    facts = [VERSION, str(root.resolve()), size, skip_bad_images]
-    facts += [(*file, *stamp) for file, stamp in zip(files, stamps, strict=True)]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    pixels, manifest = cache_dir / f"{key}.u8", cache_dir / f"{key}.json"
+    pixels = cache_dir / f"{_key(root, files, stamps, size, skip_bad_images)}.u8"
+    manifest = pixels.with_suffix(".json")
     if (found := _read_cache(pixels, manifest)) is None:
         with lock_folder(cache_dir, wait=True):
             if _read_cache(pixels, manifest) is None:  # no other run made it meanwhile
@@ -68,6 +66,31 @@ def decode_cached(
     if record["skipped"]:
         tqdm.write(f"{title}: {len(record['skipped'])} bad images skipped, listed in {manifest}")
     return images, record["crc"]
+
+
+def cached_checksum(
+    root: Path, files: list[File], size: int, *, skip_bad_images: bool, cache_dir: Path
+) -> int | None:
+    """Return the checksum that `decode_cached` returned in an earlier run, or None.
+
+    Nothing is decoded, and the cached pixels are not read.
+    """
+    stamps = [_stamp(root / file.path) for file in files]
+    try:
+        name = f"{_key(root, files, stamps, size, skip_bad_images)}.json"
+        crc: int = json.loads((cache_dir / name).read_bytes())["crc"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return crc
+
+
+def _key(
+    root: Path, files: list[File], stamps: list[tuple[int, int]], size: int, skip_bad: bool
+) -> str:
+    """Hash everything that decides the pixels."""
+    facts = [VERSION, str(root.resolve()), size, skip_bad]
+    facts += [(*file, *stamp) for file, stamp in zip(files, stamps, strict=True)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

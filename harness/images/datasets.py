@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from harness.errors import UserError
 from harness.images import embedded
-from harness.images.cache import decode_cached, default_cache_dir
+from harness.images.cache import cached_checksum, decode_cached, default_cache_dir
 from harness.images.folders import Listing, choose_classes, list_folder
 from harness.images.loader import ImageSet
 
@@ -30,12 +30,13 @@ MAX_SIDE = 4096  # above it nothing trains, and memory runs out
 
 
 class Dataset(NamedTuple):
-    """A training and a test set, the class names, and a hash of what the sets hold."""
+    """A training and a test set, the class names, and hashes of what the sets hold."""
 
     train: ImageSet
     test: ImageSet
     classes: list[str]
-    fingerprint: str
+    fingerprint: str  # of both parts; empty if only the test part was ever decoded
+    test_fingerprint: str  # of the test part
     origin: str  # of the test images, in words
     held_out: bool = False  # whether the test part is a share of a folder of class folders
 
@@ -62,7 +63,8 @@ def load_dataset(
         download: download CIFAR if it is missing.
         skip_bad_images: leave out unreadable files of a folder instead of raising.
         cache_dir: where decoded folders are kept, and CIFAR; default `default_cache_dir()`.
-        test_only, hold_out: of a folder, as in `list_folder`.
+        test_only: of a folder, leave the training part empty: it is not decoded.
+        hold_out: of a folder, as in `list_folder`.
 
     Raises:
         UserError: the dataset does not exist, or has another layout.
@@ -76,7 +78,7 @@ def load_dataset(
     if source in ("cifar10", "cifar100"):
         return _load_cifar(source, size, num_classes, seed, download, cache)
     listing = list_folder(Path(source), num_classes, seed, test_only=test_only, hold_out=hold_out)
-    return _load_folder(Path(source), listing, size, skip_bad_images, cache)
+    return _load_folder(Path(source), listing, size, skip_bad_images, cache, test_only)
 
 
 def _select_classes(images: Tensor, labels: Tensor, names: list[str], kept: list[str]) -> ImageSet:
@@ -95,7 +97,8 @@ def _load_shapes(size: int, num_classes: int | None, seed: int) -> Dataset:
     digest = hashlib.sha256()
     for part in parts.values():
         digest.update(part.images.numpy().tobytes() + part.labels.numpy().tobytes())
-    return Dataset(parts["train"], parts["test"], kept, digest.hexdigest(), "shapes")
+    fingerprint = digest.hexdigest()
+    return Dataset(parts["train"], parts["test"], kept, fingerprint, fingerprint, "shapes")
 
 
 def _load_cifar(
@@ -117,21 +120,38 @@ def _load_cifar(
         parts[part] = _select_classes(images, torch.tensor(raw.targets), raw.classes, kept)
     digest = hashlib.sha256(b"".join(parts[p].labels.numpy().tobytes() for p in parts))
     digest.update(f"{source} {size} {kept}".encode())
-    return Dataset(parts["train"], parts["test"], kept, digest.hexdigest(), source)
+    fingerprint = digest.hexdigest()
+    return Dataset(parts["train"], parts["test"], kept, fingerprint, fingerprint, source)
 
 
-def _load_folder(root: Path, listing: Listing, size: int, skip_bad: bool, cache: Path) -> Dataset:
-    sets: dict[str, ImageSet] = {}
-    facts: list[Any] = [listing.classes]
+def _load_folder(
+    root: Path, listing: Listing, size: int, skip_bad: bool, cache: Path, test_only: bool
+) -> Dataset:
+    nothing = torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    sets = {"train": ImageSet(*nothing)}
+    facts: dict[str, list[Any]] = {}
     for part, files in listing.parts.items():
-        sets[part], content = decode_cached(
-            root, files, size, skip_bad_images=skip_bad, cache_dir=cache, title=f"decoding {part}"
-        )
-        if files and not len(sets[part].labels):
-            raise UserError(f"{root}: no readable image in the {part} part; see --data in --help")
-        facts += [part, [file.path for file in files], content]
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    origin = f"{'a tenth, held out,' if listing.held_out else 'all'} of {listing.test_folder}"
+        if part == "train" and test_only:
+            content = cached_checksum(root, files, size, skip_bad_images=skip_bad, cache_dir=cache)
+        else:
+            sets[part], content = decode_cached(
+                root, files, size, skip_bad_images=skip_bad, cache_dir=cache,
+                title=f"decoding {part}",
+            )  # fmt: skip
+            if not len(sets[part].labels):
+                raise UserError(
+                    f"{root}: no readable image in the {part} part; see --data in --help"
+                )
+        facts[part] = [] if content is None else [part, [file.path for file in files], content]
+    folder = listing.test_folder
+    names = [(root / file.path).relative_to(folder).as_posix() for file in listing.parts["test"]]
+    origin = f"{'a tenth, held out,' if listing.held_out else 'all'} of {folder}"
     return Dataset(
-        sets["train"], sets["test"], listing.classes, fingerprint, origin, listing.held_out
-    )
+        sets["train"], sets["test"], listing.classes,
+        _hash([listing.classes, *facts["train"], *facts["test"]]) if facts["train"] else "",
+        _hash([listing.classes, names, facts["test"][-1]]), origin, listing.held_out,
+    )  # fmt: skip
+
+
+def _hash(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

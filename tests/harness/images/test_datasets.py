@@ -247,6 +247,26 @@ def test_the_cache_is_used_while_nothing_changes(folder, tmp_path, monkeypatch):
     assert len(calls) == 30
 
 
+def test_the_training_part_is_not_decoded_for_a_test(folder, tmp_path, monkeypatch):
+    calls = []
+    decode = cache.decode
+    monkeypatch.setattr(cache, "decode", lambda *args: calls.append(args) or decode(*args))
+    part = load(folder, tmp_path, test_only=True)
+    assert len(calls) == len(part.test.labels) == 3
+    assert len(part.train.labels) == 0 and part.fingerprint == ""
+    whole = load(folder, tmp_path)
+    assert whole.test_fingerprint == part.test_fingerprint != whole.fingerprint
+    assert load(folder, tmp_path, test_only=True).fingerprint == whole.fingerprint
+    assert len(calls) == 30
+    image_folder(tmp_path / "split" / "train", each=4)
+    image_folder(tmp_path / "split" / "val", each=2)
+    split, alone = load(tmp_path / "split", tmp_path), tmp_path / "split" / "val"
+    again = load(alone, tmp_path, test_only=True, hold_out=False)
+    assert split.test_fingerprint == again.test_fingerprint
+    (alone / "class1" / "0.png").rename(alone / "class1" / "zero.png")
+    assert split.test_fingerprint != load(tmp_path / "split", tmp_path).test_fingerprint
+
+
 def test_a_crash_while_decoding_leaves_no_cache(folder, tmp_path, monkeypatch):
     def crash(*args):
         raise MemoryError
