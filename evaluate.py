@@ -79,7 +79,7 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
     require_same_on_all_ranks(facts, [subject.digest for subject in subjects.values()])
     device = torch.device(config.device)
     run = Evaluation(
-        config, data.classes, BatchLoader(data.test, device),
+        config, data.classes, data.paths, BatchLoader(data.test, device),
         choose_images(data.test.labels, config.limit, config.seed),
         [subjects[spec] for spec in config.models],
         subjects[config.surrogate] if config.surrogate else None, facts, data.fingerprint,

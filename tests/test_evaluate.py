@@ -339,6 +339,17 @@ def test_cells_of_earlier_versions_are_kept(bench: Bench) -> None:
         bench.run("--only", "fog", *fresh, models="standard")
 
 
+def test_cells_of_other_images_are_refused(bench: Bench) -> None:
+    """Check that cells which scored all files of --imagenet-c, as once, are not kept."""
+    bench.run("--only", "fog", models="standard")
+    path = bench.root / "out" / "cells.jsonl"
+    cells = store.read_cells(path)
+    path.unlink()
+    store.append_cells(path, [*cells[:-1], {**cells[-1], "n": 300}])
+    with pytest.raises(UserError, match=r"another run \(n: 300, now 30\)"):
+        bench.run("--only", "fog", models="standard")
+
+
 def test_other_weights_frost_or_models_are_another_run(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

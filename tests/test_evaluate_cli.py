@@ -140,6 +140,9 @@ def test_official_files_give_what_was_written(
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
         (folder / "purple").mkdir()  # a class that is not in the dataset
+        for name in CLASSES:  # images that are not in the test part
+            for i in ("00", "a"):
+                Image.new("RGB", (16, 16)).save(folder / name / f"{i}.png")
     options = ["--only", "shot_noise", "fog", "--limit", "15", "-b", "4", "--dump-images", "1"]
     made = bench.run(*options, out="made")
     official = bench.run(*options, "--imagenet-c", str(bench.root / "c"), out="read")
@@ -156,10 +159,11 @@ def test_official_files_give_what_was_written(
     (last / "red" / "0.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"red.0.png: not a readable image.*fetch the file again"):
         bench.run("--only", "shot_noise", "--imagenet-c", str(bench.root / "c"), out="broken")
+    (last / "red" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"5 lacks 1 of the 30 test images, such as red/0; the lay"):
+        bench.run("--only", "shot_noise", "--imagenet-c", str(bench.root / "c"), out="broken")
     last.rename(last.with_name("6"))
-    with pytest.raises(
-        UserError, match=r"5 has no images of class 'blue'.*DIR/corruption/severity"
-    ):
+    with pytest.raises(UserError, match=r"5 lacks 30 of the 30.* blue/0; .*DIR/corruption/sever"):
         bench.run("--only", "shot_noise", "--imagenet-c", str(bench.root / "c"), out="broken")
 
 

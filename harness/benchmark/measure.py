@@ -41,6 +41,7 @@ class Evaluation:
 
     config: EvalConfig
     classes: list[str]
+    paths: list[str]  # of the test images, relative to the folder of their classes
     loader: BatchLoader
     chosen: Tensor  # indices of the test images that count
     models: list[Subject]
@@ -107,28 +108,21 @@ def clean_batches(run: Evaluation, name: str, severity: int | None) -> Iterator[
     """Yield this rank's batches of clean images, or of the corrupted ones of --imagenet-c."""
     folder = run.corrupted_folder(name)
     if folder is not None:
-        yield from _folder_batches(run, folder / str(severity))
+        yield from _folder_batches(run, run.images_of(name), folder / str(severity))
     else:
         mine = distributed.shard_batches(torch.split(run.images_of(name), run.config.batch_size))
         for indices, (x, y) in zip(mine, run.loader.prefetch(mine), strict=True):
             yield indices.to(run.loader.device), x, y
 
 
-def _folder_batches(run: Evaluation, folder: Path) -> Iterator[Batch]:
-    """Stream the files of FOLDER/class/: the whole of ImageNet-C does not fit into memory."""
-    found = list_classes(folder) if folder.is_dir() else {}
-    if missing := [name for name in run.classes if not found.get(name)]:
-        raise UserError(
-            f"--imagenet-c: {folder} has no images of class {missing[0]!r}; the layout is"
-            " DIR/corruption/severity/class/file, with the classes of --data"
-        )
-    files = [
-        File(os.path.relpath(path, folder), label)
-        for label, name in enumerate(run.classes)
-        for path in found[name]
-    ]
-    labels, device = torch.tensor([file.label for file in files]), run.loader.device
-    chosen = choose_images(labels, run.config.limit, run.config.seed)
+def _folder_batches(run: Evaluation, chosen: Tensor, folder: Path) -> Iterator[Batch]:
+    """Stream the files of FOLDER/class/: the whole of ImageNet-C does not fit into memory.
+
+    Files are found by the names of the test images without their suffixes, so that a tree that also
+    holds training images gives the scores of the test images.
+    """
+    files = _find_corrupted(run, chosen, folder)
+    labels, device = run.loader.labels.cpu(), run.loader.device
     mine = distributed.shard_batches(torch.split(chosen, run.config.batch_size))
     wanted = [files[i] for indices in mine for i in indices.tolist()]
     decoded = decode_all(folder, wanted, run.facts["size"])
@@ -140,6 +134,33 @@ def _folder_batches(run: Evaluation, folder: Path) -> Iterator[Batch]:
             pixels.append(image)
         x = torch.from_numpy(np.stack(pixels)).to(device).float().div_(255)
         yield indices.to(device), x, labels[indices].to(device)
+
+
+def _find_corrupted(run: Evaluation, chosen: Tensor, folder: Path) -> dict[int, File]:
+    """Find the corrupted file of each chosen test image, by the image's index."""
+    found = list_classes(folder) if folder.is_dir() else {}
+    there = {
+        _stem(relative): File(relative, label)
+        for label, name in enumerate(run.classes)
+        for path in found.get(name, [])
+        for relative in [Path(path).relative_to(folder).as_posix()]
+    }
+    names = {i: _stem(run.paths[i]) for i in chosen.tolist()}
+    if missing := [name for name in names.values() if name not in there]:
+        raise UserError(
+            f"--imagenet-c: {folder} lacks {len(missing)} of the {len(names)} test images, such as"
+            f" {missing[0]}; the layout is DIR/corruption/severity/class/file, with the names of"
+            " --data"
+        )
+    if len(set(names.values())) < len(names):
+        raise UserError(
+            "--imagenet-c: two images of --data differ only in their suffix: rename one"
+        )
+    return {i: there[name] for i, name in names.items()}
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(path)[0]
 
 
 def perturb(
@@ -293,6 +314,7 @@ def refuse_other_runs(run: Evaluation, path: Path, cells: list[Cell]) -> None:
     digests = {model.digest for model in run.models}
     for cell in cells:
         wanted = run.decided_by(cell["perturbation"])
+        wanted["n"] = len(run.images_of(cell["perturbation"]))
         if cell.get("data") == run.fingerprint:
             wanted["data"] = run.fingerprint
         other = [f"{k}: {cell.get(k)}, now {v}" for k, v in wanted.items() if cell.get(k) != v]

@@ -31,7 +31,7 @@ def default_cache_dir() -> Path:
 
 def decode_cached(
     root: Path, files: list[File], size: int, *, skip_bad_images: bool, cache_dir: Path, title: str
-) -> tuple[ImageSet, int]:
+) -> tuple[ImageSet, list[File], int]:
     """Return image files as a memory-mapped image set, decoded now or by an earlier run.
 
     The cache file is named by a hash of everything that decides its pixels, so that a change of
@@ -47,7 +47,8 @@ def decode_cached(
         title: of the progress bar.
 
     Returns:
-        The image set, and the checksum of its pixels and labels.
+        The image set, its files without those that were left out, and the checksum of its pixels
+        and labels.
     """
     stamps = [_stamp(root / file.path) for file in files]
     pixels = cache_dir / f"{_key(root, files, stamps, size, skip_bad_images)}.u8"
@@ -63,9 +64,10 @@ def decode_cached(
         if found is None:
             raise UserError(f"{pixels} differs from what was written: is the disk full or faulty?")
     images, record = found
-    if record["skipped"]:
-        tqdm.write(f"{title}: {len(record['skipped'])} bad images skipped, listed in {manifest}")
-    return images, record["crc"]
+    skipped = set(record["skipped"])
+    if skipped:
+        tqdm.write(f"{title}: {len(skipped)} bad images skipped, listed in {manifest}")
+    return images, [file for file in files if file.path not in skipped], record["crc"]
 
 
 def cached_checksum(

@@ -35,6 +35,7 @@ class Dataset(NamedTuple):
     train: ImageSet
     test: ImageSet
     classes: list[str]
+    paths: list[str]  # of the test images: relative to the folder of their classes
     fingerprint: str  # of both parts; empty if only the test part was ever decoded
     test_fingerprint: str  # of the test part
     origin: str  # of the test images, in words
@@ -97,8 +98,9 @@ def _load_shapes(size: int, num_classes: int | None, seed: int) -> Dataset:
     digest = hashlib.sha256()
     for part in parts.values():
         digest.update(part.images.numpy().tobytes() + part.labels.numpy().tobytes())
-    fingerprint = digest.hexdigest()
-    return Dataset(parts["train"], parts["test"], kept, fingerprint, fingerprint, "shapes")
+    fingerprint, drawn = digest.hexdigest(), embedded.INDICES["test"]
+    paths = [f"shapes/{i}" for i, k in zip(drawn, labels, strict=True) if embedded.NAMES[k] in kept]
+    return Dataset(parts["train"], parts["test"], kept, paths, fingerprint, fingerprint, "shapes")
 
 
 def _load_cifar(
@@ -121,7 +123,8 @@ def _load_cifar(
     digest = hashlib.sha256(b"".join(parts[p].labels.numpy().tobytes() for p in parts))
     digest.update(f"{source} {size} {kept}".encode())
     fingerprint = digest.hexdigest()
-    return Dataset(parts["train"], parts["test"], kept, fingerprint, fingerprint, source)
+    paths = [f"{source}/{i}" for i, k in enumerate(raw.targets) if raw.classes[k] in kept]
+    return Dataset(parts["train"], parts["test"], kept, paths, fingerprint, fingerprint, source)
 
 
 def _load_folder(
@@ -134,7 +137,7 @@ def _load_folder(
         if part == "train" and test_only:
             content = cached_checksum(root, files, size, skip_bad_images=skip_bad, cache_dir=cache)
         else:
-            sets[part], content = decode_cached(
+            sets[part], kept, content = decode_cached(
                 root, files, size, skip_bad_images=skip_bad, cache_dir=cache,
                 title=f"decoding {part}",
             )  # fmt: skip
@@ -144,12 +147,12 @@ def _load_folder(
                 )
         facts[part] = [] if content is None else [part, [file.path for file in files], content]
     folder = listing.test_folder
-    names = [(root / file.path).relative_to(folder).as_posix() for file in listing.parts["test"]]
+    paths = [(root / file.path).relative_to(folder).as_posix() for file in kept]
     origin = f"{'a tenth, held out,' if listing.held_out else 'all'} of {folder}"
     return Dataset(
-        sets["train"], sets["test"], listing.classes,
+        sets["train"], sets["test"], listing.classes, paths,
         _hash([listing.classes, *facts["train"], *facts["test"]]) if facts["train"] else "",
-        _hash([listing.classes, names, facts["test"][-1]]), origin, listing.held_out,
+        _hash([listing.classes, paths, facts["test"][-1]]), origin, listing.held_out,
     )  # fmt: skip
 
 

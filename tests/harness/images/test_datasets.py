@@ -139,6 +139,11 @@ def test_shapes_set(monkeypatch):
         len(some.classes) == 3
         and some.classes != datasets.load_dataset("shapes", num_classes=3).classes
     )
+    assert sets.paths[1] == "shapes/1000001"
+    for path, image in zip(some.paths, some.test.images, strict=True):
+        number = int(path.removeprefix("shapes/"))
+        drawn = embedded.draw_shapes(range(number, number + 1), 16, seed=5)[0]
+        assert torch.equal(image, drawn[0])
     assert len(some.train.labels) == 12 and some.train.labels.unique().tolist() == [0, 1, 2]
     prints = [
         sets,
@@ -288,6 +293,11 @@ def test_bad_images_stop_or_are_skipped_and_counted(folder, tmp_path, capsys):
         sets = load(folder, tmp_path, skip_bad_images=True)
         assert len(sets.train.labels) + len(sets.test.labels) == 30
         assert sum(int(line.split()[2]) for line in capsys.readouterr().out.splitlines()) == 3
+    for seed in range(9):  # in most of these draws, a bad image is in the test part
+        sets = load(folder, tmp_path, skip_bad_images=True, seed=seed)
+        for path, image in zip(sets.paths, sets.test.images, strict=True):
+            expected = np.asarray(Image.open(folder / path)).transpose(2, 0, 1)
+            assert np.array_equal(image, expected)
 
 
 def test_every_kind_of_image_becomes_upright_rgb(tmp_path):
@@ -369,6 +379,7 @@ def test_cifar(tmp_path, monkeypatch):
     assert sets.classes == ["ant", "mouse", "zebra"]
     assert sets.train.labels.tolist() == [2, 0, 1] * 3  # in the order of the sorted names
     assert sets.train.images[0, 2, 0, 1] == 5
+    assert sets.paths == [f"cifar10/{i}" for i in range(6)]
     assert (
         datasets.load_dataset(
             "cifar10", cache_dir=tmp_path, download=True, size=8
