@@ -32,13 +32,20 @@ from harness.benchmark.measure import (
 from harness.benchmark.metrics import aggregate, score_differences
 from harness.benchmark.registry import COLUMNS, GROUPS, PERTURBATIONS
 from harness.benchmark.store import Cell, append_cells, read_cells
-from harness.benchmark.subjects import Subject, fuse_subject, inspect_subject, load_subjects
+from harness.benchmark.subjects import (
+    Subject,
+    expected_images,
+    fuse_subject,
+    inspect_subject,
+    load_subjects,
+)
 from harness.checkpoints import load_checkpoint
 from harness.devices import environment_info, require_same_on_all_ranks
 from harness.errors import UserError, run_script
 from harness.files import atomic_write, lock_folder
-from harness.images.datasets import Dataset, load_dataset
+from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.loader import BatchLoader
+from harness.images.preprocess import Crop, choose_crop, describe, kind
 
 SHEET_SEVERITY = 3  # of the corruptions in the contact sheet
 
@@ -46,34 +53,42 @@ SHEET_SEVERITY = 3  # of the corruptions in the contact sheet
 # ---------------------------------------------------------------------------- preparation
 
 
-def load_data(config: EvalConfig, first: dict[str, Any]) -> Dataset:
+def load_data(
+    config: EvalConfig, first: dict[str, Any], expected: dict[str, tuple[int, Crop]]
+) -> tuple[Dataset, Crop]:
     """Load the test images of --data, or those of the set that the first checkpoint was trained on.
 
     Of a folder CLASS/* alone, the checkpoint's training held out ten percent, and these are tested.
     A model that is not from a checkpoint, or was trained with another layout, has not seen any of
-    its images: all are tested.
+    its images: all are tested. Also returns the preprocessing of all images.
     """
     trained = first.get("settings", {})
     if not (config.data or trained.get("data")):
         raise UserError("--data is missing: only a checkpoint of train.py knows its images")
+    source, sizes = config.data or trained["data"], (size for size, _ in expected.values())
+    own = {} if source in SIZES else {spec: crop for spec, (_, crop) in expected.items()}
+    crop = choose_crop(config.preprocess, config.imagenet_c, own)
     with distributed.local_rank_zero_first():
-        return load_dataset(
-            config.data or trained["data"], size=config.size or first.get("size"),
+        data = load_dataset(
+            source, size=config.size or next(sizes, None), crop=crop,
             num_classes=trained.get("classes"), seed=trained.get("data_seed", config.seed),
             cache_dir=config.cache_dir, skip_bad_images=trained.get("skip_bad_images", False),
             test_only=True, hold_out=bool(first) and trained.get("held_out", True),
         )  # fmt: skip
+    return data, crop
 
 
 def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
     """Load and check the images and the models. Also returns warnings for the user."""
     checkpoints = {spec: load_checkpoint(spec) for spec in config.specs if is_file(spec)}
-    data = load_data(config, next(iter(checkpoints.values()), {}))
+    expected = expected_images(config, checkpoints)
+    data, crop = load_data(config, next(iter(checkpoints.values()), {}), expected)
     side, count = data.test.images.shape[-1], len(data.test.labels)
     check_corruptions(config, side)
     subjects = load_subjects(config, data.classes, checkpoints)
     facts = {
-        "size": side, "data": data.test_fingerprint, "frost": frost_source(), "seed": config.seed,
+        "size": side, "preprocess": describe(crop, side), "data": data.test_fingerprint,
+        "frost": frost_source(), "seed": config.seed,
         "limit": config.limit if config.limit and config.limit < count else None,
     }  # fmt: skip
     require_same_on_all_ranks(facts, [subject.digest for subject in subjects.values()])
@@ -95,6 +110,11 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
         # (pytorch#44943).
         if config.device == "cpu":
             run.surrogate.module.to(memory_format=torch.channels_last)
+    warnings += [
+        f"{subjects[spec].label} expects images prepared by {kind(own)}, not by {kind(crop)}"
+        for spec, (_, own) in expected.items()
+        if kind(own) != kind(crop)
+    ]
     warnings += [w for spec, c in checkpoints.items() if (w := foreign(subjects[spec], c, data))]
     return run, warnings + run_warnings(run)
 
@@ -111,8 +131,8 @@ def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
             " and the training images of --data are not in --cache-dir to compare"
         )
     return (
-        f"{subject.label} was trained on another dataset, or at another size: it may have seen test"
-        " images"
+        f"{subject.label} was trained on another dataset, size or preprocessing: it may have seen"
+        " test images"
     )
 
 
@@ -131,11 +151,7 @@ def run_warnings(run: Evaluation) -> list[str]:
     """List what the user should know of the perturbations and the surrogate."""
     config, warnings = run.config, []
     if config.imagenet_c:
-        there = [name for name in config.perturbations if run.corrupted_folder(name)]
-        if not there:
-            raise UserError(
-                f"--imagenet-c {config.imagenet_c} has no folder of a corruption to score"
-            )
+        there = [name for name in config.perturbations if config.corrupted_folder(name)]
         made = [n for n in config.perturbations if n in CORRUPTIONS and n not in there]
         if made:
             warnings.append(f"not in --imagenet-c, and computed here: {', '.join(made)}")
@@ -154,7 +170,10 @@ def run_warnings(run: Evaluation) -> list[str]:
 def evaluate(config: EvalConfig) -> None:
     """Measure every cell that is not finished yet, then report on all that are."""
     run, warnings = prepare(config)
-    print(f"{run.setup['total']} test images: {run.setup['origin']}")
+    print(
+        f"{run.setup['total']} test images: {run.setup['origin']}; preprocessing:"
+        f" {run.facts['preprocess']}"
+    )
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with lock_folder(Path(config.output_dir)) if distributed.rank() == 0 else nullcontext():
@@ -202,7 +221,8 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     """Print the tables, and write them and the figures."""
     models = {model.label: model.digest for model in run.models}
     results = aggregate(cells, models, run.config.baseline)
-    results = results._replace(notes=[*results.notes, *warnings])
+    notes = [f"preprocessing: {run.facts['preprocess']}", *results.notes, *warnings]
+    results = results._replace(notes=notes)
     head = {"format": 1, "command": " ".join(sys.argv), "classes": run.classes, "weights": models,
             **run.facts, **run.setup}  # fmt: skip
     content = {**head, **tables.to_plain(results)}
@@ -228,7 +248,7 @@ def contact_sheets(run: Evaluation) -> list[list[plots.Tile]]:
     sheets: list[list[plots.Tile]] = [[] for _ in indices]
     for name in ("clean", *(n for n in COLUMNS if n in run.config.perturbations)):
         entry = PERTURBATIONS[name]
-        if run.corrupted_folder(name) or (entry.black_box and not run.surrogate):
+        if run.config.corrupted_folder(name) or (entry.black_box and not run.surrogate):
             continue
         victim = run.surrogate if entry.black_box else model if entry.white_box else None
         severity = SHEET_SEVERITY if len(entry.severities) > 1 else None

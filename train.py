@@ -32,6 +32,7 @@ from harness.errors import UserError, run_script
 from harness.files import atomic_write, lock_folder
 from harness.images.datasets import Dataset, load_dataset
 from harness.images.loader import BatchLoader, to_device
+from harness.images.preprocess import CROPS
 from harness.models import MeanStd, check_logits, count_correct, create_model, restore_model
 from harness.training.config import (
     TrainConfig,
@@ -69,7 +70,7 @@ def load_data(config: TrainConfig) -> Dataset:
         return load_dataset(
             config.data, size=config.size, num_classes=config.classes, seed=config.data_seed,
             download=config.download, skip_bad_images=config.skip_bad_images,
-            cache_dir=config.cache_dir,
+            cache_dir=config.cache_dir, crop=CROPS[config.preprocess],
         )  # fmt: skip
 
 

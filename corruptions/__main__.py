@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as F
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load(path: str | Path, size: int) -> Tensor:
-    """Load an image as uint8 (3, size, size).
+    """Load an image as upright uint8 (3, size, size).
 
     Args:
         path: image file.
@@ -88,7 +88,7 @@ def load(path: str | Path, size: int) -> Tensor:
             Tiny-ImageNet-C: it is resized to the square.
     """
     with Image.open(path) as file:
-        picture = file.convert("RGB")
+        picture = ImageOps.exif_transpose(file).convert("RGB")
     if size == 224:
         picture = F.center_crop(F.resize(picture, [256]), [224, 224])
     pixels: Tensor = F.pil_to_tensor(F.resize(picture, [size, size]))

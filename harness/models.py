@@ -64,6 +64,17 @@ def _import_callable(arch: str) -> Any:
     return make
 
 
+def find_weights(arch: str, name: str) -> torchvision.models.WeightsEnum:
+    """Find torchvision's weights of that name for an architecture. Downloads nothing."""
+    try:
+        return torchvision.models.get_model_weights(arch)[name]
+    except (ValueError, KeyError):
+        raise UserError(
+            f"--weights {name}: no such file, and no such weights in torchvision for --arch {arch}"
+            " (DEFAULT names the best)"
+        ) from None
+
+
 def create_model(
     arch: str, num_classes: int, weights: str | None
 ) -> tuple[nn.Module, MeanStd | None]:
@@ -87,13 +98,7 @@ def create_model(
         state, normalize = checkpoint["model"], checkpoint["normalize"]
         model = build_model(arch, num_classes, normalize)
     else:
-        try:
-            entry = torchvision.models.get_model_weights(arch)[weights]
-        except (ValueError, KeyError):
-            raise UserError(
-                f"--weights {weights}: no such file, and no such weights in torchvision for --arch"
-                f" {arch} (DEFAULT names the best)"
-            ) from None
+        entry = find_weights(arch, weights)
         preset = entry.transforms()
         normalize = (list(preset.mean), list(preset.std))
         model = build_model(arch, num_classes, normalize)

@@ -16,7 +16,7 @@ from PIL import Image
 import evaluate
 from attacks import mi_fgsm
 from corruptions import CORRUPTIONS, corrupt
-from harness.benchmark import config, measure, plots, registry
+from harness.benchmark import config, measure, plots, registry, subjects
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import CHECKS
 from harness.benchmark.config import EvalConfig
@@ -143,6 +143,7 @@ def test_official_files_give_what_was_written(
         for name in CLASSES:  # images that are not in the test part
             for i in ("00", "a"):
                 Image.new("RGB", (16, 16)).save(folder / name / f"{i}.png")
+    (bench.root / "c" / "settings.json").write_text('{"size": 16}')
     options = ["--only", "shot_noise", "fog", "--limit", "15", "-b", "4", "--dump-images", "1"]
     made = bench.run(*options, out="made")
     official = bench.run(*options, "--imagenet-c", str(bench.root / "c"), out="read")
@@ -167,6 +168,34 @@ def test_official_files_give_what_was_written(
         bench.run("--only", "shot_noise", "--imagenet-c", str(bench.root / "c"), out="broken")
 
 
+def test_the_preprocessing_of_the_models_and_of_the_tree(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bench.root / "c" / "fog").mkdir(parents=True)  # without settings.json, as the published files
+    tree = ["--imagenet-c", str(bench.root / "c")]
+    with pytest.raises(UserError, match=r"last.pt expects images prepared by squash, and --imagen"):
+        bench.run("--only", "fog", *tree)
+    fingerprint, data = bench.sets().fingerprint, str(bench.root / "images")
+    bench.checkpoint(
+        "cropped", fingerprint, 0, 20.0, settings={"data": data, "preprocess": "center-crop"}
+    )
+    with pytest.raises(UserError, match=r"cropped.last.pt expects images prepared by center-crop"):
+        bench.run(models="standard cropped")
+    lines = bench.run("--only", "clean", models="cropped", out="own")
+    other = bench.run("--only", "clean", "--preprocess", "squash", models="cropped", out="other")
+    assert [x["preprocess"] for x in lines + other] == ["center-crop 18->16", "squash"]
+    assert bench.results("own")["preprocess"] == "center-crop 18->16"
+    assert "preprocessing: center-crop 18->16" in (bench.root / "own" / "results.md").read_text()
+    assert lines[0]["data"] != other[0]["data"] == bench.sets().test_fingerprint
+    assert (
+        "cropped expects images prepared by center-crop, not by squash" in capsys.readouterr().err
+    )
+    with pytest.raises(
+        UserError, match=r"another run \(preprocess: squash, now center-crop 18->16"
+    ):
+        bench.run("--only", "clean", models="cropped", out="other")
+
+
 # ---------------------------------------------------------------------------- models
 
 
@@ -185,6 +214,9 @@ def test_torchvisions_models_with_their_weights(
         *options, "--only", "fog", "--dump-images", "0", models="torchvision:squeezenet1_1"
     )
     assert {line["label"] for line in lines} == {"torchvision:squeezenet1_1"}
+    assert {line["preprocess"] for line in lines} == {"center-crop 37->32"}
+    resnet = config.parse_eval_config(["torchvision:resnet50", "--weights", "DEFAULT"])
+    assert subjects.expected_images(resnet, {}) == {"torchvision:resnet50": (224, (232, 224))}
 
 
 def same_scores(one: dict[str, Any], other: dict[str, Any]) -> bool:

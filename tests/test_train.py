@@ -181,7 +181,7 @@ CHANGES = [
     "--classes 2", "--arch tiny:linear", "--epochs 1", "--batch-size 12", "-b 12",
     "--whole-batches", "--opt sgd", "--opt adamw --wd 9", "--opt sgd --momentum 0.1", "--lr 0.1",
     "--wd 1", "--milestones 1", "--milestones 1 --gamma 0.5", "--seed 3", "--data-seed 3",
-    "--amp bf16", "--method tlat",
+    "--amp bf16", "--method tlat", "--preprocess center-crop",
 ]  # fmt: skip
 
 
@@ -305,6 +305,17 @@ def test_resume_restores_everything(go, tmp_path, monkeypatch):
     assert not states_equal(straight[0]["model"], go("--epochs", "3", out="three")["model"])
     train.main(["--resume", "auto", "--output-dir", str(tmp_path / "out")])  # the run is finished
     assert len(calls) == 8
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(go, tmp_path):
+    content, last = go("--epochs", "1"), tmp_path / "out" / "last.pt"
+    for name in ("preprocess", "held_out", "test_fingerprint"):
+        assert content["settings"].pop(name) is not None
+    checkpoints.save_checkpoint([last], **content)
+    args, _ = parse_train_config(["--resume", str(last)])
+    assert args.preprocess == "squash"
+    with pytest.raises(UserError, match=r"--preprocess is center-crop, but .* with squash"):
+        parse_train_config(["--resume", str(last), "--preprocess", "center-crop"])
 
 
 def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeypatch, capsys):

@@ -5,12 +5,13 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from corruptions import MIN_SIDE
-from harness.benchmark.registry import GROUPS, choose_perturbations
+from harness.benchmark.registry import GROUPS, PERTURBATIONS, choose_perturbations
 from harness.cli import number, option, parse_options
 from harness.devices import resolve_device
 from harness.errors import UserError, escape_unprintable
 from harness.images.cache import default_cache_dir
 from harness.images.datasets import MAX_SIDE
+from harness.images.preprocess import CROPS
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class EvalConfig:
         " test/CLASS/*.jpg or CLASS/*.jpg (default: what the first checkpoint was trained on)",
         group="images", flags=("--data-dir",), metavar="SET")
     size: int | None = option(None, "side of the square that images are resized to (default: the"
-        " first checkpoint's)", type=number(int, MIN_SIDE, MAX_SIDE))
+        " first one that a model expects)", type=number(int, MIN_SIDE, MAX_SIDE))
+    preprocess: str | None = option(None, "squash or center-crop, as in train.py (default: as the"
+        " images of --imagenet-c; otherwise the models' own)", choices=tuple(CROPS))
     cache_dir: str = option(str(default_cache_dir()), "where decoded folders are kept, and CIFAR",
         metavar="DIR")
     limit: int | None = option(None, "test on N images, as many of each class, drawn with --seed"
@@ -77,6 +80,14 @@ class EvalConfig:
         """The names of what is measured, in order."""
         return choose_perturbations(self.only, self.skip)
 
+    def corrupted_folder(self, name: str) -> Path | None:
+        """Return DIR/name or DIR/family/name of --imagenet-c DIR, if there is one."""
+        root = self.imagenet_c
+        if root is None or len(PERTURBATIONS[name].severities) == 1:
+            return None
+        places = (root / name, root / PERTURBATIONS[name].group / name)
+        return next((place for place in places if place.is_dir()), None)
+
 
 def is_file(spec: str) -> bool:
     """Return whether a model is named by a checkpoint's path."""
@@ -107,4 +118,6 @@ def parse_eval_config(argv: list[str] | None = None, description: str | None = N
         raise UserError("--mean and --std are for module:callable; the other models know theirs")
     if config.imagenet_c and not config.imagenet_c.is_dir():
         raise UserError(f"--imagenet-c {config.imagenet_c}: no such folder")
+    if config.imagenet_c and not any(map(config.corrupted_folder, config.perturbations)):
+        raise UserError(f"--imagenet-c {config.imagenet_c} has no folder of a corruption to score")
     return EvalConfig(**values | {"baseline": baseline, "device": resolve_device(config.device)})

@@ -32,6 +32,7 @@ from harness.images.cache import decode_all
 from harness.images.folders import File, list_classes
 from harness.images.loader import BatchLoader
 
+EARLIER = {"preprocess": "squash"}  # of cells that lack the fact
 Batch = tuple[Tensor, Tensor, Tensor]  # indices, images in [0, 1], class indices; on the device
 
 
@@ -54,20 +55,12 @@ class Evaluation:
     def decided_by(self, name: str) -> dict[str, Any]:
         """Return what a cell depends on besides the model, the perturbation and its severity."""
         black_box = self.surrogate if PERTURBATIONS[name].black_box else None
-        folder = self.corrupted_folder(name)
+        folder = self.config.corrupted_folder(name)
         return {
             **self.facts,
             "surrogate": black_box.digest if black_box else None,
             "imagenet_c": str(folder.resolve()) if folder else None,
         }
-
-    def corrupted_folder(self, name: str) -> Path | None:
-        """Return DIR/name or DIR/family/name of --imagenet-c DIR, if there is one."""
-        root = self.config.imagenet_c
-        if root is None or len(PERTURBATIONS[name].severities) == 1:
-            return None
-        places = (root / name, root / PERTURBATIONS[name].group / name)
-        return next((place for place in places if place.is_dir()), None)
 
     def images_of(self, name: str) -> Tensor:
         """Return the indices of the test images that a cell takes."""
@@ -106,7 +99,7 @@ def choose_images(labels: Tensor, limit: int | None, seed: int) -> Tensor:
 
 def clean_batches(run: Evaluation, name: str, severity: int | None) -> Iterator[Batch]:
     """Yield this rank's batches of clean images, or of the corrupted ones of --imagenet-c."""
-    folder = run.corrupted_folder(name)
+    folder = run.config.corrupted_folder(name)
     if folder is not None:
         yield from _folder_batches(run, run.images_of(name), folder / str(severity))
     else:
@@ -183,7 +176,7 @@ def perturb(
     indices, x, y = batch
     attack = PERTURBATIONS[name].attack
     if attack is None or victim is None:
-        if name in CORRUPTIONS and run.corrupted_folder(name) is None:
+        if name in CORRUPTIONS and run.config.corrupted_folder(name) is None:
             x = corrupt(x, name, severity, seed=run.config.seed, index=indices)
         return x, {}
     settings, model = attack.keywords, victim.module
@@ -317,7 +310,8 @@ def refuse_other_runs(run: Evaluation, path: Path, cells: list[Cell]) -> None:
         wanted["n"] = len(run.images_of(cell["perturbation"]))
         if cell.get("data") == run.fingerprint:
             wanted["data"] = run.fingerprint
-        other = [f"{k}: {cell.get(k)}, now {v}" for k, v in wanted.items() if cell.get(k) != v]
+        found = {k: cell.get(k, EARLIER.get(k)) for k in wanted}
+        other = [f"{k}: {found[k]}, now {v}" for k, v in wanted.items() if found[k] != v]
         if cell["model"] not in digests:
             other.append(f"model: {cell['label']} of digest {cell['model']}, now not among them")
         if other:

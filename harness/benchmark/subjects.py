@@ -4,14 +4,22 @@ import hashlib
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from harness.benchmark.checks import broken_gradients
 from harness.benchmark.config import EvalConfig
 from harness.benchmark.fusion import fuse_for_inference
 from harness.errors import UserError
-from harness.models import build_model, check_logits, create_model, restore_model
+from harness.images.preprocess import CROPS, Crop
+from harness.models import (
+    build_model,
+    check_logits,
+    create_model,
+    find_weights,
+    restore_model,
+)
+
+ZOO = "torchvision:"  # prefix of the names of torchvision's models
 
 
 class Subject(NamedTuple):
@@ -20,6 +28,30 @@ class Subject(NamedTuple):
     label: str  # its name in the report
     module: nn.Module
     digest: str  # of everything that it computes with
+
+
+def expected_images(config: EvalConfig, checkpoints: dict[str, Any]) -> dict[str, tuple[int, Crop]]:
+    """List the size and the preprocessing that each model expects, if it is known.
+
+    Args:
+        config: names the models.
+        checkpoints: the loaded ones, by their name on the command line.
+
+    Returns:
+        (side of the square, preprocessing) by the names on the command line. Checkpoints of earlier
+        versions expect squashed images.
+    """
+    expected: dict[str, tuple[int, Crop]] = {}
+    for spec in config.specs:
+        if spec in checkpoints:
+            settings = checkpoints[spec]["settings"]
+            crop = CROPS[settings.get("preprocess", "squash")]
+            expected[spec] = checkpoints[spec]["size"], crop
+        elif config.weights and spec.startswith(ZOO):
+            preset = find_weights(spec.removeprefix(ZOO), config.weights).transforms()
+            (resize,), (size,) = preset.resize_size, preset.crop_size
+            expected[spec] = size, (resize, size)
+    return expected
 
 
 def load_subjects(
@@ -61,13 +93,10 @@ def _load_module(
                 f" those of the test images ({len(classes)}: {' '.join(classes[:3])} ...)"
             )
         return restore_model(checkpoint)
-    if spec.startswith("torchvision:"):
-        arch, weights = spec.removeprefix("torchvision:"), config.weights
-        try:
-            known = torchvision.models.get_model_weights(arch)[weights].meta["categories"]
-        except (ValueError, KeyError):
-            known = classes  # create_model says what is wrong with the name
-        return create_model(arch, len(known), weights)[0]
+    if config.weights and spec.startswith(ZOO):
+        arch = spec.removeprefix(ZOO)
+        known = find_weights(arch, config.weights).meta["categories"]
+        return create_model(arch, len(known), config.weights)[0]
     normalize = (config.mean, config.std) if config.mean and config.std else None
     return build_model(spec, len(classes), normalize)
 

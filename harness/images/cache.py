@@ -18,6 +18,7 @@ from harness.errors import UserError
 from harness.files import atomic_path, atomic_write, checksum, lock_folder
 from harness.images.folders import File
 from harness.images.loader import ImageSet, map_images, prefetch
+from harness.images.preprocess import make_square
 
 VERSION = 2  # increase it when the same files would give other pixels
 
@@ -30,7 +31,14 @@ def default_cache_dir() -> Path:
 
 
 def decode_cached(
-    root: Path, files: list[File], size: int, *, skip_bad_images: bool, cache_dir: Path, title: str
+    root: Path,
+    files: list[File],
+    size: int,
+    *,
+    resize: int | None,
+    skip_bad_images: bool,
+    cache_dir: Path,
+    title: str,
 ) -> tuple[ImageSet, list[File], int]:
     """Return image files as a memory-mapped image set, decoded now or by an earlier run.
 
@@ -42,6 +50,7 @@ def decode_cached(
         root: the dataset's folder.
         files: paths relative to it.
         size: side of the square in pixels.
+        resize: as in `make_square`.
         skip_bad_images: leave out unreadable files instead of raising.
         cache_dir: where the pixels are kept.
         title: of the progress bar.
@@ -51,12 +60,12 @@ def decode_cached(
         and labels.
     """
     stamps = [_stamp(root / file.path) for file in files]
-    pixels = cache_dir / f"{_key(root, files, stamps, size, skip_bad_images)}.u8"
+    pixels = cache_dir / f"{_key(root, files, stamps, size, resize, skip_bad_images)}.u8"
     manifest = pixels.with_suffix(".json")
     if (found := _read_cache(pixels, manifest)) is None:
         with lock_folder(cache_dir, wait=True):
             if _read_cache(pixels, manifest) is None:  # no other run made it meanwhile
-                record = _write_pixels(pixels, root, files, size, skip_bad_images, title)
+                record = _write_pixels(pixels, root, files, size, resize, skip_bad_images, title)
                 if stamps != [_stamp(root / file.path) for file in files]:
                     raise UserError(f"{root} changed while it was read; start again")
                 atomic_write(manifest, json.dumps(record))
@@ -71,7 +80,13 @@ def decode_cached(
 
 
 def cached_checksum(
-    root: Path, files: list[File], size: int, *, skip_bad_images: bool, cache_dir: Path
+    root: Path,
+    files: list[File],
+    size: int,
+    *,
+    resize: int | None,
+    skip_bad_images: bool,
+    cache_dir: Path,
 ) -> int | None:
     """Return the checksum that `decode_cached` returned in an earlier run, or None.
 
@@ -79,7 +94,7 @@ def cached_checksum(
     """
     stamps = [_stamp(root / file.path) for file in files]
     try:
-        name = f"{_key(root, files, stamps, size, skip_bad_images)}.json"
+        name = f"{_key(root, files, stamps, size, resize, skip_bad_images)}.json"
         crc: int = json.loads((cache_dir / name).read_bytes())["crc"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -87,10 +102,16 @@ def cached_checksum(
 
 
 def _key(
-    root: Path, files: list[File], stamps: list[tuple[int, int]], size: int, skip_bad: bool
+    root: Path,
+    files: list[File],
+    stamps: list[tuple[int, int]],
+    size: int,
+    resize: int | None,
+    skip_bad: bool,
 ) -> str:
     """Hash everything that decides the pixels."""
     facts = [VERSION, str(root.resolve()), size, skip_bad]
+    facts += [resize] if resize else []  # squashed images have the names of earlier versions
     facts += [(*file, *stamp) for file, stamp in zip(files, stamps, strict=True)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
@@ -105,7 +126,13 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _write_pixels(
-    pixels: Path, root: Path, files: list[File], size: int, skip_bad: bool, title: str
+    pixels: Path,
+    root: Path,
+    files: list[File],
+    size: int,
+    resize: int | None,
+    skip_bad: bool,
+    title: str,
 ) -> dict[str, Any]:
     """Decode the files into one file. Returns the manifest, whose checksum covers both."""
     labels: list[int] = []
@@ -113,7 +140,7 @@ def _write_pixels(
     crc = 0
     with atomic_path(pixels) as temporary, open(temporary, "wb") as sink:
         for file, image in tqdm(
-            decode_all(root, files, size), title, len(files), unit="img", disable=None
+            decode_all(root, files, size, resize), title, len(files), unit="img", disable=None
         ):
             if isinstance(image, str):
                 if not skip_bad:
@@ -145,7 +172,9 @@ def _read_cache(pixels: Path, manifest: Path) -> tuple[ImageSet, dict[str, Any]]
     return images, {**record, "crc": crc}
 
 
-def decode_all(root: Path, files: list[File], size: int) -> Iterator[tuple[File, Array | str]]:
+def decode_all(
+    root: Path, files: list[File], size: int, resize: int | None = None
+) -> Iterator[tuple[File, Array | str]]:
     """Yield each file with what `decode` returns for it, in order.
 
     Threads suffice, because Pillow decodes and resizes outside Python's lock. The window keeps only
@@ -156,19 +185,21 @@ def decode_all(root: Path, files: list[File], size: int) -> Iterator[tuple[File,
     with warnings.catch_warnings():  # set before the threads start: the filter is the process's
         warnings.filterwarnings("ignore", module=r"PIL\b")
         paths = (root / file.path for file in files)
-        pixels = prefetch(lambda path: decode(path, size), paths, threads=cores, window=16 * cores)
+        pixels = prefetch(
+            lambda path: decode(path, size, resize), paths, threads=cores, window=16 * cores
+        )
         yield from zip(files, pixels, strict=True)
 
 
-def decode(path: Path, size: int) -> Array | str:
-    """Read one image file as upright RGB.
+def decode(path: Path, size: int, resize: int | None = None) -> Array | str:
+    """Read one image file as an upright RGB square.
 
-    The whole image is resized to the square, bilinear and antialiased, as in Pillow. An image above
-    Pillow's limit of pixels is refused, as Pillow advises: it may be meant to exhaust memory.
+    An image above Pillow's limit of pixels is refused, as Pillow advises: it may be meant to
+    exhaust memory.
 
     Args:
         path: the file.
-        size: side of the square in pixels.
+        size, resize: as in `make_square`.
 
     Returns:
         uint8 (3, size, size), or one line that says why the file cannot be used.
@@ -183,8 +214,8 @@ def decode(path: Path, size: int) -> Array | str:
                 upright = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if upright.mode != "RGB":  # convert() copies even to the image's own mode
                 upright = upright.convert("RGB")
-            resized = upright.resize((size, size), Image.Resampling.BILINEAR)
-            return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+            square = make_square(upright, size, resize)
+            return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
     except MemoryError:
         raise  # not the file's fault
     except Exception as error:  # Pillow raises nearly every kind on a broken file

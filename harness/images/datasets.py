@@ -1,11 +1,11 @@
-"""Datasets as tensors: decoded once, resized to a square, kept as uint8 (N, 3, S, S).
+"""Datasets as tensors: decoded once, made square, kept as uint8 (N, 3, S, S).
 
     data = load_dataset("shapes")                                  # the embedded set, no download
     data = load_dataset("imagenet", num_classes=100, size=224)     # a folder; cached when decoded
     data = load_dataset("cifar10", download=True)
 
-Resizing to a square is the paper's only pre-processing, so that nothing is left to do per epoch
-but to slice.
+Making images square is the only preprocessing, so that nothing is left to do per epoch but to
+slice.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from harness.images import embedded
 from harness.images.cache import cached_checksum, decode_cached, default_cache_dir
 from harness.images.folders import Listing, choose_classes, list_folder
 from harness.images.loader import ImageSet
+from harness.images.preprocess import Crop, resize_side
 
 SIZES = {"shapes": 64, "cifar10": 32, "cifar100": 32}  # default sides; folders: the paper's 224
 MAX_SIDE = 4096  # above it nothing trains, and memory runs out
@@ -46,6 +47,7 @@ def load_dataset(
     source: str,
     *,
     size: int | None = None,
+    crop: Crop = None,
     num_classes: int | None = None,
     seed: int = 0,
     download: bool = False,
@@ -59,6 +61,7 @@ def load_dataset(
     Args:
         source: "shapes" (the embedded set), "cifar10", "cifar100", or a folder of images.
         size: side of the square in pixels; default 64 for shapes, 32 for CIFAR, 224 for folders.
+        crop: preprocessing of a folder's images; default squash.
         num_classes: keep that many classes, drawn with `seed`; default all.
         seed: of the classes, of the shapes, and of the test part of a folder without val/.
         download: download CIFAR if it is missing.
@@ -73,13 +76,16 @@ def load_dataset(
     size = size or SIZES.get(source, 224)
     if not 1 <= size <= MAX_SIDE:
         raise UserError(f"--size {size} is out of range: from 1 to {MAX_SIDE}")
+    if crop and source in SIZES:
+        raise UserError(f"--preprocess center-crop: the images of {source} are squares already")
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
     if source == "shapes":
         return _load_shapes(size, num_classes, seed)
     if source in ("cifar10", "cifar100"):
         return _load_cifar(source, size, num_classes, seed, download, cache)
     listing = list_folder(Path(source), num_classes, seed, test_only=test_only, hold_out=hold_out)
-    return _load_folder(Path(source), listing, size, skip_bad_images, cache, test_only)
+    options = {"resize": resize_side(crop, size), "skip_bad_images": skip_bad_images}
+    return _load_folder(Path(source), listing, size, {**options, "cache_dir": cache}, test_only)
 
 
 def _select_classes(images: Tensor, labels: Tensor, names: list[str], kept: list[str]) -> ImageSet:
@@ -128,19 +134,18 @@ def _load_cifar(
 
 
 def _load_folder(
-    root: Path, listing: Listing, size: int, skip_bad: bool, cache: Path, test_only: bool
+    root: Path, listing: Listing, size: int, options: dict[str, Any], test_only: bool
 ) -> Dataset:
     nothing = torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
     sets = {"train": ImageSet(*nothing)}
     facts: dict[str, list[Any]] = {}
     for part, files in listing.parts.items():
         if part == "train" and test_only:
-            content = cached_checksum(root, files, size, skip_bad_images=skip_bad, cache_dir=cache)
+            content = cached_checksum(root, files, size, **options)
         else:
             sets[part], kept, content = decode_cached(
-                root, files, size, skip_bad_images=skip_bad, cache_dir=cache,
-                title=f"decoding {part}",
-            )  # fmt: skip
+                root, files, size, title=f"decoding {part}", **options
+            )
             if not len(sets[part].labels):
                 raise UserError(
                     f"{root}: no readable image in the {part} part; see --data in --help"

@@ -10,6 +10,7 @@ from harness.devices import resolve_device
 from harness.errors import UserError
 from harness.images.cache import default_cache_dir
 from harness.images.datasets import MAX_SIDE, SIZES
+from harness.images.preprocess import CROPS
 from harness.training.methods import METHODS
 from mtlat import ALPHA, EPSILON_MAX
 
@@ -18,6 +19,7 @@ from mtlat import ALPHA, EPSILON_MAX
 PAPER_RECIPE = {"epochs": 90, "batch_size": 256, "lr": 0.002, "milestones": (30, 60, 80)}
 SHAPES_RECIPE = {"epochs": 3, "batch_size": 32, "lr": 0.0007, "milestones": (2, 2.67)}
 
+EARLIER = {"preprocess": "squash"}  # of checkpoints that lack the setting
 LOCATIONS = {"data", "cache_dir", "output_dir"}  # a resumed run keeps these unless they are given
 
 
@@ -45,6 +47,9 @@ class TrainConfig:
         may_change=True)
     size: int = option(None, "side of the square that images are resized to (default: 224, the"
         " paper's; for shapes 64, for CIFAR 32)", type=number(int, 8, MAX_SIDE))
+    preprocess: str = option("squash", "how images become squares; squash: resize the whole image,"
+        " as in the paper; center-crop: resize the shorter side and cut out the center, 256 and 224"
+        " at 224 px, as ImageNet-C", choices=tuple(CROPS))
     classes: int | None = option(None, "keep K classes, drawn with --data-seed (default: all)",
         type=number(int, 2), metavar="K")
     data_seed: int = option(0, "seed of the classes that are kept, of the test part of"
@@ -147,6 +152,7 @@ def _resumed(
     values: dict[str, Any], given: set[str], saved: dict[str, Any], path: Path
 ) -> dict[str, Any]:
     """Combine the command line of a resumed run with the settings of its checkpoint."""
+    saved = {**EARLIER, **saved}
     for name in sorted(given - MAY_CHANGE):
         if values[name] != saved.get(name):
             raise UserError(

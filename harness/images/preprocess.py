@@ -1,0 +1,97 @@
+"""Preprocessing: how an image of any shape becomes a square, and which way an evaluation takes.
+
+"squash" resizes the whole image to the square, as the paper does. "center-crop" resizes its shorter
+side, and cuts out the center, as ImageNet-C was made.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image
+from torchvision.transforms import functional as F
+
+from harness.errors import UserError
+
+# (256, 224): the shorter side is resized to 256/224 of the square's side. None: squash.
+Crop = tuple[int, int] | None
+CROPS: Mapping[str, Crop] = {"squash": None, "center-crop": (256, 224)}  # by name
+
+
+def resize_side(crop: Crop, size: int) -> int | None:
+    """Return the length of the resized shorter side for squares of `size`; None for squash."""
+    return round(size * crop[0] / crop[1]) if crop else None
+
+
+def make_square(image: Image.Image, size: int, resize: int | None) -> Image.Image:
+    """Make an image a square, bilinear and antialiased.
+
+    Args:
+        image: of any shape.
+        size: side of the square in pixels.
+        resize: what `resize_side` returns.
+    """
+    if resize is None:
+        return image.resize((size, size), Image.Resampling.BILINEAR)
+    cut: Image.Image = F.center_crop(F.resize(image, [resize]), [size, size])
+    return cut
+
+
+def kind(crop: Crop) -> str:
+    """Return the name of a preprocessing in --preprocess."""
+    return "center-crop" if crop else "squash"
+
+
+def describe(crop: Crop, size: int) -> str:
+    """Name a preprocessing with its sides in pixels, as cells and results store it."""
+    return f"center-crop {resize_side(crop, size)}->{size}" if crop else "squash"
+
+
+def tree_crop(tree: Path) -> Crop:
+    """Return how the images of an --imagenet-c folder were prepared before they were corrupted.
+
+    `python -m corruptions` notes the size in settings.json, and crops at 224 px alone. The
+    published ImageNet-C has no such file.
+    """
+    try:
+        size = json.loads((tree / "settings.json").read_bytes())["size"]
+    except FileNotFoundError:
+        size = 224
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{tree / 'settings.json'} is damaged: write the tree again") from None
+    return CROPS["center-crop" if size == 224 else "squash"]
+
+
+def choose_crop(asked: str | None, tree: Path | None, own: Mapping[str, Crop]) -> Crop:
+    """Choose the one preprocessing of all images of an evaluation.
+
+    Args:
+        asked: --preprocess, if it is given: it decides, also against the models.
+        tree: --imagenet-c, if it is given: clean images are prepared as those of the tree.
+        own: the preprocessing of each model that has one, by its name. Without the other two, all
+            models must have the same.
+
+    Raises:
+        UserError: two of them contradict each other.
+    """
+    if asked and tree and asked != kind(tree_crop(tree)):
+        raise UserError(
+            f"--preprocess {asked}: the images of --imagenet-c {tree} were prepared by"
+            f" {kind(tree_crop(tree))}, and clean images must be, too: leave it out"
+        )
+    if asked:
+        return CROPS[asked]
+    first = next(iter(own), "")
+    chosen = tree_crop(tree) if tree else own.get(first)
+    for name, crop in own.items():
+        if kind(crop) != kind(chosen) or not (tree or crop == chosen):
+            raise UserError(
+                f"{name} expects images prepared by {_words(crop)}, and"
+                f" {f'--imagenet-c {tree} holds' if tree else f'{first} expects'} those by"
+                f" {_words(chosen)}: name the one to test with by --preprocess {kind(chosen)}"
+            )
+    return chosen
+
+
+def _words(crop: Crop) -> str:
+    return describe(crop, crop[1] if crop else 0)
