@@ -20,7 +20,7 @@ from tqdm import tqdm
 from attacks import full_precision
 from corruptions import CORRUPTIONS, MIN_SIDE, corrupt, frost_source
 from harness import distributed
-from harness.benchmark import plots, tables
+from harness.benchmark import plots, registry, tables
 from harness.benchmark.config import EvalConfig, is_file, parse_eval_config
 from harness.benchmark.measure import (
     Evaluation,
@@ -41,7 +41,7 @@ from harness.benchmark.subjects import (
 )
 from harness.checkpoints import load_checkpoint
 from harness.devices import environment_info, require_same_on_all_ranks
-from harness.errors import UserError, run_script
+from harness.errors import UserError, escape_unprintable, run_script
 from harness.files import atomic_write, lock_folder
 from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.loader import BatchLoader
@@ -186,6 +186,8 @@ def measure_all(run: Evaluation, warnings: list[str]) -> None:
     path = out / "cells.jsonl"
     (cells, *_) = distributed.all_gather(read_cells(path) if distributed.rank() == 0 else [])
     refuse_other_runs(run, path, cells)
+    if distributed.rank() == 0:
+        atomic_write(out / "images.txt", list_images(run))
     work = unfinished(run, cells)
     total = sum(len(run.images_of(name)) * len(models) for name, _, models in work)
     with tqdm(total=total, unit="img", disable=None) as bar:
@@ -201,6 +203,19 @@ def measure_all(run: Evaluation, warnings: list[str]) -> None:
             bar.write(f"{title:26}{shares}  ({seconds:.1f} s)")
     if distributed.rank() == 0:
         write_results(run, cells, warnings, out)
+
+
+def list_images(run: Evaluation) -> str:
+    """List path and class of the images, a line each, in the order of the cells' `hits`.
+
+    Cells of fewer images, the attack checks, take the lines that end with "sample".
+    """
+    labels, sample = run.loader.labels.tolist(), set(run.sample(registry.SAMPLE).tolist())
+    lines = []
+    for i in run.chosen.tolist():
+        fields = [run.paths[i], run.classes[labels[i]], *(["sample"] if i in sample else [])]
+        lines.append("\t".join(map(escape_unprintable, fields)) + "\n")
+    return "".join(lines)
 
 
 def unfinished(run: Evaluation, cells: list[Cell]) -> list[tuple[str, int | None, list[Subject]]]:

@@ -47,7 +47,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=CORRUPTIONS,
         metavar="NAME",
         help="corruptions to apply (default: all 19)",
     )
@@ -64,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.only = args.only or list(CORRUPTIONS)
     try:
+        for name in args.only:  # raises for unknown names and sizes, before anything is written
+            apply(args, torch.zeros(1, 3, args.size, args.size, dtype=torch.uint8), name, 1, [0])
         if args.source.is_dir():
             write_tree(args)
         elif args.source.is_file():

@@ -5,8 +5,9 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.error import URLError
 
 import torch
 import torchvision
@@ -75,6 +76,19 @@ def find_weights(arch: str, name: str) -> torchvision.models.WeightsEnum:
         ) from None
 
 
+def _download(entry: torchvision.models.WeightsEnum, name: str) -> Mapping[str, Tensor]:
+    """Return the state dict of torchvision's weights, from its cache or from the network."""
+    try:
+        state: Mapping[str, Tensor] = entry.get_state_dict()
+    except (URLError, ConnectionError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"--weights {name}: cannot download {entry.url} ({reason}): check the network, or put"
+            f" the file into {torch.hub.get_dir()}/checkpoints"
+        ) from None
+    return state
+
+
 def create_model(
     arch: str, num_classes: int, weights: str | None
 ) -> tuple[nn.Module, MeanStd | None]:
@@ -102,7 +116,7 @@ def create_model(
         preset = entry.transforms()
         normalize = (list(preset.mean), list(preset.std))
         model = build_model(arch, num_classes, normalize)
-        state = {f"1.{name}": value for name, value in entry.get_state_dict().items()}
+        state = {f"1.{name}": value for name, value in _download(entry, weights).items()}
         state |= {k: v for k, v in model.state_dict().items() if k.startswith("0.")}
     own = model.state_dict()
     head = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)

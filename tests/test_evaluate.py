@@ -17,11 +17,11 @@ import evaluate
 import train
 from attacks import cw2_result, mi_fgsm, pgd, pgd_ll
 from corruptions import CORRUPTIONS, Stream, corrupt
-from harness.benchmark import measure, registry, store, subjects
+from harness.benchmark import measure, paired, registry, store, subjects
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import CHECKS
 from harness.errors import UserError
-from tests.support.bench import SIDE, Bench, open_bench
+from tests.support.bench import CLASSES, SIDE, Bench, open_bench
 
 
 @pytest.fixture
@@ -343,6 +343,27 @@ def test_cells_of_earlier_versions_are_kept(bench: Bench) -> None:
     with pytest.raises(UserError, match=r"another run \(data: "):
         fresh = ["--cache-dir", str(bench.root / "fresh")]
         bench.run("--only", "fog", *fresh, models="standard")
+
+
+@pytest.mark.parametrize("limit", ["12", "30"])
+def test_the_outcomes_name_their_images(bench: Bench, limit: str) -> None:
+    cells = bench.run("--only", "check_fgsm_0.04", "--limit", limit, models="standard")
+    (model, _, _), root = bench.networks(), bench.root / "images" / "val"
+    lines = (bench.root / "out" / "images.txt").read_text().splitlines()
+    named = [line.split("\t") for line in lines]
+    assert len(named) == int(limit)
+    sets = bench.sets()
+    places = [sets.paths.index(path) for path, *_ in named]
+    predicted = model(sets.test.images[places].float() / 255).argmax(1)
+    hits = [CLASSES[k] == name for k, (_, name, *_) in zip(predicted, named, strict=True)]
+    assert all((root / path).parent.name == name for path, name, *_ in named)
+    assert paired.unpack(cells[0]["hits"], cells[0]["n"]).tolist() == hits
+    sample = [len(fields) == 3 and fields[2] == "sample" for fields in named]
+    assert sum(sample) == cells[1]["n"] == 6
+    x = sets.test.images[places][sample].float() / 255
+    y = sets.test.labels[places][sample]
+    right = model(pgd(model, x, y, steps=1, random_start=False)).argmax(1) == y
+    assert paired.unpack(cells[1]["hits"], 6).tolist() == right.tolist()
 
 
 def test_cells_of_other_images_are_refused(bench: Bench) -> None:

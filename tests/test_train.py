@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -269,6 +270,16 @@ def test_weights_start_a_fine_tuning(go, tmp_path, monkeypatch, capsys):
     x = torch.rand(1, 3, 64, 64)
     normalised = (x - model[0].mean) / model[0].std
     assert_close(model.eval()(x), model[1](normalised))
+
+
+def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    message = r"--weights DEFAULT: cannot download https://.*squeezenet.*\(no network\): check the"
+    with pytest.raises(UserError, match=message):
+        models.create_model("squeezenet1_1", 3, "DEFAULT")
 
 
 # ---------------------------------------------------------------- resume

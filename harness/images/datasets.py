@@ -119,7 +119,8 @@ def _load_cifar(
             raw = datasets[source](root, train=part == "train", download=download)
         except RuntimeError:
             raise UserError(
-                f"{source} is not in {root}: add --download, or name its folder with --cache-dir"
+                f"{source} is not in {root}: name its folder with --cache-dir, or download it by"
+                f" train.py --data {source} --download"
             ) from None
         images = torch.from_numpy(np.ascontiguousarray(raw.data.transpose(0, 3, 1, 2)))
         if size != images.shape[-1]:

@@ -145,6 +145,8 @@ def parse_train_config(
     values["device"] = resolve_device(values["device"])
     if values["sync_bn"] and not values["device"].startswith("cuda"):
         raise UserError(f"--sync-bn works on CUDA, not on {values['device']}: leave it out")
+    if values["amp"] == "fp16" and values["device"] == "cpu":
+        raise UserError("--amp fp16 is many times slower than no on a CPU: choose bf16 or no")
     return TrainConfig(**values), checkpoint
 
 

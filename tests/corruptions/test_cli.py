@@ -60,11 +60,11 @@ def test_tree_holds_what_corrupt_gives(source: Path, tmp_path: Path) -> None:
 
 
 def refused(command: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Check that the command exits with code 2 and that its last line gives the reason."""
+    """Check that the command exits with code 2 and that its only line gives the reason."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_info:
         __main__.main(command)
-    line = capsys.readouterr().err.splitlines()[-1]
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "%|" not in x]
     assert exit_info.value.code == 2
     assert "error: " in line and reason in line
 
@@ -109,7 +109,10 @@ def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     refused([str(source / "none.png"), *out], "is neither an image file nor a folder", capsys)
     refused([picture, *out, "--size", "8"], "at least 16 px", capsys)
     refused([picture, *out, "--frost-dir", "nowhere"], "nowhere", capsys)
-    refused([picture, *out, "--only", "fogg"], "invalid choice: 'fogg'", capsys)
+    refused([picture, *out, "--only", "fogg"], "corruption 'fogg'; did you mean fog", capsys)
+    tree = [str(source), "--out", str(tmp_path / "tree"), "--only", "fog", "fogg"]
+    refused(tree, "corruption 'fogg'; did you mean fog", capsys)
+    assert not (tmp_path / "tree").exists()
     refused([picture, *out, "--device", "tpu9"], "tpu9", capsys)
     (source / "cat/broken.png").write_bytes(b"no picture")
     refused([str(source / "cat/broken.png"), *out], "cannot identify", capsys)

@@ -373,7 +373,9 @@ def test_cifar(tmp_path, monkeypatch):
             self.targets = [k % 3 for k in range(n)]
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
-    with pytest.raises(UserError, match=r"cifar10 is not in .*: add --download"):
+    with pytest.raises(
+        UserError, match=r"cifar10 is not in .*: name its .* train.py --data cifar10 --download"
+    ):
         datasets.load_dataset("cifar10", cache_dir=tmp_path)
     sets = datasets.load_dataset("cifar10", cache_dir=tmp_path, download=True)
     assert sets.classes == ["ant", "mouse", "zebra"]
