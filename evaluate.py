@@ -39,7 +39,7 @@ from harness.benchmark.subjects import (
     inspect_subject,
     load_subjects,
 )
-from harness.checkpoints import load_checkpoint
+from harness.checkpoints import load_weights
 from harness.devices import environment_info, require_same_on_all_ranks
 from harness.errors import UserError, escape_unprintable, run_script
 from harness.files import atomic_write, lock_folder
@@ -80,12 +80,15 @@ def load_data(
 
 def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
     """Load and check the images and the models. Also returns warnings for the user."""
-    checkpoints = {spec: load_checkpoint(spec) for spec in config.specs if is_file(spec)}
+    files = {spec: load_weights(spec) for spec in config.specs if is_file(spec)}
+    checkpoints = {spec: content for spec, content in files.items() if "format" in content}
+    if config.arch and len(checkpoints) == len(files):
+        raise UserError("--arch is for plain state dicts: these models name theirs, leave it out")
     expected = expected_images(config, checkpoints)
     data, crop = load_data(config, next(iter(checkpoints.values()), {}), expected)
     side, count = data.test.images.shape[-1], len(data.test.labels)
     check_corruptions(config, side)
-    subjects = load_subjects(config, data.classes, checkpoints)
+    subjects = load_subjects(config, data.classes, files)
     facts = {
         "size": side, "preprocess": describe(crop, side), "data": data.test_fingerprint,
         "frost": frost_source(), "seed": config.seed,

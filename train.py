@@ -104,7 +104,7 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     torch.manual_seed(config.seed)
     log: list[dict[str, Any]] = []
     if checkpoint is None:
-        model, normalize = create_model(config.arch, len(data.classes), config.weights)
+        model, normalize = create_model(config.arch, data.classes, config.weights)
     else:
         if checkpoint["fingerprint"] != data.fingerprint:
             raise UserError(

@@ -2,14 +2,17 @@
 
 import io
 import zipfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from harness.errors import UserError
 from harness.files import atomic_write
 
+WRAPPER = "module."  # what DataParallel and DistributedDataParallel put before every name
 FORMAT = "mtlat checkpoint 1"
 FIELDS = {
     "arch": str, "classes": list, "size": int, "fingerprint": str, "model": dict, "log": list,
@@ -37,21 +40,72 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, damaged, or not a checkpoint of train.py.
     """
+    return _checked(path, _read(path, only_zip=True))
+
+
+def load_weights(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of train.py, or the state dict of any network, onto the CPU.
+
+    Args:
+        path: a file that `save_checkpoint`, `torch.save` or safetensors wrote. A state dict may lie
+            under "state_dict" or "model", and its names may begin with "module.".
+
+    Returns:
+        The checkpoint as `load_checkpoint` returns it; or {"model": state dict} without "format".
+
+    Raises:
+        UserError: the file is missing or damaged, or holds neither.
+    """
+    content = _read_safetensors(path) if Path(path).suffix == ".safetensors" else _read(path)
+    if isinstance(content, dict) and "format" in content:
+        return _checked(path, content)
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    values = content.values() if isinstance(content, dict) else []
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        raise UserError(
+            f"{path} is neither a checkpoint of train.py nor a state dict: save model.state_dict()"
+        )
+    wrapped = all(name.startswith(WRAPPER) for name in content)
+    return {"model": {k.removeprefix(WRAPPER if wrapped else ""): v for k, v in content.items()}}
+
+
+def _read(path: str | Path, *, only_zip: bool = False) -> Any:
+    """Read what torch.save wrote, plain values alone. Files of PyTorch before 1.6 are not zip."""
     try:
-        with open(path, "rb") as file:
-            # The file is a zip archive whose checksums PyTorch writes but does not compare.
-            if damaged := zipfile.ZipFile(file).testzip():
-                raise ValueError(f"checksum of {damaged}")
-            file.seek(0)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        file = open(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+    try:
+        with file:
+            if only_zip or zipfile.is_zipfile(file):
+                # A zip archive has checksums, which PyTorch writes but does not compare.
+                if damaged := zipfile.ZipFile(file).testzip():
+                    raise ValueError(f"checksum of {damaged}")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly every kind on a damaged file
         reason = str(error).split("\n")[0][:80] or type(error).__name__
         raise UserError(
             f"{path} is not a checkpoint of train.py, or is damaged ({reason}): restore or remove"
             " it"
         ) from None
+
+
+def _read_safetensors(path: str | Path) -> Any:
+    try:
+        return import_module("safetensors.torch").load_file(path)
+    except ImportError:
+        raise UserError(f"{path}: run pip install safetensors to read it") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # safetensors has an error class of its own
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
+
+
+def _checked(path: str | Path, checkpoint: Any) -> dict[str, Any]:
+    """Return the content of a checkpoint. Raise `UserError` if it is not one of train.py."""
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of train.py")
     for name, kind in FIELDS.items():

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from harness.checkpoints import load_checkpoint
+from harness.checkpoints import load_weights
 from harness.errors import UserError
 from mtlat import Normalize, frozen
 
@@ -90,14 +90,16 @@ def _download(entry: torchvision.models.WeightsEnum, name: str) -> Mapping[str, 
 
 
 def create_model(
-    arch: str, num_classes: int, weights: str | None
+    arch: str, classes: list[str], weights: str | None
 ) -> tuple[nn.Module, MeanStd | None]:
     """Build the model that a new run starts from.
 
     Args:
-        arch, num_classes: as in `build_model`.
-        weights: a checkpoint of train.py, the name of torchvision's weights for `arch`, or None
-            for random weights. A head for another number of classes keeps its random weights.
+        arch: as in `build_model`.
+        classes: names of the classes.
+        weights: a file that `load_weights` reads, the name of torchvision's weights for `arch`, or
+            None for random weights. The head keeps its random weights if it is for another number
+            of classes, or if a checkpoint names other classes.
 
     Returns:
         The model, and the mean and standard deviation that it normalizes with, or None.
@@ -106,25 +108,63 @@ def create_model(
         UserError: the weights do not exist or do not fit.
     """
     if weights is None:
-        return build_model(arch, num_classes), None
+        return build_model(arch, len(classes)), None
     if os.path.exists(weights):
-        checkpoint = load_checkpoint(weights)
-        state, normalize = checkpoint["model"], checkpoint["normalize"]
-        model = build_model(arch, num_classes, normalize)
+        content = load_weights(weights)
+        state, normalize = content["model"], content.get("normalize")
+        model = build_model(arch, len(classes), normalize)
     else:
-        entry = find_weights(arch, weights)
+        entry, content = find_weights(arch, weights), {}
         preset = entry.transforms()
         normalize = (list(preset.mean), list(preset.std))
-        model = build_model(arch, num_classes, normalize)
+        model = build_model(arch, len(classes), normalize)
         state = {f"1.{name}": value for name, value in _download(entry, weights).items()}
         state |= {k: v for k, v in model.state_dict().items() if k.startswith("0.")}
     own = model.state_dict()
+    state = _with_counters(state, own)
     head = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     if own.keys() != state.keys() or len({state[k].shape[0] for k in head}) > 1:
         raise UserError(f"--weights {weights} are of another architecture than --arch {arch}")
+    if not head and content.get("classes", classes) != classes:
+        other = build_model(arch, len(classes) + 1, normalize).state_dict()
+        head = sorted(k for k in own if own[k].shape != other[k].shape)
     model.load_state_dict({k: own[k] if k in head else value for k, value in state.items()})
-    print(f"weights from {weights}" + (f"; new: {', '.join(head)}" if head else ""))
+    new = f"; new: {', '.join(head)}" if head else ""
+    plain = "; pixels in [0, 1] are not normalized" if "model" in content and not normalize else ""
+    print(f"weights from {weights}{new}{plain}")
     return model, normalize
+
+
+def _with_counters(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add BatchNorm's counters of batches, which state dicts of PyTorch before 0.4.1 lack."""
+    return {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | dict(state)
+
+
+def load_plain(
+    name: str, arch: str, num_classes: int, state: dict[str, Tensor], normalize: MeanStd | None
+) -> nn.Module:
+    """Build a model with the weights of a plain state dict.
+
+    Args:
+        name: how the user calls it.
+        arch, num_classes, normalize: as in `build_model`.
+        state: of the network itself, without the normalization.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    model = build_model(arch, num_classes)
+    own = model.state_dict()
+    state = _with_counters(state, own)
+    for key in sorted(own.keys() | state.keys()):
+        here, there = (tuple(d[key].shape) if key in d else "missing" for d in (state, own))
+        if here != there:
+            raise UserError(
+                f"{name} does not fit --arch {arch} with the dataset's {num_classes} classes: its"
+                f" {key} is {here}, and must be {there}"
+            )
+    model.load_state_dict(state)
+    return nn.Sequential(Normalize(*normalize), model) if normalize else model
 
 
 def restore_model(checkpoint: dict[str, Any]) -> nn.Module:

@@ -117,7 +117,10 @@ def test_a_folder_is_tested_whole_unless_a_checkpoint_held_out_a_part(
         lines = bench.run(*options, models=models, out=f"whole{i}")
         assert {line["n"] for line in lines} == {n}
         folder = data if data == whole else data / data.name.removeprefix("only-")
-        assert f"{n} test images: {share} of {folder}\n" in capsys.readouterr().out
+        assert (
+            f"{n} test images: {share} of {folder}; preprocessing: squash\n"
+            in capsys.readouterr().out
+        )
     # What an earlier version of train.py held out is not known: as if it were the tenth.
     old = bench.run("--data", str(whole), "--only", "clean", models="standard")
     assert {line["n"] for line in old} == {3}
@@ -241,6 +244,35 @@ def test_own_models_and_their_normalisation(bench: Bench) -> None:
     shifted = bench.results("shifted")["rows"]
     accuracy = [row["scores"]["clean"]["accuracy"] for row in (*rows, *shifted)]
     assert accuracy[0] == accuracy[1] == accuracy[3] != accuracy[2]
+
+
+def test_a_plain_state_dict_is_evaluated_with_its_architecture(bench: Bench) -> None:
+    state = bench.networks()[0].state_dict()
+    path = bench.root / "plain.pth"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+    data_of = ["--data", str(bench.root / "images"), "--size", "16", "--only", "clean"]
+
+    def run(*options: str, out: str) -> Any:
+        argv = [str(path), *bench.argv(*data_of, *options, out=out, models="")]
+        evaluate.main(argv)
+        return bench.lines(out)[0]
+
+    known = bench.run(*data_of, models="standard", out="known")[0]
+    plain = run("--arch", "tinynets:net", out="plain")
+    assert [plain[k] for k in ("n", "hits")] == [known[k] for k in ("n", "hits")]
+    shift = ["--mean", "0.9", "0.5", "0", "--std", "1", "2", "1"]
+    assert run("--arch", "tinynets:net", *shift, out="shifted")["hits"] != known["hits"]
+    with pytest.raises(UserError, match=r"plain.pth is a plain state dict: name its .* --arch"):
+        run(out="none")
+    with pytest.raises(
+        UserError, match=r"does not fit --arch tiny:convnet .* 3 classes: its 0\.bi"
+    ):
+        run("--arch", "tiny:convnet", out="none")
+    torch.save({k: v[:2] for k, v in state.items()}, path)
+    with pytest.raises(UserError, match=r"3 classes: its 2.bias is \(2,\), and must be \(3,\)"):
+        run("--arch", "tinynets:net", out="none")
+    with pytest.raises(UserError, match="--arch is for plain state dicts"):
+        bench.run("--arch", "tinynets:net", models="standard")
 
 
 def test_scores_are_made_in_full_precision(bench: Bench) -> None:
@@ -420,7 +452,9 @@ def test_more_wrong_usage(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None
         bench.run(models="standard standard")
     with pytest.raises(UserError, match="--data is missing"):
         bench.run(models="tinynets:net")
-    with pytest.raises(UserError, match=r"--weights .* name the checkpoint itself as a model"):
+    with pytest.raises(
+        UserError, match=r"--weights .* name the file itself as a model, with --arch"
+    ):
         bench.run("--weights", __file__, models="torchvision:resnet18")
     with pytest.raises(UserError, match="need each other"):
         bench.run(models="torchvision:resnet18")

@@ -44,6 +44,9 @@ ADDED: dict[str, str | None] = {
     "python evaluate.py package.module:make_model --mean .5 .5 .5 --std .2 .2 .2 --data IMAGES": (
         EVALUATION + " --size 32 --output-dir runs/third"
     ),
+    # test_evaluate_cli.py: test_a_plain_state_dict_is_evaluated_with_its_architecture
+    "python evaluate.py my/resnet18.pth --arch resnet18 --mean .5 .5 .5 --std .2 .2 .2"
+    " --data IMAGES": None,
     # test_distributed.py
     "torchrun --nproc-per-node=4 --max-restarts=3 train.py --data IMAGES --resume auto": None,
     "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py"

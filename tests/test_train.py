@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -262,7 +263,7 @@ def test_weights_start_a_fine_tuning(go, tmp_path, monkeypatch, capsys):
     enum = torchvision.models.SqueezeNet1_1_Weights
     state = torchvision.models.squeezenet1_1().state_dict()
     monkeypatch.setattr(enum, "get_state_dict", lambda *args, **kwargs: state)
-    model, normalize = models.create_model("squeezenet1_1", 3, "DEFAULT")
+    model, normalize = models.create_model("squeezenet1_1", list("abc"), "DEFAULT")
     assert normalize == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert_close(model[1].features[0].weight, state["features.0.weight"])
     assert model[1].classifier[1].weight.shape[0] == 3
@@ -272,6 +273,58 @@ def test_weights_start_a_fine_tuning(go, tmp_path, monkeypatch, capsys):
     assert_close(model.eval()(x), model[1](normalised))
 
 
+def plain_files(folder: Path, state: dict) -> dict[str, Path]:
+    """Write a state dict in every form that is read."""
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    forms = {"plain.pt": state, "wrapped.pth": wrapped, "nested.pt": {"model": state, "epoch": 3},
+             "both.pt": {"state_dict": wrapped}}  # fmt: skip
+    for name, content in forms.items():
+        torch.save(content, folder / name)
+    torch.save(state, folder / "old.pth", _use_new_zipfile_serialization=False)
+    return {name: folder / name for name in (*forms, "old.pth")}
+
+
+def test_a_plain_state_dict_starts_a_fine_tuning(go, tmp_path, monkeypatch, capsys):
+    state = go()["model"]
+    counted = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    for name, path in plain_files(tmp_path, counted).items():
+        model, normalize = models.create_model("tiny:convnet", list("abc"), str(path))
+        assert normalize is None
+        kept = {k: v for k, v in model.state_dict().items() if k in counted}
+        assert len(kept) == len(state) - 1 and states_equal(kept, dict(counted)), name
+    assert "both.pt; pixels in [0, 1] are not normalized" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"plain.pt is a plain state dict: name its arch.* --arch"):
+        parse_train_config(["--weights", str(tmp_path / "plain.pt")])
+    tuned = go("--weights", str(tmp_path / "wrapped.pth"), "--lr", "1e-12", out="tuned")
+    assert_close(tuned["model"]["0.weight"], state["0.weight"])
+    tensors = tmp_path / "x.safetensors"
+    tensors.write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match="pip install safetensors"):
+        checkpoints.load_weights(tensors)
+    fake = SimpleNamespace(load_file=lambda path: state if path == tensors else None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", fake)
+    assert states_equal(checkpoints.load_weights(tensors), {"model": dict(state)})
+    for content in ({}, {"epoch": 3}, [1], {"model": {"w": 1.0}}):
+        torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(UserError, match=r"neither a checkpoint of train\.py nor a state"):
+            checkpoints.load_weights(tmp_path / "other.pt")
+
+
+def test_a_checkpoint_gives_its_architecture_and_its_head_to_the_same_classes(
+    go, folder, tmp_path, capsys
+):
+    source, last = go(), str(tmp_path / "out" / "last.pt")
+    assert parse_train_config(["--weights", last, "--output-dir", "x"])[0].arch == "tiny:convnet"
+    other = ["--weights", last, "--output-dir", "x", "--arch", "resnet18"]
+    assert parse_train_config(other)[0].arch == "resnet18"
+    for classes, same in ((source["classes"], True), (["class0", "class1", "dog"], False)):
+        state = models.create_model("tiny:convnet", classes, last)[0].state_dict()
+        assert torch.equal(state["6.weight"], source["model"]["6.weight"]) == same
+        assert torch.equal(state["0.weight"], source["model"]["0.weight"])
+        assert ("new: 6.bias, 6.weight" in capsys.readouterr().out) == (not same)
+
+
 def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise URLError("no network")
@@ -279,7 +332,7 @@ def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
     message = r"--weights DEFAULT: cannot download https://.*squeezenet.*\(no network\): check the"
     with pytest.raises(UserError, match=message):
-        models.create_model("squeezenet1_1", 3, "DEFAULT")
+        models.create_model("squeezenet1_1", list("abc"), "DEFAULT")
 
 
 # ---------------------------------------------------------------- resume

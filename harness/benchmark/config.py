@@ -19,17 +19,20 @@ class EvalConfig:
     """All options of evaluate.py. `baseline` is a label, see `labels`."""
 
     # fmt: off
-    models: list[str] = option(MISSING, "a checkpoint of train.py, torchvision:ARCH, or your own"
-        " module:callable, which runs its code, as does a checkpoint that was trained so; each is a"
-        " row of the tables", group="models", nargs="+", metavar="MODEL")
+    models: list[str] = option(MISSING, "a checkpoint of train.py; a state dict of --arch in a .pt,"
+        " .pth or .safetensors file; torchvision:ARCH; or your own module:callable, which runs its"
+        " code, as does a checkpoint that was trained so; each is a row of the tables",
+        group="models", nargs="+", metavar="MODEL")
     surrogate: str | None = option(None, "the model that the black-box attacks use: a VGG trained"
         " on the same images; without one they are left out", metavar="MODEL")
     baseline: str = option(None, "the row that + and - refer to (default: the first)",
         metavar="MODEL")
+    arch: str | None = option(None, "the architecture of models that are plain state dicts, as in"
+        " train.py")
     weights: str | None = option(None, "weights of torchvision:ARCH, downloaded; DEFAULT: the best",
         metavar="NAME")
-    mean: list[float] | None = option(None, "of a module:callable that expects normalized input,"
-        " with --std", type=number(float, 0, 1), nargs=3, metavar="M")
+    mean: list[float] | None = option(None, "of a module:callable or a state dict that expects"
+        " normalized input, with --std", type=number(float, 0, 1), nargs=3, metavar="M")
     std: list[float] | None = option(None, "see --mean", type=number(float, 0, above=True), nargs=3,
         metavar="S")
 
@@ -111,11 +114,16 @@ def parse_eval_config(argv: list[str] | None = None, description: str | None = N
     if bool(zoo) != bool(config.weights):
         raise UserError("torchvision:ARCH and --weights NAME need each other; DEFAULT is the best")
     if config.weights and os.path.exists(config.weights):
-        raise UserError(f"--weights {config.weights}: name the checkpoint itself as a model")
+        raise UserError(
+            f"--weights {config.weights}: name the file itself as a model, with --arch if it"
+            " is a plain state dict"
+        )
     if (config.mean is None) != (config.std is None):
         raise UserError("--mean and --std need each other")
-    if config.mean and all(is_file(s) or s in zoo for s in config.specs):
-        raise UserError("--mean and --std are for module:callable; the other models know theirs")
+    if config.mean and not config.arch and all(is_file(s) or s in zoo for s in config.specs):
+        raise UserError(
+            "--mean and --std are for module:callable and --arch; other models know theirs"
+        )
     if config.imagenet_c and not config.imagenet_c.is_dir():
         raise UserError(f"--imagenet-c {config.imagenet_c}: no such folder")
     if config.imagenet_c and not any(map(config.corrupted_folder, config.perturbations)):

@@ -16,6 +16,7 @@ from harness.models import (
     check_logits,
     create_model,
     find_weights,
+    load_plain,
     restore_model,
 )
 
@@ -55,14 +56,14 @@ def expected_images(config: EvalConfig, checkpoints: dict[str, Any]) -> dict[str
 
 
 def load_subjects(
-    config: EvalConfig, classes: list[str], checkpoints: dict[str, Any]
+    config: EvalConfig, classes: list[str], files: dict[str, Any]
 ) -> dict[str, Subject]:
     """Load every model that the command line names.
 
     Args:
         config: names the models and the device.
         classes: of the test images.
-        checkpoints: the loaded ones, by their name on the command line.
+        files: what `load_weights` returns of each file, by its name on the command line.
 
     Returns:
         The models in eval mode, by their names on the command line.
@@ -72,7 +73,7 @@ def load_subjects(
     """
     subjects = {}
     for spec in config.specs:
-        module = _load_module(config, spec, classes, checkpoints.get(spec)).to(config.device).eval()
+        module = _load_module(config, spec, classes, files.get(spec)).to(config.device).eval()
         digest = hashlib.sha256(repr(module).encode())
         for name, value in module.state_dict().items():
             digest.update(name.encode())
@@ -85,6 +86,11 @@ def load_subjects(
 def _load_module(
     config: EvalConfig, spec: str, classes: list[str], checkpoint: dict[str, Any] | None
 ) -> nn.Module:
+    normalize = (config.mean, config.std) if config.mean and config.std else None
+    if checkpoint is not None and "format" not in checkpoint:
+        if not config.arch:
+            raise UserError(f"{spec} is a plain state dict: name its architecture with --arch")
+        return load_plain(spec, config.arch, len(classes), checkpoint["model"], normalize)
     if checkpoint is not None:
         own = checkpoint["classes"]
         if own != classes:
@@ -96,8 +102,7 @@ def _load_module(
     if config.weights and spec.startswith(ZOO):
         arch = spec.removeprefix(ZOO)
         known = find_weights(arch, config.weights).meta["categories"]
-        return create_model(arch, len(known), config.weights)[0]
-    normalize = (config.mean, config.std) if config.mean and config.std else None
+        return create_model(arch, known, config.weights)[0]
     return build_model(spec, len(classes), normalize)
 
 

@@ -1,10 +1,11 @@
 """The configuration of a training: command line, defaults, and what a resumed run may change."""
 
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoints import load_checkpoint
+from harness.checkpoints import load_checkpoint, load_weights
 from harness.cli import number, option, parse_options
 from harness.devices import resolve_device
 from harness.errors import UserError
@@ -63,8 +64,9 @@ class TrainConfig:
 
     arch: str = option("resnet50", "a torchvision classifier, or your own as module:callable,"
         " which runs its code", group="model", flags=("-a", "--model"))
-    weights: str | None = option(None, "start from a checkpoint, or from torchvision's weights of"
-        " that name (downloaded); the head is new if the number of classes differs (default: random"
+    weights: str | None = option(None, "start from a checkpoint, which also gives the default of"
+        " --arch; from a state dict in a .pt, .pth or .safetensors file; or from torchvision's"
+        " weights of that name (downloaded); the head is new if the classes differ (default: random"
         " weights)", metavar="NAME_OR_PATH")
 
     epochs: int = option(None, f"passes over the training set {_recipe('epochs')}",
@@ -133,6 +135,13 @@ def parse_train_config(
             that holds another run.
     """
     values, given = parse_options(TrainConfig, argv, description)
+    if "arch" not in given and values["weights"] and os.path.exists(values["weights"]):
+        values["arch"] = load_weights(values["weights"]).get("arch")
+        if values["arch"] is None:
+            raise UserError(
+                f"--weights {values['weights']} is a plain state dict: name its architecture with"
+                " --arch"
+            )
     folder = values["output_dir"] or f"runs/{values['arch'].replace(':', '-')}-{values['method']}"
     path = Path(folder, "last.pt") if values["resume"] == "auto" else Path(values["resume"] or "")
     if values["resume"] and (values["resume"] != "auto" or path.exists()):
