@@ -130,8 +130,8 @@ def create_model(
         head = sorted(k for k in own if own[k].shape != other[k].shape)
     model.load_state_dict({k: own[k] if k in head else value for k, value in state.items()})
     new = f"; new: {', '.join(head)}" if head else ""
-    plain = "; pixels in [0, 1] are not normalized" if "model" in content and not normalize else ""
-    print(f"weights from {weights}{new}{plain}")
+    plain = content and "format" not in content
+    print(f"weights from {weights}{new}{'; pixels in [0, 1] are not normalized' if plain else ''}")
     return model, normalize
 
 

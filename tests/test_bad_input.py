@@ -58,7 +58,7 @@ TRAIN_CASES = [
     ("--seed 4294967296", "out of range"), ("--data-seed x", "'x' is not of type int"),
     ("--print-freq 0", "from 1"), ("--method mlat", "invalid choice: 'mlat'"),
     ("--opt adagrad", "invalid choice"), ("--amp half", "invalid choice"),
-    ("--amp fp16", "fp16 is many times slower than no on a CPU: choose bf16 or no"),
+    ("--amp fp16", "--amp fp16 takes many times longer on a CPU: choose bf16, or"),
     ("--device abacus", "--device abacus"), ("--device cuda:99", "--device cuda:99"),
     ("--device meta", "--device meta"), ("--device", "expected one argument"),
     ("--batch 26", "unrecognized arguments: --batch"), ("--verbose", "unrecognized arguments"),

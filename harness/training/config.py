@@ -155,7 +155,7 @@ def parse_train_config(
     if values["sync_bn"] and not values["device"].startswith("cuda"):
         raise UserError(f"--sync-bn works on CUDA, not on {values['device']}: leave it out")
     if values["amp"] == "fp16" and values["device"] == "cpu":
-        raise UserError("--amp fp16 is many times slower than no on a CPU: choose bf16 or no")
+        raise UserError("--amp fp16 takes many times longer on a CPU: choose bf16, or leave it out")
     return TrainConfig(**values), checkpoint
 
 
