@@ -6,13 +6,13 @@ Labeling Adversarial Training", 2020 (arXiv:2008.08384), section 4.1 and Table 1
     x_adv = pgd(model, x, y)
     accuracy = (model(x_adv).argmax(1) == y).float().mean()
 
-In every attack, `model` maps pixels to logits (B, N) and normalizes inside (`mtlat.Normalize`), x
-is (B, ...) float32 or float64 in [0, 1], and y is (B,) int64. x_adv is a new tensor like x, in
-[0, 1], without a graph. Attacks run in eval mode and full precision (no autocast, no TF32), compute
-the gradient of the input alone, and leave modes, parameters, their .grad and running statistics
-unchanged. An image's result does not depend on the rest of the batch, up to the model's rounding.
-Costs are per image: F forward passes, B backward passes to the input. Bad input raises ValueError
-or TypeError with the value, the rule and the fix.
+In every attack, `model` is as in mtlat.py and normalizes inside (`mtlat.Normalize`), x is (B, ...)
+float32 or float64 in [0, 1], and y is (B,) int64. x_adv is a new tensor like x, in [0, 1], without
+a graph. Attacks run in eval mode and full precision (no autocast, no TF32), compute the gradient of
+the input alone, and leave modes, parameters, their .grad and running statistics unchanged. An
+image's result does not depend on the rest of the batch, up to the model's rounding. Costs are per
+image: F forward passes, B backward passes to the input. Bad input raises ValueError or TypeError
+with the value, the rule and the fix.
 
 What the paper leaves open, the reading taken here, and the option for another one:
  1. PGD's step is 2.5 epsilon / steps, here 0.01 (Madry et al.). Otherwise: `step_size`.
@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtlat import Model, check_images, check_values, frozen, log_odds
+from mtlat import Model, check_images, check_values, frozen, log_odds, logits_of
 
 __all__ = ["CW2Result", "cw2", "cw2_result", "full_precision", "mi_fgsm", "pgd", "pgd_ll"]
 
@@ -78,7 +78,7 @@ def pgd(
                 break
             end = _climb(model, x[left], aim[left], offset[left], epsilon, steps, step)
             with torch.no_grad():
-                found = _margin(_logits(model, end, y[left]), y[left])
+                found = _margin(logits_of(model(end), y[left]), y[left])
             better = found > margin[left]
             x_adv[left[better]], margin[left[better]] = end[better], found[better]
         return x_adv
@@ -93,7 +93,7 @@ def pgd_ll(
     """
     if target is None:
         with attack_mode(model, x, y) as (bare, clean, labels), torch.no_grad():
-            target = _logits(bare, clean, labels).argmin(1)
+            target = logits_of(bare(clean), labels).argmin(1)
     return pgd(model, x, y, target=target, **settings)
 
 
@@ -155,7 +155,7 @@ def cw2_result(
     check_number("const_range[1]", const_range[1], const_range[0], "give (smallest, largest)")
     with attack_mode(model, x, y) as (model, x, y):
         w = torch.atanh((2 * x - 1) * 0.999999).requires_grad_()  # finite at black and white
-        margin = _margin(_logits(model, (torch.tanh(w) + 1) / 2, y), y)
+        margin = _margin(logits_of(model((torch.tanh(w) + 1) / 2), y), y)
         (slope,) = torch.autograd.grad(margin.sum(), w)
         w, margin = w.detach(), margin.detach()
         reached = margin > confidence
@@ -259,7 +259,7 @@ def _cw2_round(
         adam.step()
         x_adv = (torch.tanh(w) + 1) / 2
         moved = (x_adv - origin).square().flatten(1).sum(1)
-        wrong_by = _margin(_logits(model, x_adv, y), y)
+        wrong_by = _margin(logits_of(model(x_adv), y), y)
         if step < steps - 1:  # the result of another update would not be judged
             loss = (moved + const * (confidence - wrong_by).clamp_min(0)).sum()
             (gradient,) = torch.autograd.grad(loss, w)
@@ -297,18 +297,8 @@ def input_gradient(model: Model, x: Tensor, labels: Tensor) -> Tensor:
     of the same direction, and only the former survives rounding when the model is certain.
     """
     x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(log_odds(_logits(model, x, labels), labels).sum(), x)
+    (gradient,) = torch.autograd.grad(log_odds(logits_of(model(x), labels), labels).sum(), x)
     return gradient
-
-
-def _logits(model: Model, x: Tensor, labels: Tensor) -> Tensor:
-    """Return the model's logits. Raise unless they are (B, N) and the labels are below N."""
-    logits = model(x)
-    if logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-        found = tuple(logits.shape)
-        raise ValueError(f"the model returns shape {found}; logits are ({len(x)}, N), N at least 2")
-    check_values("class indices", labels, 0, logits.shape[1] - 1, "count the classes from 0")
-    return logits
 
 
 def _margin(logits: Tensor, y: Tensor) -> Tensor:

@@ -12,22 +12,25 @@ Algorithm 1    algorithm1          Eq. 1      mixup            Eq. 5      target
 
 Shapes: images x are (B, ...), floating point, with pixels in [0, 1]; labels y are distributions
 over the N classes, (B, N); a target is class indices (B,) or distributions (B, N); lam and epsilon
-are a float or (B,), in [0, 1]. Bad input raises ValueError or TypeError with the value, the rule
-and the fix. On a GPU, values are checked in the first call only, because reading them stalls it.
+are a float or (B,), in [0, 1]. A model is an nn.Module, or a function without state, that maps x to
+logits (B, N), to an object with `.logits`, or to a tuple or list that begins with them. Bad input
+raises ValueError or TypeError with the value, the rule and the fix. On a GPU, values are checked in
+the first call only, because reading them stalls it.
 
 Comments that begin with "Reading" mark what the paper leaves open, and how to do otherwise.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-Model = Callable[[Tensor], Tensor]  # pixels (B, ...) -> logits (B, N)
+Model = Callable[[Tensor], Any]  # see "Shapes"
 Pair = tuple[Tensor, Tensor]  # (x, y)
 Numbers = Tensor | float  # one per image (B,), or one for all
 
@@ -55,7 +58,7 @@ def algorithm1(
     one minibatch at a time.
 
     Args:
-        model: maps pixels to logits (B, N).
+        model: see "Shapes", above.
         pair1, pair2, pair3, pair4: four couples of images and labels, (x, y) each.
         draws: one lam1, lam2, epsilon and target for each image.
         attack: `steps` and `clip` of `targeted_fgsm`.
@@ -103,8 +106,7 @@ def draw(
     epsilon = epsilon_max * torch.rand(size, generator=generator, device=home)
     # Reading 4: the target may be any class, also one of the image's own, as printed.
     target = torch.randint(num_classes, (batch_size,), generator=generator, device=home)
-    drawn = (lam1, lam2, epsilon, target)
-    return Draws(*(t.expand(batch_size).to(device or home) for t in drawn))
+    return Draws(*(t.expand(batch_size).to(device or home) for t in (lam1, lam2, epsilon, target)))
 
 
 def mixup(x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor, lam: Numbers) -> Pair:
@@ -122,7 +124,7 @@ def targeted_fgsm(
     """Attack images by one step towards their target, Eq. 5: x - epsilon sign(grad_x L(x, target)).
 
     Args:
-        model: maps pixels to logits (B, N). Its parameters, their gradients and its running
+        model: see "Shapes", above. Its parameters, their gradients and its running
             statistics stay as they are.
         x: images.
         target: class indices (B,) or distributions (B, N).
@@ -163,7 +165,7 @@ def target_labels(y: Tensor, target: Tensor, epsilon: Numbers) -> Tensor:
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Compute L: the batch mean of -sum_k y_k log softmax(logits)_k, in float32 at least."""
-    _check_fit(logits, y)
+    logits = logits_of(logits, y)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide), y if y.ndim == 1 else y.to(wide))
 
@@ -176,7 +178,7 @@ def mtlat_loss(
     """Compute loss1 + loss2 of Algorithm 1 on one minibatch: the line for a training loop.
 
     Args:
-        model: maps pixels to logits (B, num_classes).
+        model: see "Shapes", above.
         x: images (B, ...) in [0, 1].
         y: class indices (B,) int64, or distributions (B, num_classes).
         num_classes: N.
@@ -193,9 +195,8 @@ def mtlat_loss(
                  generator=generator, device=x.device)  # fmt: skip
     # Reading 8: the four couples are the minibatch and three random permutations of it. Otherwise:
     # give `algorithm1` four independent minibatches.
-    home = x.device if generator is None else generator.device
-    orders = torch.rand(3, len(x), generator=generator, device=home).argsort().to(x.device)
-    pair2, pair3, pair4 = ((x[order], y[order]) for order in orders)
+    orders = torch.rand(3, len(x), generator=generator, device=(generator or x).device).argsort()
+    pair2, pair3, pair4 = ((x[order], y[order]) for order in orders.to(x.device))
     loss1, loss2 = algorithm1(model, (x, y), pair2, pair3, pair4, draws, **attack)
     return loss1 + loss2
 
@@ -228,7 +229,7 @@ def attack_loss(logits: Tensor, y: Tensor) -> Tensor:
     every image change all logits. The weights are relative to the batch's largest, and large enough
     for a backward pass in the logits' dtype. Soft labels keep the cross-entropy.
     """
-    _check_fit(logits, y)
+    logits = logits_of(logits, y)
     limits = torch.finfo(logits.dtype)
     floor = math.log(limits.tiny * limits.eps) / 2  # half of the exponents; gradients use the rest
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -239,6 +240,22 @@ def attack_loss(logits: Tensor, y: Tensor) -> Tensor:
         soft = -(y.to(logits.dtype) * logits.log_softmax(1)).sum(1)
         loss, log_weight = torch.where(one_hot, loss, soft), log_weight.where(one_hot, 0)
     return ((log_weight - log_weight.amax()).clamp_min(floor).exp() * loss).sum()
+
+
+def logits_of(output: Any, y: Tensor) -> Tensor:
+    """Return the logits in a model's output. Raise unless they are (B, N) and the labels fit."""
+    logits = getattr(output, "logits", output)
+    logits = logits[0] if isinstance(logits, tuple | list) and logits else logits
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"the model returns {type(logits).__name__}; give logits ({len(y)}, N)")
+    made = tuple(logits.shape)
+    if len(made) != 2 or made[1] < 2:
+        raise ValueError(f"the model returns shape {made}; logits are ({len(y)}, N), N above 1")
+    if y.shape not in {made, made[:1]}:
+        raise ValueError(f"labels {tuple(y.shape)}, logits {made}; the model's N must be yours")
+    if y.ndim == 1:
+        check_values("class indices in labels", y, 0, made[1] - 1, "from 0, with the model's N")
+    return logits
 
 
 def log_odds(logits: Tensor, y: Tensor) -> Tensor:
@@ -259,14 +276,22 @@ def frozen(model: Model) -> Iterator[Model]:
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     owners: list[tuple[Any, str]] = [(m, "track_running_stats") for m in modules if m.training]
     owners += [(p, "requires_grad") for m in modules for p in m.parameters(False)]
-    on = [(owner, flag) for owner, flag in owners if getattr(owner, flag, False)]
-    try:
-        for owner, flag in on:
-            setattr(owner, flag, False)
+    with ExitStack() as after:
+        if not modules:
+            after.enter_context(register_module_forward_pre_hook(_refuse_hidden))
+        for owner, flag in owners:
+            if getattr(owner, flag, False):
+                after.callback(setattr, owner, flag, True)
+                setattr(owner, flag, False)
         yield model
-    finally:
-        for owner, flag in on:
-            setattr(owner, flag, True)
+
+
+def _refuse_hidden(module: nn.Module, _: Any) -> None:
+    """Raise if a function calls a module that `frozen` would have to change."""
+    parallel = isinstance(module, nn.parallel.DistributedDataParallel)
+    if parallel or (module.training and getattr(module, "track_running_stats", False)):
+        hidden = f"the model is a function that hides {type(module).__name__} from the attack"
+        raise TypeError(f"{hidden}; give an nn.Module: its `.logits` or first output is taken")
 
 
 def _per_image(name: str, value: Numbers, like: Tensor) -> Tensor:
@@ -286,7 +311,7 @@ def check_images(*images: Tensor) -> None:
             raise TypeError(f"images are {kind}; give floating point: x.float() / 255")
         if x.shape != images[0].shape:
             raise ValueError(f"images {tuple(images[0].shape)} do not match {tuple(x.shape)}")
-        check_values("pixels", x, 0, 1, "normalize inside the model, see Normalize")
+        check_values("pixels", x, 0, 1, "divide bytes by 255; normalize by the model's Normalize")
 
 
 def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0) -> None:
@@ -295,10 +320,8 @@ def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0) -> None:
     for y in labels:
         if y.shape != (len(x), n) and not (num_classes and y.shape == (len(x),)):
             rule = f"({len(x)},) or ({len(x)}, {n})" if num_classes else f"({len(x)}, N)"
-            raise ValueError(
-                f"labels have shape {tuple(y.shape)}; these images need {rule}; class indices"
-                " become distributions by F.one_hot(y, N).float()"
-            )
+            rule += "; class indices become distributions by F.one_hot(y, N).float()"
+            raise ValueError(f"labels have shape {tuple(y.shape)}; these images need {rule}")
         if y.dtype != torch.int64 if y.ndim == 1 else not y.is_floating_point():
             raise TypeError(f"labels are {y.dtype}; give int64 indices or float distributions")
         if y.ndim == 1:
@@ -306,15 +329,6 @@ def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0) -> None:
         else:
             check_values("label weights", y, 0, 1, "give probabilities, not logits")
             check_values("sums of label weights", y.sum(1), 1, 1, "divide each row by its sum")
-
-
-def _check_fit(logits: Tensor, y: Tensor) -> None:
-    """Raise unless the logits are (B, N) and the labels (B,) or (B, N)."""
-    if logits.ndim != 2 or y.shape not in {logits.shape, logits.shape[:1]}:
-        given, made = tuple(y.shape), tuple(logits.shape)
-        raise ValueError(f"labels {given}, logits {made}; the model's N must be yours")
-    if y.ndim == 1:
-        check_values("labels", y, 0, logits.shape[1] - 1, "the model's N must be yours")
 
 
 _checked: set[str] = set()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,6 +149,24 @@ def test_the_model_and_the_images_are_left_as_they_were(attack: Callable[..., Te
     assert not found.requires_grad and found.data_ptr() != x.data_ptr()
     assert attack is sign_noise or model.seen
     assert not any(any(call) for call in model.seen)
+
+
+@every_attack
+def test_a_model_may_return_an_object_with_logits(attack: Callable[..., Tensor]) -> None:
+    class Packed(Witness):
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(logits=super().forward(x))
+
+    found = attack(Packed(network()), images(0), labels(0), **BRIEF[attack])
+    assert_close(found, attack(network(), images(0), labels(0), **BRIEF[attack]), rtol=0, atol=0)
+
+
+def test_a_function_must_not_hide_a_module_in_training_mode() -> None:
+    net = network().train()
+    with pytest.raises(TypeError, match=r"hides BatchNorm2d.*give an nn\.Module"):
+        pgd(lambda x: net(x), images(0), labels(0))
+    assert_close(pgd(lambda x: net.eval()(x), images(0), labels(0), random_start=False),
+                 pgd(net, images(0), labels(0), random_start=False))  # fmt: skip
 
 
 def test_modes_come_back_after_an_error() -> None:

@@ -5,7 +5,10 @@ As in test_mtlat.py, Hypothesis draws every argument of these tests.
 
 import ast
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +79,47 @@ def test_the_losses_move_batchnorm_twice_and_reach_every_weight():
     mtlat.mtlat_loss(model, images(0, 5), torch.tensor([0, 1, 2, 3, 0]), num_classes=4).backward()
     assert model[1].num_batches_tracked == 2
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+class Returning(nn.Module):
+    """A network that returns its logits inside of something else."""
+
+    def __init__(self, body: nn.Module, pack: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.body, self.pack = body, pack
+
+    def forward(self, x: Tensor) -> Any:
+        return self.pack(self.body(x))
+
+
+def test_a_model_may_return_an_object_with_logits_or_a_sequence():
+    x, y = images(0, 5), torch.tensor([0, 1, 2, 3, 0])
+
+    def loss(model):
+        return mtlat.mtlat_loss(model, x, y, num_classes=4, generator=seeded(1))
+
+    expected = loss(network(4))
+    for pack in (lambda z: SimpleNamespace(logits=z), lambda z: (z, x), lambda z: [z]):
+        model = Returning(network(4), pack)
+        assert_close(loss(model), expected, rtol=0, atol=0)
+        assert model.body[1].num_batches_tracked == 2
+    for pack, made in ((lambda z: {"out": z}, "dict"), (lambda z: (), "tuple"), (str, "str")):
+        with pytest.raises(TypeError, match=rf"the model returns {made}; give logits \(5, N\)"):
+            loss(Returning(network(4), pack))
+
+
+def test_a_function_must_not_hide_what_the_attack_freezes():
+    """Check that a model inside a function does not train differently without a word."""
+    x, y, model = images(0, 5), torch.tensor([0, 1, 2, 3, 0]), network(4)
+
+    def loss(model):
+        return mtlat.mtlat_loss(model, x, y, num_classes=4, generator=seeded(1))
+
+    with pytest.raises(TypeError, match=r"function that hides BatchNorm2d.*give an nn\.Module"):
+        loss(lambda z: model(z))
+    for harmless in (model.eval(), network(4, norm=False).train()):
+        assert_close(loss(lambda z, net=harmless: net(z)), loss(harmless), rtol=0, atol=0)
+    model.train()(x)  # the refusal ends with the attack
 
 
 @given(seeds, batches)
@@ -185,7 +229,7 @@ def test_bad_input_names_the_value_the_rule_and_the_fix():
             ValueError,
             r"pixels: -0\.\d+ to 0\.\d+; rule: \[0, 1\].*Normalize",
         ),
-        (lambda: loss(x * 255), ValueError, "pixels: .* to 25"),
+        (lambda: loss(x * 255), ValueError, "pixels: .* to 25.*divide bytes by 255"),
         (lambda: loss(x * math.nan), ValueError, "pixels: nan to nan"),
         (lambda: loss((x * 255).byte()), TypeError, r"torch\.uint8.*x\.float\(\) / 255"),
         (lambda: loss(y=y - 1), ValueError, r"class indices: -1 to 2; rule: \[0, 3\]"),
