@@ -274,15 +274,18 @@ def frozen(model: Model) -> Iterator[Model]:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    owners: list[tuple[Any, str]] = [(m, "track_running_stats") for m in modules if m.training]
-    owners += [(p, "requires_grad") for m in modules for p in m.parameters(False)]
+    changes: list[tuple[Any, str, Any]]
+    changes = [(m, "track_running_stats", False) for m in modules if m.training]
+    changes += [(p, "requires_grad", False) for m in modules for p in m.parameters(False)]
+    # Lightning Fabric's, which raises in a backward pass that is not its own, such as an attack's.
+    changes += [(m, "_register_backward_hook", lambda output: output) for m in modules]
     with ExitStack() as after:
         if not modules:
             after.enter_context(register_module_forward_pre_hook(_refuse_hidden))
-        for owner, flag in owners:
-            if getattr(owner, flag, False):
-                after.callback(setattr, owner, flag, True)
-                setattr(owner, flag, False)
+        for owner, name, value in changes:
+            if before := getattr(owner, name, False):
+                after.callback(setattr, owner, name, before)
+                setattr(owner, name, value)
         yield model
 
 

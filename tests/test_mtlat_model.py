@@ -108,6 +108,40 @@ def test_a_model_may_return_an_object_with_logits_or_a_sequence():
             loss(Returning(network(4), pack))
 
 
+class Guarded(nn.Module):
+    """Raise in the backward passes of others, as Lightning Fabric does in mixed precision."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.own = body, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.body(x)
+        self._register_backward_hook(output)
+        return output
+
+    def _register_backward_hook(self, output: Tensor) -> None:
+        output.register_hook(self.check)
+
+    def check(self, gradient: Tensor) -> None:
+        if not self.own:
+            raise RuntimeError("call fabric.backward")
+
+
+def test_the_attack_passes_the_guard_of_lightning_fabric():
+    x, y, guarded = images(0, 5), torch.tensor([0, 1, 2, 3, 0]), Guarded(network(4))
+    loss, expected = (
+        mtlat.mtlat_loss(model, x, y, num_classes=4, generator=seeded(1))
+        for model in (guarded, network(4))
+    )
+    assert_close(loss, expected, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=r"call fabric\.backward"):
+        loss.backward(retain_graph=True)
+    guarded.own = True
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in guarded.parameters())
+
+
 def test_a_function_must_not_hide_what_the_attack_freezes():
     """Check that a model inside a function does not train differently without a word."""
     x, y, model = images(0, 5), torch.tensor([0, 1, 2, 3, 0]), network(4)
