@@ -29,8 +29,8 @@ from harness.benchmark.measure import (
     perturb,
     refuse_other_runs,
 )
-from harness.benchmark.metrics import aggregate, score_differences
-from harness.benchmark.registry import COLUMNS, GROUPS, PERTURBATIONS
+from harness.benchmark.metrics import aggregate, robustness, score_differences
+from harness.benchmark.registry import COLUMNS
 from harness.benchmark.store import Cell, append_cells, read_cells
 from harness.benchmark.subjects import (
     Subject,
@@ -158,7 +158,7 @@ def run_warnings(run: Evaluation) -> list[str]:
         made = [n for n in config.perturbations if n in CORRUPTIONS and n not in there]
         if made:
             warnings.append(f"not in --imagenet-c, and computed here: {', '.join(made)}")
-    if run.surrogate is None and set(config.perturbations) & set(GROUPS["black-box"]):
+    if run.surrogate is None and any(config.registry[n].black_box for n in config.perturbations):
         warnings.append("the black-box attacks are left out: they need --surrogate")
     for model in run.models:
         if run.surrogate and model.digest == run.surrogate.digest:
@@ -227,9 +227,9 @@ def unfinished(run: Evaluation, cells: list[Cell]) -> list[tuple[str, int | None
     models = {model.digest: model for model in run.models}.values()
     work = []
     for name in run.config.perturbations:
-        if PERTURBATIONS[name].black_box and run.surrogate is None:
+        if run.config.registry[name].black_box and run.surrogate is None:
             continue
-        for severity in PERTURBATIONS[name].severities:
+        for severity in run.config.registry[name].severities:
             missing = [m for m in models if (m.digest, name, severity) not in done]
             work += [(name, severity, missing)] if missing else []
     return work
@@ -244,9 +244,16 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     head = {"format": 1, "command": " ".join(sys.argv), "classes": run.classes, "weights": models,
             **run.facts, **run.setup}  # fmt: skip
     content = {**head, **tables.to_plain(results)}
+    supplement = supplementary_table(run, cells)
+    content["supplementary"] = supplement
+    text, markdown = tables.to_text(results), tables.to_markdown(results)
+    if len(supplement) > 1:
+        title = "Supplementary attacks: R = accuracy / clean accuracy"
+        text += "\n".join(["", title, *tables.align_columns(supplement), ""])
+        markdown += "\n".join(["", f"**{title}**", "", *tables.markdown_rows(supplement), ""])
     atomic_write(out / "results.json", json.dumps(content, indent=1) + "\n")
     atomic_write(out / "results.csv", tables.to_csv(results))
-    atomic_write(out / "results.md", tables.to_markdown(results))
+    atomic_write(out / "results.md", markdown)
     atomic_write(out / "results.tex", tables.to_latex(results))
     compared = {row.model: score_differences(row) for row in results.rows}
     del compared[results.baseline]
@@ -256,7 +263,18 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     plots.plot_severities(results, out / "severities.png")
     if run.config.dump_images:
         plots.plot_images(contact_sheets(run), out / "images.png")
-    print(f"\n{tables.to_text(results)}\ntables and figures: {out}")
+    print(f"\n{text}\ntables and figures: {out}")
+
+
+def supplementary_table(run: Evaluation, cells: list[Cell]) -> list[list[str]]:
+    """Format the measured rows of --attack and --epsilon: R of each model. A header comes first."""
+    shares = {(c["model"], c["perturbation"]): c["correct"] / c["n"] for c in cells}
+    table = [["attack", *(model.label for model in run.models)]]
+    for name in run.config.supplement:
+        if name not in COLUMNS and (run.models[0].digest, name) in shares:
+            pairs = ((shares[m.digest, name], shares[m.digest, "clean"]) for m in run.models)
+            table.append([name, *(f"{robustness(*pair):.2f}" for pair in pairs)])
+    return table
 
 
 def contact_sheets(run: Evaluation) -> list[list[plots.Tile]]:
@@ -265,7 +283,7 @@ def contact_sheets(run: Evaluation) -> list[list[plots.Tile]]:
     batch, model = (indices.to(run.loader.device), *run.loader(indices)), run.models[0]
     sheets: list[list[plots.Tile]] = [[] for _ in indices]
     for name in ("clean", *(n for n in COLUMNS if n in run.config.perturbations)):
-        entry = PERTURBATIONS[name]
+        entry = run.config.registry[name]
         if run.config.corrupted_folder(name) or (entry.black_box and not run.surrogate):
             continue
         victim = run.surrogate if entry.black_box else model if entry.white_box else None

@@ -34,7 +34,7 @@ def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -
         UserError: there is no such model, or it is not a `torch.nn.Module`.
     """
     if ":" in arch:
-        model = _import_callable(arch)(num_classes=num_classes)
+        model = import_callable("--arch", arch, num_classes=num_classes)(num_classes=num_classes)
         if not isinstance(model, nn.Module):
             raise UserError(f"--arch {arch} made a {type(model).__name__}; give a torch.nn.Module")
     else:
@@ -52,17 +52,26 @@ def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -
     return nn.Sequential(Normalize(*normalize), model) if normalize else model
 
 
-def _import_callable(arch: str) -> Any:
-    """Import `module:callable` and check that it takes `num_classes`."""
-    module, _, name = arch.partition(":")
+def import_callable(option: str, spec: str, *args: Any, **keywords: Any) -> Any:
+    """Import `module:callable`, which runs the module's code.
+
+    Args:
+        option: what the command line calls it, for messages.
+        spec: `module:callable`.
+        args, keywords: what it will be called with. They are compared with its signature.
+
+    Raises:
+        UserError: it cannot be imported, or does not take these arguments.
+    """
+    module, _, name = spec.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # modules in the current folder, as with python -m
     try:
-        make = getattr(importlib.import_module(module), name)
-        inspect.signature(make).bind(num_classes=1)
+        function = getattr(importlib.import_module(module), name)
+        inspect.signature(function).bind(*args, **keywords)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"--arch {arch}: {error}") from None
-    return make
+        raise UserError(f"{option} {spec}: {error}") from None
+    return function
 
 
 def find_weights(arch: str, name: str) -> torchvision.models.WeightsEnum:

@@ -1,6 +1,7 @@
 """Run every block of docs/integrations.md, with the library that it is about."""
 
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import mtlat
+from harness.benchmark.attack_registry import load_attack
 from harness.checkpoints import save_checkpoint
 from harness.models import build_model
 from tests.support.method import images, network
@@ -205,6 +207,19 @@ def test_timm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(made.ema.module.state_dict()) == set(made.model.state_dict())
     image = made.transform(Image.new("RGB", (300, 300), (255, 9, 0)))
     assert image.dtype == torch.uint8 and image.shape == (3, 160, 160) and image.max() > 99
+
+
+@pytest.mark.parametrize("name", ["autoattack", "foolbox", "torchattacks"])
+def test_attacks_of_other_libraries(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library(name)
+    made = run("Attacks of other libraries")
+    Path("others.py").write_text(BLOCKS["Attacks of other libraries"])
+    monkeypatch.syspath_prepend(Path.cwd())
+    monkeypatch.delitem(sys.modules, "others", raising=False)
+    x, y = images(0, 6), made.model(images(0, 6)).argmax(1)
+    x_adv = load_attack(name, f"others:{name}", 0).function(made.model, x, y)
+    assert 0.03 < (x_adv - x).abs().max() < 0.0401
+    assert (made.model.eval()(x_adv).argmax(1) == y).sum() < 6
 
 
 @pytest.mark.parametrize("normalize", [None, ([0.4] * 3, [0.2] * 3)])

@@ -1,12 +1,16 @@
-"""The registry of the paper's five attacks, in its order."""
+"""The registry of the paper's five attacks, in its order, and attacks of others."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from attacks import cw2, mi_fgsm, pgd, pgd_ll
+from attacks import attack_mode, cw2, mi_fgsm, pgd, pgd_ll
+from harness.errors import UserError
+from harness.models import import_callable
+from mtlat import Model
 
 
 class Attack(NamedTuple):
@@ -44,3 +48,40 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType(
         ),
     }
 )  # fmt: skip
+
+
+def load_attack(name: str, spec: str, seed: int) -> Attack:
+    """Import an attack of others: a callable (model, x, y) -> x_adv.
+
+    It gets the model in eval mode with frozen weights, copies of the images (B, 3, S, S) float32 in
+    [0, 1], and of the class indices (B,) int64. torch's generator is seeded before every batch.
+
+    Args:
+        name: its name in the report.
+        spec: `module:callable`.
+        seed: of torch's generator.
+
+    Raises:
+        UserError: it cannot be imported, or does not take three arguments. The attack raises it
+            unless x_adv has the shape, dtype and device of x, and finite pixels in [0, 1].
+    """
+    title = f"--attack {name}"
+    function = import_callable(title, spec, "model", "x", "y")
+
+    def attack(model: Model, x: Tensor, y: Tensor) -> Tensor:
+        torch.manual_seed(seed)
+        with attack_mode(model, x, y) as (bare, images, labels):
+            x_adv = function(bare, images, labels)
+        if not isinstance(x_adv, Tensor):
+            raise UserError(
+                f"{title} returns {type(x_adv).__name__}; return x_adv, a tensor like x"
+            )
+        made, like = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (x_adv, x))
+        if made != like:
+            raise UserError(f"{title} returns {made}; x is {like}, and x_adv must be like it")
+        low, high = (value.item() for value in x_adv.aminmax())
+        if not 0 <= low <= high <= 1:  # refuses NaN
+            raise UserError(f"{title} returns pixels from {low:g} to {high:g}; clip them to [0, 1]")
+        return x_adv.detach()
+
+    return Attack(attack, {}, spec, name, random=False)

@@ -2,10 +2,17 @@
 
 import os
 from dataclasses import MISSING, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from corruptions import MIN_SIDE
-from harness.benchmark.registry import GROUPS, PERTURBATIONS, choose_perturbations
+from harness.benchmark.registry import (
+    GROUPS,
+    PERTURBATIONS,
+    Perturbation,
+    choose_perturbations,
+    supplementary,
+)
 from harness.cli import number, option, parse_options
 from harness.devices import resolve_device
 from harness.errors import UserError, escape_unprintable
@@ -55,6 +62,10 @@ class EvalConfig:
         f" {', '.join(GROUPS)}; clean: nothing else (default: all)", group="perturbations",
         nargs="+", metavar="NAME")
     skip: list[str] = option(None, "leave these out", nargs="+", metavar="NAME")
+    attack: list[str] = option(None, "add attacks of others, x_adv = callable(model, x, y); this"
+        " runs their code", nargs="+", metavar="NAME=module:callable")
+    epsilon: list[float] = option(None, "add the paper's PGD, PGD LL and MI-FGSM with these sizes,"
+        " beside the paper's own", type=number(float, 0, 1, above=True), nargs="+", metavar="E")
 
     batch_size: int = option(100, "images at a time; changes nothing but speed and memory",
         group="running", flags=("-b",), type=number(int, 1))
@@ -78,17 +89,28 @@ class EvalConfig:
         names = names if len(set(names)) == len(names) else self.models
         return dict(zip(self.models, map(escape_unprintable, names), strict=True))
 
+    @cached_property
+    def supplement(self) -> dict[str, Perturbation]:
+        """The rows of --attack and --epsilon."""
+        return supplementary(self.attack, self.epsilon, self.seed)
+
+    @property
+    def registry(self) -> dict[str, Perturbation]:
+        """The registry with the supplement, which never replaces the paper's rows."""
+        return self.supplement | PERTURBATIONS
+
     @property
     def perturbations(self) -> list[str]:
         """The names of what is measured, in order."""
-        return choose_perturbations(self.only, self.skip)
+        chosen = choose_perturbations(self.only, self.skip)
+        return list(dict.fromkeys([*chosen, *self.supplement]))
 
     def corrupted_folder(self, name: str) -> Path | None:
         """Return DIR/name or DIR/family/name of --imagenet-c DIR, if there is one."""
         root = self.imagenet_c
-        if root is None or len(PERTURBATIONS[name].severities) == 1:
+        if root is None or len(self.registry[name].severities) == 1:
             return None
-        places = (root / name, root / PERTURBATIONS[name].group / name)
+        places = (root / name, root / self.registry[name].group / name)
         return next((place for place in places if place.is_dir()), None)
 
 
@@ -100,7 +122,7 @@ def is_file(spec: str) -> bool:
 def parse_eval_config(argv: list[str] | None = None, description: str | None = None) -> EvalConfig:
     """Parse and check the command line of evaluate.py."""
     values, _ = parse_options(EvalConfig, argv, description)
-    values |= {"only": values["only"] or [], "skip": values["skip"] or []}
+    values |= {name: values[name] or [] for name in ("only", "skip", "attack", "epsilon")}
     config = EvalConfig(**values)
     config.perturbations  # noqa: B018  # raises for unknown names
     if len(set(config.models)) < len(config.models):

@@ -24,7 +24,6 @@ from harness.benchmark import registry
 from harness.benchmark.checks import broken_gradients
 from harness.benchmark.config import EvalConfig
 from harness.benchmark.paired import pack
-from harness.benchmark.registry import PERTURBATIONS
 from harness.benchmark.store import Cell
 from harness.benchmark.subjects import Subject
 from harness.errors import UserError
@@ -54,17 +53,19 @@ class Evaluation:
 
     def decided_by(self, name: str) -> dict[str, Any]:
         """Return what a cell depends on besides the model, the perturbation and its severity."""
-        black_box = self.surrogate if PERTURBATIONS[name].black_box else None
+        black_box = self.surrogate if self.config.registry[name].black_box else None
         folder = self.config.corrupted_folder(name)
+        attacks = dict(text.split("=", 1) for text in self.config.attack)
         return {
             **self.facts,
+            **({"attack": attacks[name]} if name in attacks else {}),
             "surrogate": black_box.digest if black_box else None,
             "imagenet_c": str(folder.resolve()) if folder else None,
         }
 
     def images_of(self, name: str) -> Tensor:
         """Return the indices of the test images that a cell takes."""
-        return self.sample(registry.SAMPLE) if PERTURBATIONS[name].sampled else self.chosen
+        return self.sample(registry.SAMPLE) if self.config.registry[name].sampled else self.chosen
 
     def sample(self, count: int) -> Tensor:
         """Return the indices of `count` of the chosen images, as many of each class."""
@@ -174,7 +175,7 @@ def perturb(
         The perturbed images, and what else there is to report of each image, (B,) tensors by name.
     """
     indices, x, y = batch
-    attack = PERTURBATIONS[name].attack
+    attack = run.config.registry[name].attack
     if attack is None or victim is None:
         if name in CORRUPTIONS and run.config.corrupted_folder(name) is None:
             x = corrupt(x, name, severity, seed=run.config.seed, index=indices)
@@ -226,8 +227,8 @@ def measure(
     Returns:
         The records, in the order of `models`.
     """
-    white_box = PERTURBATIONS[name].white_box
-    victim = run.surrogate if PERTURBATIONS[name].black_box else None
+    white_box = run.config.registry[name].white_box
+    victim = run.surrogate if run.config.registry[name].black_box else None
     found: list[list[dict[str, Tensor]]] = [[] for _ in models]  # of each batch, image by image
     seconds = [0.0] * (len(models) + 1)  # of each model, and of the perturbing
     clock = _now(run)
@@ -306,6 +307,8 @@ def refuse_other_runs(run: Evaluation, path: Path, cells: list[Cell]) -> None:
     """Raise `UserError` if a finished cell is of another run than this one."""
     digests = {model.digest for model in run.models}
     for cell in cells:
+        if cell["perturbation"] not in run.config.registry:
+            continue  # of an --attack or --epsilon that this run does not have
         wanted = run.decided_by(cell["perturbation"])
         wanted["n"] = len(run.images_of(cell["perturbation"]))
         if cell.get("data") == run.fingerprint:

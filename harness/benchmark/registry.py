@@ -1,10 +1,11 @@
 """The one list of what the benchmark measures: the perturbations, their groups and their tables."""
 
 import difflib
+import re
 from typing import NamedTuple
 
 from corruptions import CORRUPTIONS
-from harness.benchmark.attack_registry import ATTACKS, Attack
+from harness.benchmark.attack_registry import ATTACKS, Attack, load_attack
 from harness.benchmark.checks import CHECKS, broken_gradients
 from harness.errors import UserError
 
@@ -69,6 +70,37 @@ TABLES = {  # title -> perturbations, in the paper's order
     "Adversarial attacks": list(ATTACKS),
 }
 COLUMNS = {name: PERTURBATIONS[name].column for names in TABLES.values() for name in names}
+
+
+def supplementary(attacks: list[str], epsilons: list[float], seed: int) -> dict[str, Perturbation]:
+    """List what --attack and --epsilon add to the paper's attacks.
+
+    Args:
+        attacks: `NAME=module:callable` each, see `load_attack`.
+        epsilons: sizes of the paper's attacks that have one. The name of a row tells its size, so
+            that the paper's size gives the name of the paper's row.
+        seed: for the attacks of others.
+
+    Raises:
+        UserError: a name is taken or malformed, or the attack cannot be imported.
+    """
+    rows = {}
+    for epsilon in epsilons:
+        for name, attack in ATTACKS.items():
+            if "epsilon" in attack.keywords:
+                keywords = attack.keywords | {"epsilon": epsilon}
+                name = f"{name.rpartition('_')[0]}_{epsilon}"
+                attack = attack._replace(keywords=keywords, column=name)
+                rows[name] = Perturbation("supplementary", column=name, attack=attack)
+    for text in attacks:
+        name, _, spec = text.partition("=")
+        if not re.fullmatch(r"[\w.+-]+", name) or not re.fullmatch(r"[^:]+:[^:]+", spec):
+            raise UserError(f"--attack {text}: write NAME=module:callable")
+        if name in PERTURBATIONS or name in GROUPS or name in rows:
+            raise UserError(f"--attack {text}: the name {name} is taken; choose another")
+        attack = load_attack(name, spec, seed)
+        rows[name] = Perturbation("supplementary", column=name, attack=attack)
+    return rows
 
 
 def choose_perturbations(only: list[str], skip: list[str]) -> list[str]:
