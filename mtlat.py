@@ -314,7 +314,7 @@ def check_images(*images: Tensor) -> None:
             raise TypeError(f"images are {kind}; give floating point: x.float() / 255")
         if x.shape != images[0].shape:
             raise ValueError(f"images {tuple(images[0].shape)} do not match {tuple(x.shape)}")
-        check_values("pixels", x, 0, 1, "divide bytes by 255; normalize by the model's Normalize")
+        check_values("pixels", x, 0, 1, "divide by 255, or normalize inside the model: Normalize")
 
 
 def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0) -> None:

@@ -263,7 +263,7 @@ def test_bad_input_names_the_value_the_rule_and_the_fix():
             ValueError,
             r"pixels: -0\.\d+ to 0\.\d+; rule: \[0, 1\].*Normalize",
         ),
-        (lambda: loss(x * 255), ValueError, "pixels: .* to 25.*divide bytes by 255"),
+        (lambda: loss(x * 255), ValueError, "pixels: .* to 25.*divide by 255, or normalize inside"),
         (lambda: loss(x * math.nan), ValueError, "pixels: nan to nan"),
         (lambda: loss((x * 255).byte()), TypeError, r"torch\.uint8.*x\.float\(\) / 255"),
         (lambda: loss(y=y - 1), ValueError, r"class indices: -1 to 2; rule: \[0, 3\]"),
