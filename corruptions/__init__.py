@@ -17,12 +17,15 @@ from corruptions.calibration import calibrate
 from corruptions.frost import frost_source
 from corruptions.registry import CORRUPTIONS, MIN_SIDE, PROFILES, SEVERITIES, Corruption
 from corruptions.rng import Stream
+from corruptions.transform import Corrupt, CorruptedDataset
 
 __all__ = [
     "CORRUPTIONS",
     "MIN_SIDE",
     "PROFILES",
     "SEVERITIES",
+    "Corrupt",
+    "CorruptedDataset",
     "Corruption",
     "Stream",
     "calibrate",

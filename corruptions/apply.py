@@ -40,7 +40,9 @@ def corrupt(
         name: a key of `CORRUPTIONS`.
         severity: 1 to 5. For the paper's four also None, which draws it for each image.
         seed: any integer.
-        index: indices of the images in the dataset, integers (B,). Default: 0 to B - 1.
+        index: indices of the images in the dataset, integers (B,). None means 0 to B - 1, so each
+            call with the same seed repeats the same draws: a single image always has those of
+            image 0. For images that come one at a time, pass their indices, or use `Corrupt`.
         profile: parameter set: 224, 64, 32, or "auto" for the one nearest to the shorter side.
         options: keyword-only arguments of the corruption's functions, such as `bounds`.
 

@@ -1,0 +1,124 @@
+"""Corruptions in data loading: a transform in the style of `torchvision.transforms.v2`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from corruptions.apply import corrupt
+
+
+class Corrupt(nn.Module):
+    """Corrupt an image or a batch of images, with new draws for each call and each image.
+
+    The draws follow from torch's global random number generator. A `DataLoader` seeds it in each
+    worker and epoch. `CorruptedDataset` fixes the draws by the index of the image instead.
+
+    Args:
+        name, severity, profile, options: as for `corrupt`.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value.
+    """
+
+    def __init__(
+        self, name: str, severity: int | None, *, profile: int | str = "auto", **options: Any
+    ) -> None:
+        super().__init__()
+        self.name, self.severity = name, severity
+        self.options = {"profile": profile, **options}
+        empty = torch.empty(0, 3, 224, 224, dtype=torch.uint8)
+        corrupt(empty, name, severity, **self.options)  # checks the arguments before the first call
+
+    def forward(
+        self, image: Any, *, seed: int | None = None, index: Tensor | Sequence[int] | None = None
+    ) -> Any:
+        """Return the corrupted image or batch.
+
+        Args:
+            image: an RGB PIL image, a NumPy array (H, W, 3) or (B, H, W, 3), or a tensor
+                (3, H, W) or (B, 3, H, W). Arrays and tensors are uint8, or floating point in
+                [0, 1]. Not modified.
+            seed: as for `corrupt`. Default: drawn.
+            index: as for `corrupt`.
+
+        Returns:
+            The same kind of image, with the same shape and dtype.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type, shape or value.
+        """
+        pixels = _to_tensor(image)
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        batch = pixels if pixels.ndim == 4 else pixels[None]
+        result = corrupt(batch, self.name, self.severity, seed=seed, index=index, **self.options)
+        result = result.view_as(pixels)
+        if isinstance(image, Tensor):
+            return result.as_subclass(type(image))
+        array = np.ascontiguousarray(result.movedim(-3, -1).numpy())
+        return Image.fromarray(array) if isinstance(image, Image.Image) else array
+
+    def extra_repr(self) -> str:
+        """Return the arguments for `repr`."""
+        options = (f"{key}={value!r}" for key, value in self.options.items())
+        return ", ".join([repr(self.name), repr(self.severity), *options])
+
+
+def _to_tensor(image: Any) -> Tensor:
+    """Check the kind and the shape. Return the pixels as a tensor (3, H, W) or (B, 3, H, W)."""
+    if isinstance(image, Tensor):
+        pixels, axis = image.as_subclass(Tensor), -3
+    elif isinstance(image, np.ndarray | Image.Image):
+        pixels, axis = torch.from_numpy(np.array(image, order="C")), -1
+    else:
+        raise TypeError(
+            f"image must be a PIL image, a NumPy array or a tensor, got {type(image).__name__}"
+        )
+    if pixels.ndim not in (3, 4) or pixels.shape[axis] != 3:
+        raise ValueError(
+            "image must be an RGB PIL image, an array (H, W, 3) or (B, H, W, 3), or a tensor"
+            f" (3, H, W) or (B, 3, H, W), got {type(image).__name__} of shape"
+            f" {tuple(pixels.shape)}; .convert('RGB') converts PIL images"
+        )
+    return pixels.movedim(axis, -3)
+
+
+class CorruptedDataset(Dataset[Any]):
+    """Corrupt the images of a dataset, with draws that are fixed by their indices.
+
+    Sample i has the image `corruption(image, seed=seed, index=[i])` in each epoch and worker.
+
+    Args:
+        dataset: map-style dataset. A sample is an image, or a tuple or list that begins with one.
+        corruption: the corruption.
+        seed: as for `corrupt`.
+        transform: function of a corrupted image, such as a normalization. Default: none.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        corruption: Corrupt,
+        *,
+        seed: int = 0,
+        transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.dataset, self.corruption = dataset, corruption
+        self.seed, self.transform = seed, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        index = range(len(self))[index]  # -1 is the last image, and has its draws
+        sample = self.dataset[index]
+        image, *rest = sample if isinstance(sample, tuple | list) else [sample]
+        image = self.corruption(image, seed=self.seed, index=[index])
+        if self.transform is not None:
+            image = self.transform(image)
+        return (image, *rest) if isinstance(sample, tuple | list) else image
