@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from attacks import full_precision
-from corruptions import CORRUPTIONS, MIN_SIDE, corrupt, frost_source
+from corruptions import ALL_CORRUPTIONS, MIN_SIDE, corrupt, frost_source
 from harness import distributed
 from harness.benchmark import plots, registry, tables
 from harness.benchmark.config import EvalConfig, is_file, parse_eval_config
@@ -155,7 +155,7 @@ def run_warnings(run: Evaluation) -> list[str]:
     config, warnings = run.config, []
     if config.imagenet_c:
         there = [name for name in config.perturbations if config.corrupted_folder(name)]
-        made = [n for n in config.perturbations if n in CORRUPTIONS and n not in there]
+        made = [n for n in config.perturbations if n in ALL_CORRUPTIONS and n not in there]
         if made:
             warnings.append(f"not in --imagenet-c, and computed here: {', '.join(made)}")
     if run.surrogate is None and any(config.registry[n].black_box for n in config.perturbations):

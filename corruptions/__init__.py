@@ -2,7 +2,8 @@
 
 Fifteen corruptions come from ImageNet-C (Hendrycks and Dietterich, "Benchmarking Neural Network
 Robustness to Common Corruptions and Perturbations", ICLR 2019) and produce the original's pixels.
-Four come from the M-TLAT paper (Laugros, Caplier and Ospici, 2020, section 4.1).
+Four come from the M-TLAT paper (Laugros, Caplier and Ospici, 2020, section 4.1). Three more are for
+tuning hyper-parameters: `VALIDATION_CORRUPTIONS`.
 
     from corruptions import CORRUPTIONS, corrupt
     foggy = corrupt(images, "fog", 3, seed=0, index=indices)
@@ -15,15 +16,25 @@ source, for example those of the original implementation.
 from corruptions.apply import corrupt
 from corruptions.calibration import calibrate
 from corruptions.frost import frost_source
-from corruptions.registry import CORRUPTIONS, MIN_SIDE, PROFILES, SEVERITIES, Corruption
+from corruptions.registry import (
+    ALL_CORRUPTIONS,
+    CORRUPTIONS,
+    MIN_SIDE,
+    PROFILES,
+    SEVERITIES,
+    VALIDATION_CORRUPTIONS,
+    Corruption,
+)
 from corruptions.rng import Stream
 from corruptions.transform import Corrupt, CorruptedDataset
 
 __all__ = [
+    "ALL_CORRUPTIONS",
     "CORRUPTIONS",
     "MIN_SIDE",
     "PROFILES",
     "SEVERITIES",
+    "VALIDATION_CORRUPTIONS",
     "Corrupt",
     "CorruptedDataset",
     "Corruption",

@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
-from corruptions import CORRUPTIONS, SEVERITIES, corrupt, frost_source
+from corruptions import ALL_CORRUPTIONS, CORRUPTIONS, SEVERITIES, corrupt, frost_source
 
 _BATCH = 64  # images in memory at a time
 # ImageNet-C's published files were compressed as JPEG again after the corruption.
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--only",
         nargs="+",
         metavar="NAME",
-        help="corruptions to apply (default: all 19)",
+        help="corruptions to apply, validation corruptions included (default: the other 19)",
     )
     parser.add_argument(
         "--png", action="store_true", help="write lossless PNG files instead of ImageNet-C's JPEG"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corruptions.registry import CORRUPTIONS, MIN_SIDE, PROFILES, Corruption
+from corruptions.registry import ALL_CORRUPTIONS, MIN_SIDE, PROFILES, Corruption
 from corruptions.rng import Stream
 
 # Many results are integers up to float rounding (constant areas, full white). Truncation must not
@@ -37,7 +37,7 @@ def corrupt(
     Args:
         images: RGB (B, 3, H, W), sides of at least `MIN_SIDE`; uint8, or floating point in [0, 1],
             which is rounded to the 1/255 grid first. Not modified.
-        name: a key of `CORRUPTIONS`.
+        name: a key of `CORRUPTIONS` or `VALIDATION_CORRUPTIONS`.
         severity: 1 to 5. For the paper's four also None, which draws it for each image.
         seed: any integer.
         index: indices of the images in the dataset, integers (B,). None means 0 to B - 1, so each
@@ -84,12 +84,11 @@ def _check_integer(what: str, value: Any) -> int:
 
 def _check_name(name: str, severity: int | None) -> tuple[Corruption, int | None]:
     """Look up the corruption and check that it has this severity."""
-    entry = CORRUPTIONS.get(name)
+    entry = ALL_CORRUPTIONS.get(name)
     if entry is None:
-        close = difflib.get_close_matches(str(name), CORRUPTIONS)
-        hint = (
-            f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(CORRUPTIONS)}"
-        )
+        close = difflib.get_close_matches(str(name), ALL_CORRUPTIONS)
+        known = ", ".join(ALL_CORRUPTIONS)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"one of {known}"
         raise ValueError(f"unknown corruption {name!r}; {hint}")
     if severity is None and entry.family == "paper":
         return entry, None

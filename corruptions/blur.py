@@ -1,4 +1,4 @@
-"""ImageNet-C's four blur corruptions: defocus_blur, glass_blur, motion_blur, zoom_blur.
+"""ImageNet-C's blur corruptions: defocus, glass, motion and zoom blur, and gaussian_blur.
 
 Given the same fields, the result of `glass_blur` is exactly the original's. The others are equal to
 it up to rounding. `corruptions.registry` has the conventions.
@@ -281,3 +281,16 @@ def zoom_axis(side: int, factor: float) -> tuple[np.ndarray, np.ndarray]:
     position = (np.arange(side) + (length - side) // 2) * ((crop - 1) / (length - 1))
     first = np.minimum(position.astype(np.int64), crop - 2)
     return first + (side - crop) // 2, position - first
+
+
+# Standard deviation in px.
+GAUSSIAN_BLUR = {
+    224: (1, 2, 3, 4, 6),
+    64: (0.5, 0.75, 1, 1.25, 1.5),
+    32: (0.4, 0.6, 0.7, 0.8, 1),
+}
+
+
+def gaussian_blur(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
+    """Convolve with a Gaussian that is cut at 4 standard deviations. Edge pixels are repeated."""
+    return _gaussian(images.float(), GAUSSIAN_BLUR[profile][severity - 1]).clamp_(0, 255)

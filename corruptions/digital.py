@@ -1,7 +1,8 @@
-"""ImageNet-C's four digital corruptions: contrast, elastic_transform, pixelate, jpeg_compression.
+"""ImageNet-C's digital corruptions: contrast, elastic_transform, pixelate, jpeg, saturate.
 
-The results are exactly the original's, except for `elastic_transform`. `corruptions.registry` has
-the conventions.
+The results of `elastic_transform` and `saturate` are equal to the original's up to rounding, with
+the exception that `elastic_transform` states. The others are exactly the original's.
+`corruptions.registry` has the conventions.
 """
 
 import warnings
@@ -228,3 +229,27 @@ def jpeg_compression(images: Tensor, severity: int, *, profile: int = 224) -> Te
         warnings.simplefilter("ignore", DeprecationWarning)
         result: Tensor = jpeg(images, quality)
     return result.float()
+
+
+# Factor of the saturation of HSV, and what is added to it.
+SATURATE = {
+    224: ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
+    64: ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (30, 0.2)),
+    32: ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
+}
+
+
+def saturate(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
+    """Change the saturation of HSV, and keep hue and value.
+
+    Each channel lies below the maximum of R, G and B by saturation times value times a share that
+    the hue decides. Gray has no hue and counts as red, as in the original.
+    """
+    factor, added = SATURATE[profile][severity - 1]
+    pixels = images.float()
+    value = pixels.amax(1, keepdim=True)
+    spread = value - pixels.amin(1, keepdim=True)
+    red = torch.tensor([0.0, 1.0, 1.0], device=images.device)[:, None, None]
+    share = torch.where(spread > 0, (value - pixels) / spread, red)
+    depth = (spread * factor).add_(value, alpha=added)
+    return value - share.mul_(torch.minimum(depth, value))

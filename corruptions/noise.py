@@ -1,4 +1,4 @@
-"""ImageNet-C's three noise corruptions: gaussian_noise, shot_noise, impulse_noise.
+"""ImageNet-C's noise corruptions: gaussian_noise, shot_noise, impulse_noise, speckle_noise.
 
 Given the same fields, the results are exactly the original's. `corruptions.registry` has the
 conventions.
@@ -128,3 +128,19 @@ def impulse_noise(
     """
     share = IMPULSE_NOISE[profile][severity - 1]
     return torch.where(flip <= share, (salt <= 0.5) * 255.0, images.float())
+
+
+# Standard deviation of the noise, as a share of the pixel value.
+SPECKLE_NOISE = {
+    224: (0.15, 0.2, 0.35, 0.45, 0.6),
+    64: (0.15, 0.2, 0.25, 0.3, 0.35),
+    32: (0.06, 0.1, 0.12, 0.16, 0.2),
+}
+
+draw_speckle_noise = draw_gaussian_noise
+
+
+def speckle_noise(images: Tensor, severity: int, noise: Tensor, *, profile: int = 224) -> Tensor:
+    """Add normal noise in proportion to the pixel, given as standard normal (B, 3, H, W)."""
+    scale = SPECKLE_NOISE[profile][severity - 1]
+    return torch.addcmul(images, images, noise, value=scale).clamp_(0, 255)

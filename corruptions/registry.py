@@ -1,4 +1,4 @@
-"""The registry of the nineteen corruptions, in the paper's order.
+"""The registry: the nineteen corruptions in the paper's order, and three for validation.
 
 Each family has a file, with the tables of parameters of severities 1 to 5 for three profiles, sides
 in pixels: 224 (ImageNet-C), 64 (Tiny-ImageNet-C) and 32 (CIFAR-10-C). They are those of the
@@ -30,7 +30,7 @@ class Corruption(NamedTuple):
 
     function: Callable[..., Tensor]  # (images, severity, *fields, profile=) -> raw float32
     draw: Callable[..., tuple[Tensor, ...]] | None  # (stream, severity, size, profile) -> fields
-    family: str  # noise, blur, weather, digital or paper
+    family: str  # noise, blur, weather, digital, paper or validation
     severities: tuple[int, ...]
     column: str  # column heading in the benchmark's tables
     description: str
@@ -67,3 +67,14 @@ CORRUPTIONS = _registry(
     ("paper", geometric.translation, "Trans", "shift along both axes"),
     ("paper", geometric.rotation, "Rot", "rotation about the center"),
 )
+
+# ImageNet-C's corruptions for tuning hyper-parameters, which no result of the benchmark contains.
+# Its fourth, spatter, is left out, because its pixels depend on OpenCV's edge detector and on its
+# approximate distance transform.
+VALIDATION_CORRUPTIONS = _registry(
+    ("validation", noise.speckle_noise, "Speckle", "noise in proportion to the pixel value"),
+    ("validation", blur.gaussian_blur, "Gauss blur", "Gaussian blur"),
+    ("validation", digital.saturate, "Saturate", "weaker or stronger saturation"),
+)
+
+ALL_CORRUPTIONS = MappingProxyType({**CORRUPTIONS, **VALIDATION_CORRUPTIONS})

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import mtlat
 import train
-from corruptions import CORRUPTIONS, blur, corrupt, geometric
+from corruptions import ALL_CORRUPTIONS, blur, corrupt, geometric
 from harness.benchmark.attack_registry import ATTACKS
 from harness.images.datasets import Dataset
 from harness.images.loader import BatchLoader, ImageSet
@@ -89,7 +89,7 @@ def test_an_epoch_asks_for_no_value_but_the_losses_that_are_printed(monkeypatch,
     assert {p.grad.device for p in model.parameters()} == {META}
 
 
-@pytest.mark.parametrize("name", CORRUPTIONS)
+@pytest.mark.parametrize("name", ALL_CORRUPTIONS)
 @pytest.mark.parametrize("apple", [False, True])
 def test_corruptions_stay_on_their_device(monkeypatch, name, apple):
     monkeypatch.setattr(torch, "equal", lambda *_: True)  # glass blur asks whether it is done

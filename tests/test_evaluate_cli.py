@@ -15,7 +15,7 @@ from PIL import Image
 
 import evaluate
 from attacks import mi_fgsm
-from corruptions import CORRUPTIONS, corrupt
+from corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS, corrupt
 from harness.benchmark import config, measure, plots, registry, subjects
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import CHECKS
@@ -46,6 +46,8 @@ def test_cells_are_named_by_name_and_by_group() -> None:
     assert set(choose(["cw2"], [])) == {
         "clean", "cw2", "cw2_0", *registry.GROUPS["checks"]
     }  # fmt: skip
+    assert choose(["validation"], []) == ["clean", *VALIDATION_CORRUPTIONS]
+    assert choose(["saturate", "fog"], []) == ["clean", "fog", "saturate"]
     assert choose(["mi_fgsm_0.08", "fog"], []) == ["clean", "fog", "mi_fgsm_0.08"]
     others = [group for group in registry.GROUPS if group != "noise"]
     assert choose([], others) == choose(["noise"], [])

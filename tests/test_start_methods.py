@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attacks import pgd
-from corruptions import CORRUPTIONS, corrupt
+from corruptions import ALL_CORRUPTIONS, corrupt
 from mtlat import mtlat_loss
 from tests.support.tiny import smooth
 
@@ -17,7 +17,7 @@ def compute(_: int) -> list[bytes]:
     torch.manual_seed(0)
     images, y = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.arange(4)
     model, x = smooth(4), images / 255
-    found = [corrupt(images, name, 3, seed=1) for name in CORRUPTIONS]
+    found = [corrupt(images, name, 3, seed=1) for name in ALL_CORRUPTIONS]
     generator = torch.Generator().manual_seed(2)
     found.append(pgd(model, x, y, epsilon=0.04, generator=generator))
     mtlat_loss(model, x, y, num_classes=4, generator=generator).backward()

@@ -59,8 +59,8 @@ class EvalConfig:
         " them", type=Path, metavar="DIR")
 
     only: list[str] = option(None, "measure these, by name or by group:"
-        f" {', '.join(GROUPS)}; clean: nothing else (default: all)", group="perturbations",
-        nargs="+", metavar="NAME")
+        f" {', '.join(GROUPS)}; clean: nothing else (default: all but validation)",
+        group="perturbations", nargs="+", metavar="NAME")
     skip: list[str] = option(None, "leave these out", nargs="+", metavar="NAME")
     attack: list[str] = option(None, "add attacks of others, x_adv = callable(model, x, y); this"
         " runs their code", nargs="+", metavar="NAME=module:callable")

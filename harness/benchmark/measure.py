@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attacks import cw2, cw2_result, pgd_ll
-from corruptions import CORRUPTIONS, Stream, corrupt
+from corruptions import ALL_CORRUPTIONS, Stream, corrupt
 from harness import distributed
 from harness.benchmark import registry
 from harness.benchmark.checks import broken_gradients
@@ -177,7 +177,7 @@ def perturb(
     indices, x, y = batch
     attack = run.config.registry[name].attack
     if attack is None or victim is None:
-        if name in CORRUPTIONS and run.config.corrupted_folder(name) is None:
+        if name in ALL_CORRUPTIONS and run.config.corrupted_folder(name) is None:
             x = corrupt(x, name, severity, seed=run.config.seed, index=indices)
         return x, {}
     settings, model = attack.keywords, victim.module

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from harness.benchmark.metrics import Results, wilson
 from harness.benchmark.paired import Difference
-from harness.benchmark.registry import COLUMNS, PERTURBATIONS, TABLES
+from harness.benchmark.registry import COLUMNS, TABLES
+from harness.benchmark.tables import measured_tables
 from harness.errors import escape_unprintable
 from harness.files import atomic_path
 from mtlat import ALPHA, EPSILON_MAX, Draws, draw, frozen, mixup, target_labels, targeted_fgsm
@@ -38,7 +39,7 @@ class Tile(NamedTuple):
 def plot_robustness(results: Results, path: Path) -> None:
     """Plot R per perturbation as grouped bars, in the tables' order, with 95 % intervals."""
     places: dict[str, float] = {}
-    for gap, names in enumerate(TABLES.values()):
+    for gap, names in enumerate(TABLES[title] for title in measured_tables(results)):
         places |= {name: len(places) + i + 0.7 * gap for i, name in enumerate(names)}
     figure = _figure(13, 4.5)
     axes = figure.subplots()
@@ -123,8 +124,7 @@ def plot_severities(results: Results, path: Path) -> None:
     figure = _figure(11, 6.6)
     colors = _colors([row.model for row in results.rows], results.baseline)
     panels = list(figure.subplots(3, 5, sharex=True, sharey=True).flat)
-    graded = [name for name in COLUMNS if len(PERTURBATIONS[name].severities) > 1]
-    for axes, name in zip(panels, graded, strict=True):
+    for axes, name in zip(panels, next(iter(TABLES.values())), strict=True):
         axes.set_title(COLUMNS[name], fontsize=10)
         for row in results.rows:
             if name in row.scores:

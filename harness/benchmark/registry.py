@@ -4,7 +4,7 @@ import difflib
 import re
 from typing import NamedTuple
 
-from corruptions import CORRUPTIONS
+from corruptions import ALL_CORRUPTIONS, CORRUPTIONS, VALIDATION_CORRUPTIONS
 from harness.benchmark.attack_registry import ATTACKS, Attack, load_attack
 from harness.benchmark.checks import CHECKS, broken_gradients
 from harness.errors import UserError
@@ -40,7 +40,7 @@ class Perturbation(NamedTuple):
 def _register() -> dict[str, Perturbation]:
     """List all perturbations in the order in which they are measured; clean images come first."""
     rows = {"clean": Perturbation("clean")}
-    for name, corruption in CORRUPTIONS.items():
+    for name, corruption in ALL_CORRUPTIONS.items():
         # The paper draws the strength of its own four corruptions for every image.
         severities = (None,) if corruption.family == "paper" else corruption.severities
         rows[name] = Perturbation(corruption.family, severities, corruption.column)
@@ -68,6 +68,7 @@ TABLES = {  # title -> perturbations, in the paper's order
     "ImageNet-C's corruptions": [n for n, c in CORRUPTIONS.items() if c.family != "paper"],
     "The paper's corruptions": [n for n, c in CORRUPTIONS.items() if c.family == "paper"],
     "Adversarial attacks": list(ATTACKS),
+    "ImageNet-C's validation corruptions": list(VALIDATION_CORRUPTIONS),
 }
 COLUMNS = {name: PERTURBATIONS[name].column for names in TABLES.values() for name in names}
 
@@ -107,8 +108,9 @@ def choose_perturbations(only: list[str], skip: list[str]) -> list[str]:
     """Choose what to measure, in order; clean images are always the first.
 
     Args:
-        only: names and groups to measure; empty for all. ["clean"] measures clean accuracy alone.
-            A white-box attack brings the attack checks with it, and CW2 the supplement.
+        only: names and groups to measure; empty for all but the validation corruptions, on which
+            hyper-parameters may be tuned. ["clean"] measures clean accuracy alone. A white-box
+            attack brings the attack checks with it, and CW2 the supplement.
         skip: names and groups to leave out.
 
     Raises:
@@ -121,7 +123,8 @@ def choose_perturbations(only: list[str], skip: list[str]) -> list[str]:
         if word not in known:
             close = ", ".join(difflib.get_close_matches(word, known, 3)) or ", ".join(GROUPS)
             raise UserError(f"{word!r} is not a perturbation or a group; close names: {close}")
-    wanted = {name for word in only or known for name in known[word]}
+    default = [group for group in GROUPS if group != "validation"]
+    wanted = {name for word in only or default for name in known[word]}
     if wanted & set(GROUPS["white-box"]):
         wanted |= set(GROUPS["checks"])
     if "cw2" in wanted:

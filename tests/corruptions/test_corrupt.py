@@ -1,4 +1,4 @@
-"""Test the contract of `corrupt` for all nineteen corruptions, and properties of each of them."""
+"""Test the contract of `corrupt` for all corruptions, and properties of each of them."""
 
 import re
 from typing import Any
@@ -11,13 +11,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import corruptions
-from corruptions import CORRUPTIONS, MIN_SIDE, apply, corrupt, digital
+from corruptions import (
+    ALL_CORRUPTIONS,
+    CORRUPTIONS,
+    MIN_SIDE,
+    VALIDATION_CORRUPTIONS,
+    apply,
+    corrupt,
+    digital,
+)
 
-NAMES = list(CORRUPTIONS)
+NAMES = list(ALL_CORRUPTIONS)
 IMAGENET_C = """gaussian_noise shot_noise impulse_noise defocus_blur glass_blur motion_blur
 zoom_blur snow fog frost brightness contrast elastic_transform pixelate jpeg_compression""".split()
 PAPER = ["occlusion", "color_distortion", "translation", "rotation"]
-RANDOM = [name for name, entry in CORRUPTIONS.items() if entry.draw]
+VALIDATION = ["speckle_noise", "gaussian_blur", "saturate"]
+RANDOM = [name for name, entry in ALL_CORRUPTIONS.items() if entry.draw]
 
 names, seeds = st.sampled_from(NAMES), st.integers(0, 2**63)
 severities, sides = st.integers(1, 5), st.integers(MIN_SIDE, 48)
@@ -42,13 +51,16 @@ def harm(name: str, severity: int, images: Tensor) -> float:
 
 
 def test_registry_is_complete_ordered_and_read_only() -> None:
-    assert [*IMAGENET_C, *PAPER] == NAMES
+    assert [*IMAGENET_C, *PAPER] == list(CORRUPTIONS)
+    assert list(VALIDATION_CORRUPTIONS) == VALIDATION and [*CORRUPTIONS, *VALIDATION] == NAMES
     families = [entry.family for entry in CORRUPTIONS.values()]
     counts = {"noise": 3, "blur": 4, "weather": 4, "digital": 4, "paper": 4}
     assert families == [family for family, count in counts.items() for _ in range(count)]
-    assert len({entry.column for entry in CORRUPTIONS.values()}) == 19
-    assert {entry.severities for entry in CORRUPTIONS.values()} == {(1, 2, 3, 4, 5)}
+    assert {entry.family for entry in VALIDATION_CORRUPTIONS.values()} == {"validation"}
+    assert len({entry.column for entry in ALL_CORRUPTIONS.values()}) == 22
+    assert {entry.severities for entry in ALL_CORRUPTIONS.values()} == {(1, 2, 3, 4, 5)}
     drawless = "defocus_blur zoom_blur brightness contrast pixelate jpeg_compression".split()
+    drawless += ["gaussian_blur", "saturate"]
     assert [name for name in NAMES if name not in RANDOM] == drawless
     with pytest.raises(TypeError):
         CORRUPTIONS["fog"] = CORRUPTIONS["snow"]  # type: ignore[index]
@@ -250,6 +262,8 @@ def test_harm_rises_with_severity(name: str) -> None:
     changes = [harm(name, severity, images) for severity in (1, 2, 3, 4, 5)]
     if name == "elastic_transform":  # severities 1 and 2 are affine maps, 3 to 5 are not
         assert changes[1] > changes[0] and changes[4] > changes[2]
+    elif name == "saturate":  # severities 1 and 2 weaken the colors, 3 to 5 strengthen them
+        assert changes[0] < changes[1] and changes[2] < changes[3] < changes[4]
     elif name in ("glass_blur", "snow"):
         assert changes[4] > changes[0]
     else:

@@ -1,4 +1,4 @@
-"""Compare the parameters of the smaller profiles with a second, independent transcription.
+"""Compare parameters with a second, independent transcription.
 
 At 224 px, the comparison with the code of ImageNet-C detects a wrong parameter. For 64 and 32 px
 there is no package to compare with. Each row lists the severities 1 to 5. The parameters of
@@ -15,8 +15,10 @@ CIFAR_10_C = {
         "GAUSSIAN_NOISE": ".04 .06 .08 .09 .10",
         "SHOT_NOISE": "500 250 100 75 50",
         "IMPULSE_NOISE": ".01 .02 .03 .05 .07",
+        "SPECKLE_NOISE": ".06 .1 .12 .16 .2",
     },
     blur: {
+        "GAUSSIAN_BLUR": ".4 .6 .7 .8 1",
         "DEFOCUS_BLUR": ".3 .4  .4 .5  .5 .6  1 .2  1.5 .1",
         "GLASS_BLUR": ".05 1 1  .25 1 1  .4 1 1  .25 1 2  .4 1 2",
         "MOTION_BLUR": "6 1  6 1.5  6 2  8 2  9 2.5",
@@ -34,6 +36,7 @@ CIFAR_10_C = {
         "ELASTIC_TRANSFORM": "0 0 .08  .05 .2 .07  .08 .06 .06  .1 .04 .05  .1 .03 .03",
         "PIXELATE": ".95 .9 .85 .75 .65",
         "JPEG_COMPRESSION": "80 65 58 50 40",
+        "SATURATE": ".3 0  .1 0  1.5 0  2 .1  2.5 .2",
     },
 }
 TINY_IMAGENET_C = {
@@ -41,8 +44,10 @@ TINY_IMAGENET_C = {
         "GAUSSIAN_NOISE": ".04 .08 .12 .15 .18",
         "SHOT_NOISE": "250 100 50 30 15",
         "IMPULSE_NOISE": ".01 .02 .05 .08 .14",
+        "SPECKLE_NOISE": ".15 .2 .25 .3 .35",
     },
     blur: {
+        "GAUSSIAN_BLUR": ".5 .75 1 1.25 1.5",
         "DEFOCUS_BLUR": ".5 .6  1 .1  1.5 .1  2.5 .01  3 .1",
         "GLASS_BLUR": ".1 1 1  .5 1 1  .6 1 2  .7 2 1  .9 2 2",
         "MOTION_BLUR": "10 1  10 1.5  10 2  10 2.5  12 3",
@@ -60,11 +65,18 @@ TINY_IMAGENET_C = {
         "ELASTIC_TRANSFORM": "0 0 .08  .05 .3 .06  .1 .08 .06  .1 .03 .03  .16 .03 .02",
         "PIXELATE": ".9 .8 .7 .6 .5",
         "JPEG_COMPRESSION": "65 58 50 40 25",
+        "SATURATE": ".3 0  .1 0  2 0  5 .1  30 .2",
     },
+}
+# The validation corruptions are not compared with the code of ImageNet-C.
+IMAGENET_C = {
+    noise: {"SPECKLE_NOISE": ".15 .2 .35 .45 .6"},
+    blur: {"GAUSSIAN_BLUR": "1 2 3 4 6"},
+    digital: {"SATURATE": ".3 0  .1 0  2 0  5 .1  20 .2"},
 }
 CASES = [
     (module, name, side, text)
-    for side, tables in ((32, CIFAR_10_C), (64, TINY_IMAGENET_C))
+    for side, tables in ((32, CIFAR_10_C), (64, TINY_IMAGENET_C), (224, IMAGENET_C))
     for module, rows in tables.items()
     for name, text in rows.items()
 ]

@@ -21,7 +21,7 @@ from harness.benchmark.paired import pack
 from harness.benchmark.store import Cell
 from harness.reproduction.paper import PAPER_ROWS
 
-FIFTEEN, FOUR, FIVE = registry.TABLES.values()
+FIFTEEN, FOUR, FIVE, VALIDATION = registry.TABLES.values()
 
 
 def line(model: str, name: str, correct: int, severity: int | None = None, **more: Any) -> Cell:
@@ -120,7 +120,7 @@ def test_a_perturbation_without_one_of_its_severities_is_not_scored() -> None:
     made = make([c for c in CELLS if (c["model"], c["perturbation"], c["severity"]) != fog])
     alpha, beta = made.rows
     assert "fog" not in alpha.scores and "fog" in beta.scores and "frost" in alpha.scores
-    first, second, _ = registry.TABLES
+    first, second, *_ = registry.TABLES
     assert first not in alpha.means and second in alpha.means
     place = 3 + FIFTEEN.index("fog")
     assert [row[place] for row in tables.table_cells(made, first)] == ["Fog", "-", "0.70"]
@@ -239,7 +239,12 @@ def test_notes_on_a_subset_and_on_mixed_versions() -> None:
 def test_a_table_without_scores_is_not_printed() -> None:
     lines = [line(A, "clean", 80), line(B, "clean", 80), line(B, "pgd_0.04", 0)]
     for form in (tables.to_text, tables.to_markdown, tables.to_latex):
-        assert [title in form(make(lines)) for title in registry.TABLES] == [False, False, True]
+        assert [title in form(make(lines)) for title in registry.TABLES] == [
+            False,
+            False,
+            True,
+            False,
+        ]
         assert not any(title in form(make(lines[:2])) for title in registry.TABLES)
 
 
@@ -262,7 +267,8 @@ def test_all_formats_hold_the_same_numbers() -> None:
     interval = binomtest(20, 100).proportion_ci(method="wilson")
     assert float(by_key["alpha", "fog", "5"]["low"]) == pytest.approx(interval.low, abs=1e-6)
     assert float(by_key["alpha", "fog", "5"]["high"]) == pytest.approx(interval.high, abs=1e-6)
-    grids = [row for title in registry.TABLES for row in tables.table_cells(made, title)]
+    measured = tables.measured_tables(made)
+    grids = [row for title in measured for row in tables.table_cells(made, title)]
     markdown = [
         [cell.strip() for cell in text.strip("|").split("|")]
         for text in tables.to_markdown(made).splitlines()
@@ -286,20 +292,32 @@ def test_cells_with_the_papers_scores_give_the_papers_table(arch: str) -> None:
     for model, scores in rows.items():
         accuracy = scores["clean"].value / 100
         lines.append(line(model, "clean", round(n * accuracy), n=n))
-        for name in registry.COLUMNS:
+        for name in (*FIFTEEN, *FOUR, *FIVE):
             correct = round(n * accuracy * scores[name].value)
             lines += [line(model, name, correct, s, n=n, right=n, reached=n)
                       for s in registry.PERTURBATIONS[name].severities]  # fmt: skip
     made = metrics.aggregate(lines, {model: model for model in rows}, "standard")
     for row in made.rows:
         assert {k: s.sign for k, s in row.scores.items()} == {
-            k: rows[row.model][k].sign or "" for k in ("clean", *registry.COLUMNS)
+            k: rows[row.model][k].sign or "" for k in ("clean", *FIFTEEN, *FOUR, *FIVE)
         }
-    for title, names in registry.TABLES.items():
+    for title in tables.measured_tables(made):
+        names = registry.TABLES[title]
         for model, _, _, *cells in tables.table_cells(made, title)[1:]:
             printed = [rows[model][name] for name in names]
             expected = [f"{value:.2f}{f'({sign})' if sign else ''}" for value, sign in printed]
             assert [cell.rstrip("!") for cell in cells[: len(names)]] == expected
+
+
+def test_the_validation_corruptions_have_a_table_and_are_in_no_other_mean() -> None:
+    extra = [line(A, name, 40, s) for name in VALIDATION for s in range(1, 6)]
+    (with_them, _), (without, _) = make([*CELLS, *extra]).rows, make().rows
+    title = "ImageNet-C's validation corruptions"
+    assert with_them.means == {**without.means, title: 0.5}
+    assert with_them.relative_mce == without.relative_mce
+    header, row, _ = tables.table_cells(make([*CELLS, *extra]), title)
+    assert header[3:] == ["Speckle", "Gauss blur", "Saturate", "mean"]
+    assert row[3:] == ["0.50"] * 4
 
 
 def test_attacks_without_a_cell_leave_their_mean_open() -> None:
