@@ -172,31 +172,31 @@ def pixelate(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
     """Shrink with a box filter and enlarge by repeating pixels, bit for bit like Pillow."""
     share = PIXELATE[profile][severity - 1]
     height, width = images.shape[2:]
-    small = images.float()
-    small = _box(small, int(width * share))
-    small = _box(small.mT, int(height * share)).mT
-    for dim, size in ((2, height), (3, width)):
+    small = _box(images.int(), 3, int(width * share))
+    small = _box(small, 2, int(height * share))
+    for dim, size in ((3, width), (2, height)):
         index = torch.arange(size, device=images.device)
         index = (2 * index + 1).mul_(small.shape[dim]).div_(2 * size, rounding_mode="floor")
         small = small.index_select(dim, index)
-    return small
+    return small.float()
 
 
-def _box(rows: Tensor, size: int) -> Tensor:
-    """Shrink the last axis of (..., W) to `size` with Pillow's 8-bit BOX filter, 22-bit weights.
-
-    Sums of integers in 0..255 times 0 or 1 are exact in float32 in any order of additions.
-    """
-    members, weights = (part.to(rows.device) for part in _box_weights(rows.shape[-1], size))
-    sums = torch.matmul(rows, members).int()
-    return sums.mul_(weights).add_(1 << 21).bitwise_right_shift_(22).float()
+def _box(planes: Tensor, dim: int, size: int) -> Tensor:
+    """Shrink an axis of int32 (B, C, H, W) planes with Pillow's 8-bit BOX filter."""
+    sources, weights = (part.to(planes.device) for part in _box_taps(planes.shape[dim], size))
+    total = torch.full((), 1 << 21, dtype=torch.int32, device=planes.device)
+    for source, weight in zip(sources, weights, strict=True):
+        share = planes.index_select(dim, source).mul_(weight.view(-1, *[1] * (3 - dim)))
+        total = share.add_(total)
+    return total.bitwise_right_shift_(22)
 
 
 @cache
-def _box_weights(full: int, size: int) -> tuple[Tensor, Tensor]:
-    """Return the 0/1 mask (full, size) of the pixels that are averaged, and the int32 weights.
+def _box_taps(full: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return the sources, int64 (n, size), and their 22-bit weights, int32 (n, size).
 
-    Pillow counts a pixel fully or not at all. As in Pillow, comparisons use double precision.
+    Pillow averages up to n neighbors. It counts a pixel fully or not at all. As in Pillow,
+    comparisons use double precision.
     """
     scale = full / size
     center = (np.arange(size) + 0.5) * scale
@@ -204,8 +204,11 @@ def _box_weights(full: int, size: int) -> tuple[Tensor, Tensor]:
     place = (pixel - center + 0.5) / scale
     first, end = (center - scale / 2 + 0.5).astype(int), (center + scale / 2 + 0.5).astype(int)
     members = (pixel >= first) & (pixel < end) & (place > -0.5) & (place <= 0.5)
-    weights = np.floor(2**22 / members.sum(axis=0) + 0.5)
-    return torch.from_numpy(members).float(), torch.from_numpy(weights).int()
+    count = members.sum(axis=0)
+    steps = np.arange(count.max())[:, None]
+    sources = np.minimum(members.argmax(axis=0) + steps, full - 1)
+    weights = (steps < count) * np.floor(2**22 / count + 0.5)
+    return torch.from_numpy(sources), torch.from_numpy(weights).int()
 
 
 # Quality, 1 to 100.

@@ -68,7 +68,7 @@ CORRUPTIONS = _registry(
     ("paper", geometric.rotation, "Rot", "rotation about the center"),
 )
 
-# ImageNet-C's corruptions for tuning hyper-parameters, which no result of the benchmark contains.
+# ImageNet-C's corruptions for tuning hyper-parameters. No mean over corruptions contains them.
 # Its fourth, spatter, is left out, because its pixels depend on OpenCV's edge detector and on its
 # approximate distance transform.
 VALIDATION_CORRUPTIONS = _registry(

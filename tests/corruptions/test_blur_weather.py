@@ -377,6 +377,16 @@ def test_benchmark_prints_its_table(
     assert table["mean of 10"] == pytest.approx(table["sum"] / 2, abs=0.011)
 
 
+def test_benchmark_prints_each_package_beside_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "time_corruptions.py"))
+    rows = {"fog": {"ours": 2.0, "a": 4.0, "b": 1.0}, "snow": {"ours": 2.0, "a": 8.0, "b": 3.0}}
+    script["print_times"](rows)
+    head, fog, _, total, _ = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head == ["corruption", "ms/image", "images/s", "a", "ratio", "b", "ratio"]
+    assert fog == ["fog", "2.00", "500", "4.00", "2.0", "1.00", "0.5"]
+    assert total == ["sum", "4.00", "250", "12.00", "3.0", "4.00", "1.0"]
+
+
 def test_every_texture_of_frost_is_cropped_everywhere() -> None:
     stream = Stream(0, "frost", 3, torch.arange(2000))
     which, top, left = weather.draw_frost(stream, 3, (224, 224), 224)
