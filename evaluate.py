@@ -259,8 +259,11 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     del compared[results.baseline]
     if any(compared.values()):
         plots.plot_differences(compared, results.baseline, out / "differences.png")
-    plots.plot_robustness(results, out / "robustness.png")
-    plots.plot_severities(results, out / "severities.png")
+    measured = tables.measured_tables(results)
+    if measured != [tables.CLEAN]:
+        plots.plot_robustness(results, out / "robustness.png")
+    if next(iter(registry.TABLES)) in measured:
+        plots.plot_severities(results, out / "severities.png")
     if run.config.dump_images:
         plots.plot_images(contact_sheets(run), out / "images.png")
     print(f"\n{text}\ntables and figures: {out}")

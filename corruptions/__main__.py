@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
-from corruptions import ALL_CORRUPTIONS, CORRUPTIONS, SEVERITIES, corrupt, frost_source
+from corruptions import CORRUPTIONS, SEVERITIES, corrupt, frost_source
 
 _BATCH = 64  # images in memory at a time
 # ImageNet-C's published files were compressed as JPEG again after the corruption.

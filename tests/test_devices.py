@@ -71,7 +71,7 @@ def test_an_epoch_asks_for_no_value_but_the_losses_that_are_printed(monkeypatch,
     images = ImageSet(torch.zeros(40, 3, 8, 8, dtype=torch.uint8), torch.zeros(40).long())
     loader, model = BatchLoader(images, META), convnet(3).to(META)
     training = train.Training(
-        Dataset(images, images, list("abc"), ""), loader, loader, model, None,
+        Dataset(images, images, list("abc"), [], "", "", ""), loader, loader, model, None,
         train.build_optimizer(config, model), torch.amp.GradScaler("cpu", enabled=False), [],
     )  # fmt: skip
     read = []

@@ -219,6 +219,7 @@ def test_runs_of_other_settings_or_images_are_refused_in_a_line(images: Path) ->
         *("--data", str(images), "--size", "16", "--epochs", "1", "--batch-size", "8"),
         *("--arch", "tiny:linear", "--method", "standard", "--device", "cpu", "--lr", "1e-4"),
         *("--cache-dir", str(images.parent / "cache"), "--output-dir", str(folder)),
+        "--whole-batches",
     ])  # fmt: skip
     with pytest.raises(UserError, match=r"--lr is 0\.5, but .*tiny-linear.* was trained with"):
         reproduce.main(argv(images, "--surrogate-lr", "0.5"))

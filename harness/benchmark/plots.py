@@ -39,7 +39,7 @@ class Tile(NamedTuple):
 def plot_robustness(results: Results, path: Path) -> None:
     """Plot R per perturbation as grouped bars, in the tables' order, with 95 % intervals."""
     places: dict[str, float] = {}
-    for gap, names in enumerate(TABLES[title] for title in measured_tables(results)):
+    for gap, names in enumerate(TABLES.get(title, []) for title in measured_tables(results)):
         places |= {name: len(places) + i + 0.7 * gap for i, name in enumerate(names)}
     figure = _figure(13, 4.5)
     axes = figure.subplots()
@@ -61,7 +61,7 @@ def plot_robustness(results: Results, path: Path) -> None:
     axes.axhline(1, color="#444444", lw=0.8, ls=":")
     axes.set_xticks(list(places.values()), [COLUMNS[name] for name in places], rotation=45,
                     ha="right", rotation_mode="anchor")  # fmt: skip
-    axes.set_xlim(-0.7, max(places.values()) + 0.7)
+    axes.set_xlim(-0.7, max(places.values(), default=0) + 0.7)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("R = accuracy / clean accuracy, 95 % intervals", fontsize=9)
     _finish(figure, path)
@@ -120,11 +120,16 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path) -> None:
 
 
 def plot_severities(results: Results, path: Path) -> None:
-    """Plot accuracy against severity for ImageNet-C's fifteen, with 95 % intervals; 0 is clean."""
-    figure = _figure(11, 6.6)
+    """Plot accuracy against severity, with 95 % intervals, for what was measured of the fifteen."""
+    measured = {name for row in results.rows for name in row.scores}
+    names = [name for name in next(iter(TABLES.values())) if name in measured]
+    columns, lines = max(1, min(5, len(names))), max(1, math.ceil(len(names) / 5))
+    figure = _figure(max(4.4, 2.2 * columns), 1 + 1.9 * lines)
     colors = _colors([row.model for row in results.rows], results.baseline)
-    panels = list(figure.subplots(3, 5, sharex=True, sharey=True).flat)
-    for axes, name in zip(panels, next(iter(TABLES.values())), strict=True):
+    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    for axes, name in zip(panels, names, strict=False):
         axes.set_title(COLUMNS[name], fontsize=10)
         for row in results.rows:
             if name in row.scores:

@@ -14,6 +14,7 @@ from harness.benchmark.paired import Difference
 from harness.benchmark.registry import COLUMNS, PERTURBATIONS, TABLES
 
 MISSING = "-"
+CLEAN = "Clean accuracy"
 SIGN = re.compile(r"(?<=\d)(\(?[+-]\)?)(!?)$")  # 0.83+ or 0.83(-)!
 
 CSV_COLUMNS = [
@@ -28,13 +29,14 @@ def table_cells(results: Results, title: str) -> list[list[str]]:
         "ImageNet-C's corruptions": ["rel. mCE"], "The paper's corruptions": ["mean of 19"],
         "Adversarial attacks": ["CW2 gave up", "CW2 at 0", "L2"],
     }  # fmt: skip
-    columns = [*(COLUMNS[name] for name in TABLES[title]), "mean", *extra.get(title, [])]
-    table = [["model", "clean %", "95 %", *columns]]
+    names = TABLES.get(title, [])
+    columns = [*(COLUMNS[name] for name in names), *(["mean"] if names else [])]
+    table = [["model", "clean %", "95 %", *columns, *extra.get(title, [])]]
     for row in results.rows:
         clean = row.scores["clean"]
         cells = [row.model, f"{100 * clean.accuracy:.1f}{clean.decided_sign}"]
         cells.append(f"{100 * clean.low:.0f} to {100 * clean.high:.0f}")
-        for name in TABLES[title]:
+        for name in names:
             mark = "!" if name in row.findings else ""
             score = row.scores.get(name)
             cells.append(_number(score.robustness, score.decided_sign + mark) if score else MISSING)
@@ -62,9 +64,9 @@ def margin_table(results: Results) -> list[list[str]]:
 
 
 def measured_tables(results: Results) -> list[str]:
-    """List the titles of the tables that hold a score."""
+    """List the titles of the tables that hold a score; `CLEAN` if nothing else was measured."""
     measured = {name for row in results.rows for name in row.scores}
-    return [title for title, names in TABLES.items() if measured & set(names)]
+    return [title for title, names in TABLES.items() if measured & set(names)] or [CLEAN]
 
 
 def _number(value: float, suffix: str = "") -> str:
@@ -76,12 +78,14 @@ def _number(value: float, suffix: str = "") -> str:
 def table_caption(results: Results, title: str) -> str:
     """Describe a table's numbers in one line."""
     scores = [row.scores for row in results.rows]
-    counts = sorted({s.n for own in scores for k, s in own.items() if k in TABLES[title]})
+    names = TABLES.get(title, ["clean"])
+    counts = sorted({s.n for own in scores for k, s in own.items() if k in names})
     images = " or ".join(map(str, counts))
     if counts[-1] < results.total:
         images += f" of {results.total}"
-    graded = any(len(PERTURBATIONS[name].severities) > 1 for name in TABLES[title])
+    graded = any(len(PERTURBATIONS[name].severities) > 1 for name in names)
     mean = ", mean of five severities" if graded else ""
+    meaning = f": R = accuracy / clean accuracy{mean}" if title != CLEAN else ""
     compared = max(
         (sum(s.difference is not None for s in own.values()) for own in scores), default=0
     )
@@ -92,8 +96,7 @@ def table_caption(results: Results, title: str) -> str:
             f" for {compared})"
         )
     return (
-        f"{title}: R = accuracy / clean accuracy{mean}; n = {images} test images; + and - against"
-        f" {results.baseline}{decided}"
+        f"{title}{meaning}; n = {images} test images; + and - against {results.baseline}{decided}"
     )
 
 
@@ -136,7 +139,7 @@ def table_notes(results: Results, title: str) -> list[str]:
     return [
         f"! {row.model}, {COLUMNS[name]}: {finding}"
         for row in results.rows
-        for name in TABLES[title]
+        for name in TABLES.get(title, [])
         for finding in row.findings.get(name, [])
     ]
 

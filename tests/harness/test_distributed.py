@@ -277,7 +277,8 @@ def test_many_processes_score_what_one_scores(jobs, folder, tmp_path, monkeypatc
     image_folder(images / "val", each=9, side=16)
     image_folder(images / "train", each=4, side=16)
     for severity in range(1, 6):
-        image_folder(tmp_path / "c" / "contrast" / str(severity), each=8, side=20)
+        image_folder(tmp_path / "c" / "contrast" / str(severity), each=9, side=20)
+    (tmp_path / "c" / "settings.json").write_text('{"size": 16}')
     train.main(["--data", str(images), "--size", "16", "--cache-dir", cache, "--device", "cpu",
                 "--arch", "tiny:convnet", "--epochs", "1", "--batch-size", "6",
                 "--output-dir", str(tmp_path / "run")])  # fmt: skip

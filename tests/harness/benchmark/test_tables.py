@@ -248,6 +248,32 @@ def test_a_table_without_scores_is_not_printed() -> None:
         assert not any(title in form(make(lines[:2])) for title in registry.TABLES)
 
 
+def test_clean_accuracy_alone_has_a_table() -> None:
+    made = make([line(A, "clean", 80), line(B, "clean", 75)])
+    assert tables.to_text(made).splitlines()[:4] == [
+        "Clean accuracy; n = 100 test images; + and - against alpha",
+        "model  clean %      95 %",
+        "alpha     80.0  71 to 87",
+        "beta   75.0(-)  66 to 82",
+    ]
+    assert "| beta | 75.0(-) | 66 to 82 |" in tables.to_markdown(made)
+    assert r"\begin{tabular}{lrr}" in tables.to_latex(made)
+
+
+@pytest.mark.parametrize(
+    "names, lines", [(["fog"], 1), (["fog", "frost", "snow"], 1), (FIFTEEN, 3)]
+)
+def test_severities_have_a_panel_for_each_measured_corruption(
+    names: list[str], lines: int, tmp_path: Path
+) -> None:
+    cells = [x for name in names for x in corruption(A, name, 70, 60, 50, 40, 20)]
+    plots.plot_severities(
+        make([line(A, "clean", 80), line(B, "clean", 80), *cells]), tmp_path / "f"
+    )
+    with Image.open(tmp_path / "f") as image:
+        assert image.height == pytest.approx(plots.DPI * (1 + 1.9 * lines), abs=90)
+
+
 def test_no_caveat_where_the_intervals_overlap() -> None:
     close = [line(A, "clean", 80), line(B, "clean", 75)]
     assert "comparable" not in tables.to_text(make(close))
