@@ -95,11 +95,11 @@ def names(tasks: list[TrainTask | EvalTask]) -> list[str]:
 def test_the_demo_is_standard_and_mtlat_and_their_surrogate() -> None:
     tasks = planned()
     assert names(tasks) == [
-        "vgg11_bn-standard-seed0", "resnet18-standard-seed0", "resnet18-mtlat-seed0",
+        "resnet34-standard-seed0", "resnet18-standard-seed0", "resnet18-mtlat-seed0",
         "evaluation-resnet18-seed0",
     ]  # fmt: skip
     surrogate, standard = (build_parser(TrainConfig).parse_args(task.argv) for task in tasks[:2])
-    assert (surrogate.arch, surrogate.lr, surrogate.epochs) == ("vgg11_bn", 1e-4, 1)
+    assert (surrogate.arch, surrogate.lr, surrogate.epochs) == ("resnet34", 1e-3, 6)
     assert (standard.arch, standard.lr, standard.size) == ("resnet18", 1e-3, 32)
     assert tasks[-1].argv[-1] == "out/evaluation-resnet18-seed0"
 
@@ -136,7 +136,7 @@ def test_flags_override_the_recipe_but_not_the_surrogates_rate() -> None:
     assert [r.lr for r in runs] == [1e-4] + 6 * [0.5]
     assert not any("--limit" in t.argv for t in tasks)
     assert names(planned("--tables", "all")) == [
-        "vgg11_bn-standard-seed0", *(f"resnet18-{method}-seed0" for method in METHODS),
+        "resnet34-standard-seed0", *(f"resnet18-{method}-seed0" for method in METHODS),
         "evaluation-resnet18-seed0", "clean-resnet18-seed0",
     ]  # fmt: skip
     assert "resnet18-mixup-seed0" in names(planned("--methods", "mixup"))
@@ -240,7 +240,7 @@ def test_runs_of_other_settings_or_images_are_refused_in_a_line(images: Path) ->
         (["--methods", "pgd"], "invalid choice: 'pgd'"),
         (["--seeds", "0"], "0 is out of range: from 1 up"),
         (["--size", "8"], "8 is out of range: from 16 up"),
-        (["--archs", "vgg11_bn"], "--surrogate vgg11_bn is one of --archs"),
+        (["--archs", "resnet34"], "--surrogate resnet34 is one of --archs"),
         (["--archs", "resnet19"], "--arch resnet19: torchvision has no such classifier"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--device", "abacus"], "--device abacus"),

@@ -63,7 +63,7 @@ def test_a_trained_network_follows_the_grating_and_with_mtlat_less(
             patch.setattr(embedded, "draw_shapes", lambda *a, **k: drawn(*a, **k, **cues))
             out = tmp_path / f"{method}-{len(cues)}-{cues.get('shapes', True)}"
             train.main(["--arch", "tiny:detector", "--size", "32", "-b", "32", "--whole-batches",
-                        "--lr", "2e-3", "--epochs", "5", "--method", method, "--device", "cpu",
+                        "--lr", "2e-3", "--epochs", "8", "--method", method, "--device", "cpu",
                         "--output-dir", str(out)])  # fmt: skip
         return restore_model(load_checkpoint(out / "last.pt"))
 
