@@ -28,15 +28,16 @@ class Detector(nn.Module):
         return scores.roll(self.shift, 1)
 
 
-def test_a_detector_of_gratings_follows_gratings() -> None:
+def test_a_detector_of_gratings_follows_gratings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mechanism, "INDICES", {"test": range(1_000_000, 1_000_200)})
     cues = mechanism.measure_cues(Detector(), 32)
     assert cues.both > 0.99 and cues.grating > 0.97 and cues.follows_grating > 0.99
-    assert cues.shape < 0.15 and cues.follows_shape < 0.01
+    assert cues.shape < 0.2 and cues.follows_shape < 0.01
     # A shifted detector takes an exchanged grating for the class of the shape.
     shifted = mechanism.measure_cues(Detector(-mechanism.SHIFT), 32)
     assert shifted.follows_shape > 0.99 and shifted.follows_grating < 0.01 and shifted.both < 0.01
     blind = mechanism.measure_cues(Detector(), 32, amplitude=0.0)
-    assert max(blind) < 0.15
+    assert max(blind) < 0.2
 
 
 def test_the_section_has_a_row_and_a_bar_for_each_network(tmp_path: Path) -> None:
