@@ -99,8 +99,8 @@ def plot_differences(
     axes.set_yticks(range(len(names)), [COLUMNS[name] for name in names], fontsize=9)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel(f"R minus the R of {baseline}; paired 95 % intervals, hollow: not decided",
-                    fontsize=9)  # fmt: skip
+    label = f"R minus the R of {baseline}; paired 95 % intervals; hollow: not decided (Holm)"
+    axes.set_xlabel(label, fontsize=9)
     _finish(figure, path)
 
 
