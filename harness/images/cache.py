@@ -59,14 +59,13 @@ def decode_cached(
         The image set, its files without those that were left out, and the checksum of its pixels
         and labels.
     """
-    stamps = [_stamp(root / file.path) for file in files]
-    pixels = cache_dir / f"{_key(root, files, stamps, size, resize, skip_bad_images)}.u8"
+    pixels = _pixels_path(root, files, size, resize, skip_bad_images, cache_dir)
     manifest = pixels.with_suffix(".json")
     if (found := _read_cache(pixels, manifest)) is None:
         with lock_folder(cache_dir, wait=True):
             if _read_cache(pixels, manifest) is None:  # no other run made it meanwhile
                 record = _write_pixels(pixels, root, files, size, resize, skip_bad_images, title)
-                if stamps != [_stamp(root / file.path) for file in files]:
+                if pixels != _pixels_path(root, files, size, resize, skip_bad_images, cache_dir):
                     raise UserError(f"{root} changed while it was read; start again")
                 atomic_write(manifest, json.dumps(record))
             found = _read_cache(pixels, manifest)
@@ -92,28 +91,22 @@ def cached_checksum(
 
     Nothing is decoded, and the cached pixels are not read.
     """
-    stamps = [_stamp(root / file.path) for file in files]
+    pixels = _pixels_path(root, files, size, resize, skip_bad_images, cache_dir)
     try:
-        name = f"{_key(root, files, stamps, size, resize, skip_bad_images)}.json"
-        crc: int = json.loads((cache_dir / name).read_bytes())["crc"]
+        crc: int = json.loads(pixels.with_suffix(".json").read_bytes())["crc"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return crc
 
 
-def _key(
-    root: Path,
-    files: list[File],
-    stamps: list[tuple[int, int]],
-    size: int,
-    resize: int | None,
-    skip_bad: bool,
-) -> str:
-    """Hash everything that decides the pixels."""
+def _pixels_path(
+    root: Path, files: list[File], size: int, resize: int | None, skip_bad: bool, cache_dir: Path
+) -> Path:
+    """Name the cache file by a hash of everything that decides the pixels."""
     facts = [VERSION, str(root.resolve()), size, skip_bad]
     facts += [resize] if resize else []  # squashed images have the names of earlier versions
-    facts += [(*file, *stamp) for file, stamp in zip(files, stamps, strict=True)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    facts += [(*file, *_stamp(root / file.path)) for file in files]
+    return cache_dir / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.u8"
 
 
 def _stamp(path: Path) -> tuple[int, int]:
