@@ -1,4 +1,4 @@
-"""Run every command of the README, with appended flags that make it small."""
+"""Run every command of the README and of docs/usage.md, with appended flags that make it small."""
 
 import re
 import runpy
@@ -62,9 +62,9 @@ ADDED: dict[str, str | None] = {
 
 def commands() -> set[str]:
     """Return the commands in indented blocks and in backticks, which may include line breaks."""
-    readme = (ROOT / "README.md").read_text()
-    found = re.findall(r"^    (\S[^\n]*)", readme, re.MULTILINE)
-    found += re.findall(r"`((?:python|pip|torchrun) [^`]*)`", readme)
+    text = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/usage.md"))
+    found = re.findall(r"^    (\S[^\n]*)", text, re.MULTILINE)
+    found += re.findall(r"(?<!`)`((?:python|pip|torchrun)\s[^`]*)`", text)
     parts = [part.split(" # ")[0] for line in found for part in re.split(r" && |; ", line)]
     spaced = [re.sub(r"\s+", " ", part).strip() for part in parts]
     return {part for part in spaced if part.startswith(("python ", "torchrun "))}
