@@ -38,6 +38,7 @@ from harness.benchmark.subjects import (
     fuse_subject,
     inspect_subject,
     load_subjects,
+    resampling_warnings,
 )
 from harness.checkpoints import load_weights
 from harness.devices import environment_info, require_same_on_all_ranks
@@ -119,7 +120,7 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
         if kind(own) != kind(crop)
     ]
     warnings += [w for spec, c in checkpoints.items() if (w := foreign(subjects[spec], c, data))]
-    return run, warnings + run_warnings(run)
+    return run, warnings + resampling_warnings(config) + run_warnings(run)
 
 
 def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:

@@ -3,10 +3,12 @@
 import difflib
 import importlib
 import inspect
+import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple
 from urllib.error import URLError
 
 import torch
@@ -18,14 +20,26 @@ from harness.errors import UserError
 from mtlat import Normalize, frozen
 
 MeanStd = tuple[list[float], list[float]]  # per channel
+LIBRARIES = ("torchvision:", "timm:")  # prefixes of models with published weights
+
+
+class Published(NamedTuple):
+    """Published weights of a network, and the images that they expect."""
+
+    state: Callable[[], Mapping[str, Tensor]]  # returns the tensors; may download them
+    outputs: list[str]  # names of the classes; of timm's models their numbers
+    normalize: MeanStd
+    size: int
+    crop: tuple[int, int] | None  # as in harness.images.preprocess
+    resampling: str
 
 
 def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -> nn.Module:
     """Build a classifier with random weights.
 
     Args:
-        arch: a torchvision classifier's name, or `module:callable`, which is called with
-            `num_classes`.
+        arch: a torchvision classifier's name, alone or as `torchvision:NAME`; `timm:NAME`, also
+            `timm:hf-hub:ORG/NAME`; or `module:callable`, which is called with `num_classes`.
         num_classes: number of logits.
         normalize: mean and standard deviation, for a model that expects normalized input. Images
             have pixels in [0, 1] everywhere in this project.
@@ -33,23 +47,58 @@ def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -
     Raises:
         UserError: there is no such model, or it is not a `torch.nn.Module`.
     """
-    if ":" in arch:
+    library, name = arch.split(":", 1) if ":" in arch else ("torchvision", arch)
+    if library == "timm":
+        model = _create_timm(arch, num_classes=num_classes)
+    elif library == "torchvision":
+        known = torchvision.models.list_models(module=torchvision.models)
+        _require_known(arch, name, known, "; for your own use --arch module:callable")
+        # These two would return several outputs in training.
+        several = name in ("googlenet", "inception_v3")
+        extra = {"aux_logits": False, "init_weights": True} if several else {}
+        model = torchvision.models.get_model(name, num_classes=num_classes, **extra)
+    else:
         model = import_callable("--arch", arch, num_classes=num_classes)(num_classes=num_classes)
         if not isinstance(model, nn.Module):
             raise UserError(f"--arch {arch} made a {type(model).__name__}; give a torch.nn.Module")
-    else:
-        known = torchvision.models.list_models(module=torchvision.models)
-        if arch not in known:
-            close = ", ".join(difflib.get_close_matches(arch, known, 3) or known[:3])
-            raise UserError(
-                f"--arch {arch}: torchvision has no such classifier; close names: {close}; for"
-                " your own use --arch module:callable"
-            )
-        # These two would return several outputs in training.
-        several = arch in ("googlenet", "inception_v3")
-        extra = {"aux_logits": False, "init_weights": True} if several else {}
-        model = torchvision.models.get_model(arch, num_classes=num_classes, **extra)
     return nn.Sequential(Normalize(*normalize), model) if normalize else model
+
+
+def _require_known(arch: str, name: str, known: list[str], advice: str = "") -> None:
+    """Raise `UserError` with close names unless a library's classifiers include `name`."""
+    if name not in known:
+        library = "timm" if arch.startswith("timm:") else "torchvision"
+        close = ", ".join(difflib.get_close_matches(name, known, 3) or known[:3])
+        raise UserError(
+            f"--arch {arch}: {library} has no such classifier; close names: {close}{advice}"
+        )
+
+
+def _create_timm(arch: str, **keywords: Any) -> Any:
+    """Create a model of timm. Of `timm:hf-hub:ORG/NAME`, the Hub's configuration is downloaded."""
+    try:
+        timm = importlib.import_module("timm")
+    except ModuleNotFoundError:
+        raise UserError(f"--arch {arch}: run pip install timm to use its models") from None
+    name = arch.removeprefix("timm:")
+    if ":" not in name:
+        _require_known(arch, name, [*timm.list_models(), *timm.list_pretrained()])
+    try:
+        return timm.create_model(name, **keywords)
+    except Exception as error:  # of timm, of the Hub's client, or of the network
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--arch {arch}: timm cannot create it ({reason})") from None
+
+
+@cache
+def _timm_config(arch: str) -> dict[str, Any]:
+    """Read what timm knows of a model: its weights, and the images of its tests."""
+    with torch.random.fork_rng(devices=[]):
+        model = _create_timm(arch)
+    images = importlib.import_module("timm.data").resolve_data_config(
+        model=model, use_test_size=True
+    )
+    return {**model.pretrained_cfg, **images, **{k: list(images[k]) for k in ("mean", "std")}}
 
 
 def import_callable(option: str, spec: str, *args: Any, **keywords: Any) -> Any:
@@ -74,15 +123,52 @@ def import_callable(option: str, spec: str, *args: Any, **keywords: Any) -> Any:
     return function
 
 
-def find_weights(arch: str, name: str) -> torchvision.models.WeightsEnum:
-    """Find torchvision's weights of that name for an architecture. Downloads nothing."""
+def find_weights(arch: str, name: str) -> Published:
+    """Find published weights of an architecture. Downloads no weights.
+
+    Args:
+        arch: a classifier of torchvision or of timm, as in `build_model`.
+        name: DEFAULT, or a name that torchvision gives to weights of this architecture.
+
+    Raises:
+        UserError: there are no such weights.
+    """
+    if arch.startswith("timm:"):
+        return _find_in_timm(arch, name)
     try:
-        return torchvision.models.get_model_weights(arch)[name]
+        entry = torchvision.models.get_model_weights(arch.removeprefix("torchvision:"))[name]
     except (ValueError, KeyError):
         raise UserError(
             f"--weights {name}: no such file, and no such weights in torchvision for --arch {arch}"
             " (DEFAULT names the best)"
         ) from None
+    preset = entry.transforms()
+    (resize,), (size,) = preset.resize_size, preset.crop_size
+    normalize = list(preset.mean), list(preset.std)
+    return Published(
+        partial(_download, entry, name), entry.meta["categories"], normalize, size, (resize, size),
+        preset.interpolation.value,
+    )  # fmt: skip
+
+
+def _find_in_timm(arch: str, name: str) -> Published:
+    """Find the weights that timm's configuration of a model names."""
+    known = _timm_config(arch)
+    if name != "DEFAULT":
+        raise UserError(
+            f"--weights {name}: no such file; timm's weights are --weights DEFAULT, or a part of"
+            f" the model's name, as in {arch}.TAG"
+        )
+    if not any(known.get(key) for key in ("url", "hf_hub_id", "file")):
+        raise UserError(f"--weights {name}: timm has no weights for --arch {arch}")
+    size = known["input_size"][1]
+    squash = known["crop_mode"] == "squash"
+    return Published(
+        lambda: _create_timm(arch, pretrained=True).state_dict(),
+        [str(k) for k in range(known["num_classes"])], (known["mean"], known["std"]), size,
+        None if squash else (math.floor(size / known["crop_pct"]), size),  # as timm rounds
+        known["interpolation"],
+    )  # fmt: skip
 
 
 def _download(entry: torchvision.models.WeightsEnum, name: str) -> Mapping[str, Tensor]:
@@ -99,16 +185,20 @@ def _download(entry: torchvision.models.WeightsEnum, name: str) -> Mapping[str, 
 
 
 def create_model(
-    arch: str, classes: list[str], weights: str | None
-) -> tuple[nn.Module, MeanStd | None]:
-    """Build the model that a new run starts from.
+    arch: str, classes: list[str] | None, weights: str | None = None, *,
+    normalize: MeanStd | None = None, new_head: bool = True,
+) -> tuple[nn.Module, MeanStd | None]:  # fmt: skip
+    """Build a model with random weights, with those of a file, or with published ones.
 
     Args:
         arch: as in `build_model`.
-        classes: names of the classes.
-        weights: a file that `load_weights` reads, the name of torchvision's weights for `arch`, or
-            None for random weights. The head keeps its random weights if it is for another number
-            of classes, or if a checkpoint names other classes.
+        classes: names of the classes; None for those of the published weights.
+        weights: a file that `load_weights` reads, a name for `find_weights`, or None for random
+            weights.
+        normalize: mean and standard deviation; None for those of the weights, or, where they name
+            none, those of timm's configuration.
+        new_head: keep the head's random weights if the others are for another number of classes,
+            or if a checkpoint names other classes. Otherwise all weights must fit.
 
     Returns:
         The model, and the mean and standard deviation that it normalizes with, or None.
@@ -116,64 +206,55 @@ def create_model(
     Raises:
         UserError: the weights do not exist or do not fit.
     """
-    if weights is None:
-        return build_model(arch, len(classes)), None
-    if os.path.exists(weights):
-        content = load_weights(weights)
-        state, normalize = content["model"], content.get("normalize")
-        model = build_model(arch, len(classes), normalize)
-    else:
-        entry, content = find_weights(arch, weights), {}
-        preset = entry.transforms()
-        normalize = (list(preset.mean), list(preset.std))
-        model = build_model(arch, len(classes), normalize)
-        state = {f"1.{name}": value for name, value in _download(entry, weights).items()}
-        state |= {k: v for k, v in model.state_dict().items() if k.startswith("0.")}
-    own = model.state_dict()
-    state = _with_counters(state, own)
-    head = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    if own.keys() != state.keys() or len({state[k].shape[0] for k in head}) > 1:
-        raise UserError(f"--weights {weights} are of another architecture than --arch {arch}")
-    if not head and content.get("classes", classes) != classes:
-        other = build_model(arch, len(classes) + 1, normalize).state_dict()
-        head = sorted(k for k in own if own[k].shape != other[k].shape)
-    model.load_state_dict({k: own[k] if k in head else value for k, value in state.items()})
-    new = f"; new: {', '.join(head)}" if head else ""
-    plain = content and "format" not in content
-    print(f"weights from {weights}{new}{'; pixels in [0, 1] are not normalized' if plain else ''}")
-    return model, normalize
+    content = _read_weights(arch, weights) if weights is not None else {}
+    names: list[str] = content["outputs"] if classes is None else classes
+    if normalize is None and "normalize" in content:
+        normalize = content["normalize"]
+    elif normalize is None and arch.startswith("timm:"):
+        normalize = _timm_config(arch)["mean"], _timm_config(arch)["std"]
+    network = build_model(arch, len(names))
+    if weights is not None:
+        own = network.state_dict()
+        state = _with_counters(content["model"], own)
+        misfits, head = _differing(state, own), set()
+        if new_head and (misfits or content.get("classes", names) != names):
+            head = _differing(build_model(arch, len(names) + 1).state_dict(), own)
+        for key in sorted(misfits - head):
+            here, there = (tuple(d[key].shape) if key in d else "missing" for d in (state, own))
+            raise UserError(
+                f"{weights} does not fit --arch {arch} with the dataset's {len(names)}"
+                f" classes: its {key} is {here}, and must be {there}"
+            )
+        network.load_state_dict({k: own[k] if k in head else v for k, v in state.items()})
+        if new_head:
+            new = f"; new: {', '.join(sorted(head))}" if head else ""
+            raw = normalize is None and "normalize" not in content
+            note = "; pixels in [0, 1] are not normalized" if raw else ""
+            print(f"weights from {weights}{new}{note}")
+    return nn.Sequential(Normalize(*normalize), network) if normalize else network, normalize
+
+
+def _read_weights(arch: str, weights: str) -> dict[str, Any]:
+    """Read a file or published weights: the "model" without normalization, and what is known."""
+    if not os.path.exists(weights):
+        published = find_weights(arch, weights)
+        return {"model": published.state(), **published._asdict()}
+    content = load_weights(weights)
+    if content.get("normalize"):  # the network is the second part of what `build_model` makes
+        pairs = content["model"].items()
+        content["model"] = {k.removeprefix("1."): v for k, v in pairs if k.startswith("1.")}
+    return content
+
+
+def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
+    """Return the names that only one of two state dicts has, or that differ in their shapes."""
+    shapes = [{name: value.shape for name, value in state.items()} for state in (one, other)]
+    return {name for name, _ in shapes[0].items() ^ shapes[1].items()}
 
 
 def _with_counters(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add BatchNorm's counters of batches, which state dicts of PyTorch before 0.4.1 lack."""
     return {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | dict(state)
-
-
-def load_plain(
-    name: str, arch: str, num_classes: int, state: dict[str, Tensor], normalize: MeanStd | None
-) -> nn.Module:
-    """Build a model with the weights of a plain state dict.
-
-    Args:
-        name: how the user calls it.
-        arch, num_classes, normalize: as in `build_model`.
-        state: of the network itself, without the normalization.
-
-    Raises:
-        UserError: the weights do not fit.
-    """
-    model = build_model(arch, num_classes)
-    own = model.state_dict()
-    state = _with_counters(state, own)
-    for key in sorted(own.keys() | state.keys()):
-        here, there = (tuple(d[key].shape) if key in d else "missing" for d in (state, own))
-        if here != there:
-            raise UserError(
-                f"{name} does not fit --arch {arch} with the dataset's {num_classes} classes: its"
-                f" {key} is {here}, and must be {there}"
-            )
-    model.load_state_dict(state)
-    return nn.Sequential(Normalize(*normalize), model) if normalize else model
 
 
 def restore_model(checkpoint: dict[str, Any]) -> nn.Module:

@@ -74,7 +74,7 @@ TRAIN_CASES = [
     ("--arch resnet18 -b 2", "resnet18 fails on images (1, 3, 16, 16): Expected more than 1 value"),
     ("--weights nothing", "--weights nothing: no such file, and no such weights"),
     ("--weights file", "file is not a checkpoint of train.py, or is damaged"),
-    ("--weights other-arch.pt", "are of another architecture than --arch tiny:convnet"),
+    ("--weights other-arch.pt", "other-arch.pt does not fit --arch tiny:convnet with the"),
     ("--weights set", "set: Is a directory"), ("--weights flipped.pt", "(checksum of "),
     ("--data nowhere", "--data nowhere: no such folder"), ("--data file", "no such folder"),
     ("--data no-classes", "holds 0 class folders"), ("--data one-class", "holds 1 class folders"),

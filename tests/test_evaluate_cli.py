@@ -429,7 +429,7 @@ def test_other_classes_are_refused(bench: Bench) -> None:
         (["--only", "zz"], "close names: noise, blur, weather"),
         (["--only", "fog", "--skip", "weather"], "leave nothing to measure"),
         (["--baseline", "best"], "--baseline best is not one of the models: standard, mtlat"),
-        (["--weights", "DEFAULT"], "torchvision:ARCH and --weights NAME need each other"),
+        (["--weights", "DEFAULT"], "timm:NAME, and --weights NAME need each other"),
         (["--mean", "0", "0", "0"], "--mean and --std need each other"),
         (["--mean", "0", "0", "0", "--std", "1", "1", "1"], "are for module:callable"),
         (["--imagenet-c", "nowhere"], "--imagenet-c nowhere: no such folder"),

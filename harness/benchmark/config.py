@@ -19,6 +19,7 @@ from harness.errors import UserError, escape_unprintable
 from harness.images.cache import default_cache_dir
 from harness.images.datasets import MAX_SIDE
 from harness.images.preprocess import CROPS
+from harness.models import LIBRARIES
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class EvalConfig:
 
     # fmt: off
     models: list[str] = option(MISSING, "a checkpoint of train.py; a state dict of --arch in a .pt,"
-        " .pth or .safetensors file; torchvision:ARCH; or your own module:callable, which runs its"
-        " code, as does a checkpoint that was trained so; each is a row of the tables",
+        " .pth or .safetensors file; torchvision:ARCH or timm:NAME, with --weights; or your own"
+        " module:callable, which runs its code, as does a checkpoint that was trained so; each is a"
+        " row of the tables",
         group="models", nargs="+", metavar="MODEL")
     surrogate: str | None = option(None, "the model that the black-box attacks use: a VGG trained"
         " on the same images; without one they are left out", metavar="MODEL")
@@ -36,8 +38,8 @@ class EvalConfig:
         metavar="MODEL")
     arch: str | None = option(None, "the architecture of models that are plain state dicts, as in"
         " train.py")
-    weights: str | None = option(None, "weights of torchvision:ARCH, downloaded; DEFAULT: the best",
-        metavar="NAME")
+    weights: str | None = option(None, "weights of torchvision:ARCH or timm:NAME, downloaded;"
+        " DEFAULT: the best, and all of timm's", metavar="NAME")
     mean: list[float] | None = option(None, "of a module:callable or a state dict that expects"
         " normalized input, with --std", type=number(float, 0, 1), nargs=3, metavar="M")
     std: list[float] | None = option(None, "see --mean", type=number(float, 0, above=True), nargs=3,
@@ -132,9 +134,11 @@ def parse_eval_config(argv: list[str] | None = None, description: str | None = N
     if baseline not in labels.values():
         known = ", ".join(labels.values())
         raise UserError(f"--baseline {baseline} is not one of the models: {known}")
-    zoo = [s for s in config.specs if not is_file(s) and s.startswith("torchvision:")]
+    zoo = [s for s in config.specs if not is_file(s) and s.startswith(LIBRARIES)]
     if bool(zoo) != bool(config.weights):
-        raise UserError("torchvision:ARCH and --weights NAME need each other; DEFAULT is the best")
+        raise UserError(
+            "torchvision:ARCH or timm:NAME, and --weights NAME need each other; DEFAULT is the best"
+        )
     if config.weights and os.path.exists(config.weights):
         raise UserError(
             f"--weights {config.weights}: name the file itself as a model, with --arch if it"

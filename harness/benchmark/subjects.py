@@ -11,16 +11,7 @@ from harness.benchmark.config import EvalConfig
 from harness.benchmark.fusion import fuse_for_inference
 from harness.errors import UserError
 from harness.images.preprocess import CROPS, Crop
-from harness.models import (
-    build_model,
-    check_logits,
-    create_model,
-    find_weights,
-    load_plain,
-    restore_model,
-)
-
-ZOO = "torchvision:"  # prefix of the names of torchvision's models
+from harness.models import LIBRARIES, check_logits, create_model, find_weights, restore_model
 
 
 class Subject(NamedTuple):
@@ -48,11 +39,22 @@ def expected_images(config: EvalConfig, checkpoints: dict[str, Any]) -> dict[str
             settings = checkpoints[spec]["settings"]
             crop = CROPS[settings.get("preprocess", "squash")]
             expected[spec] = checkpoints[spec]["size"], crop
-        elif config.weights and spec.startswith(ZOO):
-            preset = find_weights(spec.removeprefix(ZOO), config.weights).transforms()
-            (resize,), (size,) = preset.resize_size, preset.crop_size
-            expected[spec] = size, (resize, size)
+        elif config.weights and spec.startswith(LIBRARIES):
+            published = find_weights(spec, config.weights)
+            expected[spec] = published.size, published.crop
     return expected
+
+
+def resampling_warnings(config: EvalConfig) -> list[str]:
+    """Warn of published weights whose images are not resized bilinearly, as all are here."""
+    published = {s: config.weights for s in config.specs if s.startswith(LIBRARIES)}
+    found = {s: find_weights(s, name).resampling for s, name in published.items() if name}
+    return [
+        f"the weights of {spec} expect {kind} resizing, and images are resized bilinearly here: its"
+        " accuracy may differ a little from the published one"
+        for spec, kind in found.items()
+        if kind != "bilinear"
+    ]
 
 
 def load_subjects(
@@ -87,23 +89,21 @@ def _load_module(
     config: EvalConfig, spec: str, classes: list[str], checkpoint: dict[str, Any] | None
 ) -> nn.Module:
     normalize = (config.mean, config.std) if config.mean and config.std else None
-    if checkpoint is not None and "format" not in checkpoint:
+    if checkpoint is None:
+        if spec.startswith(LIBRARIES):
+            return create_model(spec, None, config.weights, new_head=False)[0]
+        return create_model(spec, classes, normalize=normalize)[0]
+    if "format" not in checkpoint:
         if not config.arch:
             raise UserError(f"{spec} is a plain state dict: name its architecture with --arch")
-        return load_plain(spec, config.arch, len(classes), checkpoint["model"], normalize)
-    if checkpoint is not None:
-        own = checkpoint["classes"]
-        if own != classes:
-            raise UserError(
-                f"{spec} was trained on other classes ({len(own)}: {' '.join(own[:3])} ...) than"
-                f" those of the test images ({len(classes)}: {' '.join(classes[:3])} ...)"
-            )
-        return restore_model(checkpoint)
-    if config.weights and spec.startswith(ZOO):
-        arch = spec.removeprefix(ZOO)
-        known = find_weights(arch, config.weights).meta["categories"]
-        return create_model(arch, known, config.weights)[0]
-    return build_model(spec, len(classes), normalize)
+        return create_model(config.arch, classes, spec, normalize=normalize, new_head=False)[0]
+    own = checkpoint["classes"]
+    if own != classes:
+        raise UserError(
+            f"{spec} was trained on other classes ({len(own)}: {' '.join(own[:3])} ...) than"
+            f" those of the test images ({len(classes)}: {' '.join(classes[:3])} ...)"
+        )
+    return restore_model(checkpoint)
 
 
 def inspect_subject(subject: Subject, x: Tensor, y: Tensor, num_classes: int) -> list[str]:

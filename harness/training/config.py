@@ -62,12 +62,12 @@ class TrainConfig:
     cache_dir: str = option(str(default_cache_dir()), "where decoded folders are kept, and CIFAR",
         metavar="DIR", may_change=True)
 
-    arch: str = option("resnet50", "a torchvision classifier, or your own as module:callable,"
-        " which runs its code", group="model", flags=("-a", "--model"))
+    arch: str = option("resnet50", "a torchvision classifier, timm:NAME, or your own as"
+        " module:callable, which runs its code", group="model", flags=("-a", "--model"))
     weights: str | None = option(None, "start from a checkpoint, which also gives the default of"
-        " --arch; from a state dict in a .pt, .pth or .safetensors file; or from torchvision's"
-        " weights of that name (downloaded); the head is new if the classes differ (default: random"
-        " weights)", metavar="NAME_OR_PATH")
+        " --arch; from a state dict in a .pt, .pth or .safetensors file; or from weights of"
+        " that name in torchvision or timm (downloaded; DEFAULT: the best, and all of timm's); the"
+        " head is new if the classes differ (default: random weights)", metavar="NAME_OR_PATH")
 
     epochs: int = option(None, f"passes over the training set {_recipe('epochs')}",
         group="optimization", type=number(int, 1))

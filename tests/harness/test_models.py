@@ -1,0 +1,134 @@
+"""Test how models are named, built and started from weights."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import evaluate
+import train
+from harness import models
+from harness.benchmark.config import parse_eval_config
+from harness.benchmark.subjects import expected_images, resampling_warnings
+from harness.checkpoints import load_checkpoint
+from harness.errors import UserError
+from tests.support.tiny import image_folder
+
+TIMM = "timm:test_resnet"  # 0.5 million weights; timm names weights of it
+HALF = [0.5, 0.5, 0.5]  # its mean and standard deviation
+
+
+@pytest.fixture
+def timm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import timm, whose weights are random ones of its own instead of a download."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        library = pytest.importorskip("timm", reason="timm is not installed")
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)
+    return library
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return image_folder(tmp_path / "images", side=32)
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    return ["--data", str(folder), "--cache-dir", "cache", "--device", "cpu", *more]
+
+
+def test_a_model_of_timm_is_trained_and_evaluated(timm: Any, folder: Path) -> None:
+    train.main(
+        ["--arch", TIMM, *options(folder, "--size", "32", "--epochs", "1", "--batch-size", "12")]
+    )
+    path = Path("runs/timm-test_resnet-mtlat/last.pt")
+    checkpoint = load_checkpoint(path)
+    assert checkpoint["arch"] == TIMM and checkpoint["normalize"] == (HALF, HALF)
+    model = models.restore_model(checkpoint).eval()
+    like = timm.create_model("test_resnet", num_classes=3)
+    like.load_state_dict({k[2:]: v for k, v in model.state_dict().items() if k[:2] == "1."})
+    x = torch.rand(2, 3, 32, 32)
+    assert_close(model(x), like.eval()((x - 0.5) / 0.5))
+    evaluate.main([str(path), *options(folder, "--only", "clean", "--output-dir", "out")])
+    results = json.loads(Path("out/results.json").read_text())
+    share = results["rows"][0]["scores"]["clean"]["accuracy"]
+    assert share == checkpoint["log"][-1]["clean_accuracy"]
+
+
+def test_weights_of_timm_bring_their_images_and_classes(timm: Any, folder: Path) -> None:
+    published = models.find_weights(TIMM, "DEFAULT")
+    assert (published.size, published.crop, published.resampling) == (160, (168, 160), "bilinear")
+    model, normalize = models.create_model(TIMM, None, "DEFAULT")
+    assert normalize == (HALF, HALF) and model(torch.rand(2, 3, 32, 32)).shape == (2, 1000)
+    tuned, _ = models.create_model(TIMM, list("abc"), "DEFAULT")
+    assert tuned(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+    config = parse_eval_config([TIMM, "timm:test_vit2", "timm:resnet10t", "--weights", "DEFAULT"])
+    assert expected_images(config, {})[TIMM] == (160, (168, 160))
+    assert expected_images(config, {})["timm:resnet10t"] == (224, (235, 224))  # of timm's test
+    (said,) = [w for w in resampling_warnings(config) if "resnet10t" in w]
+    assert "timm:resnet10t expect bicubic resizing" in said
+    with pytest.raises(UserError, match=r"timm:test_resnet returns \(16, 1000\); .* 3 classes"):
+        argv = ["--weights", "DEFAULT", "--size", "32", "--only", "clean"]
+        evaluate.main([TIMM, *options(folder / "..", *argv), "--data", str(folder)])
+
+
+def test_the_head_of_timms_weights_is_new_if_the_classes_differ(
+    timm: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, make = timm.create_model("test_resnet"), timm.create_model
+
+    def create(name: str, pretrained: bool = False, **keywords: Any) -> Any:
+        assert name == "test_resnet"
+        return source if pretrained else make(name, **keywords)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    model, _ = models.create_model(TIMM, list("abc"), "DEFAULT")
+    state = source.state_dict()
+    assert torch.equal(model[1].conv1[0].weight, state["conv1.0.weight"])
+    assert model[1].fc.weight.shape[0] == 3
+    assert "weights from DEFAULT; new: fc.bias, fc.weight\n" in capsys.readouterr().out
+
+
+def test_names_that_timm_does_not_have(timm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {
+        "timm:resnet5": r"timm:resnet5: timm has no such classifier; close names: .*resnet50",
+        "timm:resnet18.a9_in1k": r"timm has no such classifier; close names: .*resnet18\.a1_in1k",
+        "timm:local-dir:/nowhere": "timm cannot create it",
+    }
+    for arch, message in wrong.items():
+        with pytest.raises(UserError, match=message):
+            models.build_model(arch, 3)
+    with pytest.raises(UserError, match=r"timm's weights are --weights DEFAULT, or .*resnet\.TAG"):
+        models.find_weights(TIMM, "V1")
+    with pytest.raises(UserError, match="timm has no weights for --arch timm:test_coatnet"):
+        models.find_weights("timm:test_coatnet", "DEFAULT")
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("cannot reach the Hub\nmore")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError, match=r"hf-hub:a/b: timm cannot create it \(cannot .* Hub\)$"):
+        models.build_model("timm:hf-hub:a/b", 3)
+
+
+def test_timm_is_imported_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    models.build_model("squeezenet1_1", 3)
+    with pytest.raises(UserError, match=r"^--arch timm:resnet18: run pip install timm"):
+        train.main(["--arch", "timm:resnet18", "--size", "16"])
+    with pytest.raises(UserError, match=r"^--arch timm:resnet18: run pip install timm"):
+        evaluate.main(["timm:resnet18", "--weights", "DEFAULT", "--data", "shapes"])
+
+
+def test_torchvisions_models_have_one_name_in_all_scripts() -> None:
+    names = "squeezenet1_1", "torchvision:squeezenet1_1"
+    one, other = (models.build_model(name, 3).state_dict().keys() for name in names)
+    assert one == other
+    with pytest.raises(UserError, match=r"torchvision:resnet5: torchvision has no .* resnet50"):
+        models.build_model("torchvision:resnet5", 3)
