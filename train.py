@@ -104,7 +104,8 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     torch.manual_seed(config.seed)
     log: list[dict[str, Any]] = []
     if checkpoint is None:
-        model, normalize = create_model(config.arch, data.classes, config.weights)
+        given = (config.mean, config.std) if config.mean and config.std else None
+        model, normalize = create_model(config.arch, data.classes, config.weights, normalize=given)
     else:
         if checkpoint["fingerprint"] != data.fingerprint:
             raise UserError(

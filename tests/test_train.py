@@ -327,6 +327,38 @@ def test_a_checkpoint_gives_its_architecture_and_its_head_to_the_same_classes(
         assert ("new: 6.bias, 6.weight" in capsys.readouterr().out) == (not same)
 
 
+def test_the_normalization_of_the_command_line(go, tmp_path, capsys):
+    mean, std = [0.1, 0.2, 0.3], [0.5, 1.0, 2.0]
+    flags = ["--mean", *map(str, mean), "--std", *map(str, std)]
+    made = go(*flags, "--epochs", "1")
+    assert made["normalize"] == (mean, std)
+    path = str(tmp_path / "out" / "last.pt")
+    model, network = models.restore_model(made).eval(), convnet(3).eval()
+    network.load_state_dict({k[2:]: v for k, v in made["model"].items() if k[:2] == "1."})
+    x = torch.rand(2, 3, 12, 12)
+    normalized = (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert_close(model(x), network(normalized))
+    # A fine-tuning keeps it, unless the command line has another.
+    kept = go("--weights", path, "--lr", "1e-12", "--epochs", "1", out="kept")
+    assert kept["normalize"] == (mean, std)
+    other = [*flags[:5], "1", "1", "1"]
+    changed = go("--weights", path, *other, "--lr", "1e-12", "--epochs", "1", out="changed")
+    assert changed["normalize"] == (mean, [1.0, 1.0, 1.0])
+    assert_close(changed["model"]["1.0.weight"], made["model"]["1.0.weight"])
+    with pytest.raises(
+        UserError, match=r"--std is \[1.0, 1.0, 1.0\], but .* was trained with \[0.5"
+    ):
+        parse_train_config(["--resume", path, *other])
+    assert parse_train_config(["--resume", path])[0].std == std
+    with pytest.raises(UserError, match="--mean and --std need each other"):
+        parse_train_config(flags[:4])
+    torch.save(convnet(3).state_dict(), tmp_path / "plain.pt")
+    capsys.readouterr()
+    tuned = go("--weights", str(tmp_path / "plain.pt"), *flags, "--epochs", "1", out="plain")
+    assert tuned["normalize"] == (mean, std)
+    assert "not normalized" not in capsys.readouterr().out
+
+
 def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise URLError("no network")
@@ -375,8 +407,8 @@ def test_resume_restores_everything(go, tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_an_earlier_version_resumes(go, tmp_path):
     content, last = go("--epochs", "1"), tmp_path / "out" / "last.pt"
-    for name in ("preprocess", "held_out", "test_fingerprint"):
-        assert content["settings"].pop(name) is not None
+    for name in ("preprocess", "held_out", "test_fingerprint", "mean", "std"):
+        del content["settings"][name]
     checkpoints.save_checkpoint([last], **content)
     args, _ = parse_train_config(["--resume", str(last)])
     assert args.preprocess == "squash"

@@ -20,7 +20,7 @@ from mtlat import ALPHA, EPSILON_MAX
 PAPER_RECIPE = {"epochs": 90, "batch_size": 256, "lr": 0.002, "milestones": (30, 60, 80)}
 SHAPES_RECIPE = {"epochs": 3, "batch_size": 32, "lr": 0.0007, "milestones": (2, 2.67)}
 
-EARLIER = {"preprocess": "squash"}  # of checkpoints that lack the setting
+EARLIER = {"preprocess": "squash", "mean": None, "std": None}  # of checkpoints that lack a setting
 LOCATIONS = {"data", "cache_dir", "output_dir"}  # a resumed run keeps these unless they are given
 
 
@@ -68,6 +68,11 @@ class TrainConfig:
         " --arch; from a state dict in a .pt, .pth or .safetensors file; or from weights of"
         " that name in torchvision or timm (downloaded; DEFAULT: the best, and all of timm's); the"
         " head is new if the classes differ (default: random weights)", metavar="NAME_OR_PATH")
+    mean: list[float] | None = option(None, "normalize the model's input with this mean of pixels"
+        " in [0, 1], and --std; the checkpoint keeps both (default: as --weights; timm:NAME: as"
+        " timm; otherwise none)", type=number(float, 0, 1), nargs=3, metavar="M")
+    std: list[float] | None = option(None, "its standard deviation (default: as for --mean)",
+        type=number(float, 0, above=True), nargs=3, metavar="S")
 
     epochs: int = option(None, f"passes over the training set {_recipe('epochs')}",
         group="optimization", type=number(int, 1))
@@ -152,6 +157,8 @@ def parse_train_config(
         values = _with_defaults(values) | {"output_dir": folder}
     refuse_overwriting(values["output_dir"], values["resume"] if checkpoint else None)
     values["device"] = resolve_device(values["device"])
+    if (values["mean"] is None) != (values["std"] is None):
+        raise UserError("--mean and --std need each other")
     if values["sync_bn"] and not values["device"].startswith("cuda"):
         raise UserError(f"--sync-bn works on CUDA, not on {values['device']}: leave it out")
     if values["amp"] == "fp16" and values["device"] == "cpu":
