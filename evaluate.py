@@ -47,6 +47,7 @@ from harness.files import atomic_write, lock_folder
 from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.loader import BatchLoader
 from harness.images.preprocess import Crop, choose_crop, describe, kind
+from harness.models import compute_logits
 
 SHEET_SEVERITY = 3  # of the corruptions in the contact sheet
 
@@ -293,8 +294,7 @@ def contact_sheets(run: Evaluation) -> list[list[plots.Tile]]:
         victim = run.surrogate if entry.black_box else model if entry.white_box else None
         severity = SHEET_SEVERITY if len(entry.severities) > 1 else None
         images, _ = perturb(run, name, severity, victim, batch)
-        with torch.no_grad():
-            predictions = model.module(images).argmax(1)
+        predictions = compute_logits(model.module, images).argmax(1)
         title = f"{COLUMNS.get(name, name)} {severity or ''}".strip()
         for sheet, image, k, y in zip(sheets, images, predictions, batch[2], strict=True):
             title = f"clean: {run.classes[y]}" if name == "clean" else title

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from harness.checkpoints import load_weights
 from harness.errors import UserError
-from mtlat import Normalize, frozen
+from mtlat import Model, Normalize, frozen, logits_of
 
 MeanStd = tuple[list[float], list[float]]  # per channel
 LIBRARIES = ("torchvision:", "timm:")  # prefixes of models with published weights
@@ -268,11 +268,22 @@ def restore_model(checkpoint: dict[str, Any]) -> nn.Module:
     return model
 
 
+def compute_logits(model: Model, x: Tensor) -> Tensor:
+    """Compute the logits (B, N) of images x (B, ...), without a graph.
+
+    The model returns them alone, as `.logits`, or as the first of a tuple or list.
+
+    Raises:
+        TypeError, ValueError: it does not.
+    """
+    with torch.no_grad():
+        return logits_of(model(x), torch.zeros(len(x), dtype=torch.int64, device=x.device))
+
+
 def count_correct(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
     """Count correct top-1 predictions. Sets the model to eval mode."""
     model.eval()
-    with torch.no_grad():
-        hits = [(model(x).argmax(1) == y).sum() for x, y in batches]
+    hits = [(compute_logits(model, x).argmax(1) == y).sum() for x, y in batches]
     return int(torch.stack(hits).sum()) if hits else 0
 
 
@@ -291,16 +302,15 @@ def check_logits(name: str, model: nn.Module, x: Tensor, num_classes: int) -> Te
         UserError: the model fails on x, or its output is not finite logits of that shape.
     """
     try:
-        with torch.no_grad(), frozen(model):
-            logits: Tensor = model(x)
+        with frozen(model):
+            logits = compute_logits(model, x)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{name} fails on images {tuple(x.shape)}: {reason}") from None
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape != (len(x), num_classes):
+    if logits.shape != (len(x), num_classes):
         raise UserError(
-            f"{name} returns {shape}; for {len(x)} images of the dataset's {num_classes} classes"
-            f" it must return logits {(len(x), num_classes)}"
+            f"{name} returns {tuple(logits.shape)}; for {len(x)} images of the dataset's"
+            f" {num_classes} classes it must return logits {(len(x), num_classes)}"
         )
     if not logits.isfinite().all():
         raise UserError(f"{name} returns logits that are not finite")

@@ -277,6 +277,18 @@ def test_a_plain_state_dict_is_evaluated_with_its_architecture(bench: Bench) -> 
         bench.run("--arch", "tinynets:net", models="standard")
 
 
+def test_logits_in_an_object_or_a_tuple_count_like_logits_alone(bench: Bench) -> None:
+    options = ["--data", str(bench.root / "images"), "--size", "16", "--dump-images", "2"]
+    options += ["--only", "brightness", "pgd_0.04", "cw2"]
+    bench.run(*options, models="tinynets:net tinynets:Pair tinynets:Object")
+    rows = bench.results()["rows"]
+    assert all(same_scores(rows[0], row) for row in rows[1:])
+    bench.run(*options[:-3], "mi_fgsm_0.04", "--surrogate", "tinynets:Object", out="by-object")
+    bench.run(*options[:-3], "mi_fgsm_0.04", "--surrogate", "tinynets:net", out="by-tensor")
+    pairs = zip(bench.results("by-object")["rows"], bench.results("by-tensor")["rows"], strict=True)
+    assert all(same_scores(*pair) for pair in pairs)
+
+
 def test_scores_are_made_in_full_precision(bench: Bench) -> None:
     assert torch.backends.cudnn.allow_tf32
     data_of = ["--data", str(bench.root / "images"), "--size", "16", "--only", "brightness"]
@@ -289,7 +301,8 @@ def test_scores_are_made_in_full_precision(bench: Bench) -> None:
     [
         ("Stuck", "ignores eval"), ("Noisy", "other logits for the same images the second time"),
         ("Broken", "not finite"), ("Two", r"returns \(16, 2\).*dataset's 3 classes"),
-        ("Pair", "returns tuple; "), ("Big", r"fails on images \(16, 3, 16, 16\)"),
+        ("Text", "fails on .*: the model returns str; give logits"),
+        ("Big", r"fails on images \(16, 3, 16, 16\)"),
     ],
 )  # fmt: skip
 def test_models_whose_numbers_would_mean_nothing_are_refused(

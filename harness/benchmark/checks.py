@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attacks import attack_mode, check_number, draw_starts, input_gradient, pgd
 from harness.benchmark.attack_registry import Attack
+from harness.models import compute_logits
 from mtlat import Model
 
 EPSILONS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.5)
@@ -59,8 +60,7 @@ def pgd_longer(
         x_adv like x.
     """
     x_adv = pgd(model, x, y, epsilon=epsilon, steps=steps // 5, start=start)
-    with torch.no_grad():
-        left = model(x_adv).argmax(1) == y
+    left = compute_logits(model, x_adv).argmax(1) == y
     if left.any():
         again = None if start is None else start[left]
         x_adv[left] = pgd(model, x[left], y[left], epsilon=epsilon, steps=steps, start=again)

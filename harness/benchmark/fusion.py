@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+from harness.models import compute_logits
+
 
 def fuse_for_inference(model: nn.Module, x: Tensor) -> nn.Module:
     """Fuse layers of a model in eval mode.
@@ -23,11 +25,11 @@ def fuse_for_inference(model: nn.Module, x: Tensor) -> nn.Module:
         x: some images (B, 3, S, S) of the size that it will be used with.
     """
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
-        logits = model(x)
+        logits = compute_logits(model, x)
         for transform in (fuse, partial(_fuse_pooling, x=x)):  # fuse: BatchNorm into convolutions
             with suppress(Exception):  # a forward pass may be any Python
                 fused: nn.Module = transform(model)
-                if torch.allclose(fused(x), logits, 1e-4, 1e-4):
+                if torch.allclose(compute_logits(fused, x), logits, 1e-4, 1e-4):
                     model = fused.requires_grad_(False)
     return model
 

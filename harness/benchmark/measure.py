@@ -30,6 +30,7 @@ from harness.errors import UserError
 from harness.images.cache import decode_all
 from harness.images.folders import File, list_classes
 from harness.images.loader import BatchLoader
+from harness.models import compute_logits
 
 EARLIER = {"preprocess": "squash"}  # of cells that lack the fact
 Batch = tuple[Tensor, Tensor, Tensor]  # indices, images in [0, 1], class indices; on the device
@@ -199,8 +200,7 @@ def _perturb_cw2(
     victim: Subject, x: Tensor, y: Tensor, settings: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Attack by CW2 those images that the model gets right."""
-    with torch.no_grad():
-        right = victim.module(x).argmax(1) == y
+    right = compute_logits(victim.module, x).argmax(1) == y
     images, found = x.clone(), {"right": right}
     if right.any():
         result = cw2_result(victim.module, x[right], y[right], **settings)
@@ -241,8 +241,7 @@ def measure(
         for i, model in enumerate(models):
             if white_box:
                 images, about = perturb(run, name, severity, model, batch)
-            with torch.no_grad():
-                logits = model.module(images)
+            logits = compute_logits(model.module, images)
             about = {**about, "hit": logits.argmax(1) == y, "least_likely": logits.argmin(1)}
             found[i].append({key: values.cpu() for key, values in about.items()})
             seconds[i], clock = seconds[i] + _now(run) - clock, _now(run)

@@ -19,6 +19,7 @@ from harness.benchmark.registry import COLUMNS, TABLES
 from harness.benchmark.tables import measured_tables
 from harness.errors import escape_unprintable
 from harness.files import atomic_path
+from harness.models import compute_logits
 from mtlat import ALPHA, EPSILON_MAX, Draws, draw, frozen, mixup, target_labels, targeted_fgsm
 
 DPI = 150  # of the figures: the report shows them at their size in inches
@@ -195,9 +196,10 @@ def plot_step(
     x_mix2, y_mix2 = mixup(x, one_hot, x4, one_hot4, draws.lam2)
     x_mtlat = targeted_fgsm(model, x_mix2, draws.target, draws.epsilon)
     y_mtlat = target_labels(y_mix2, draws.target, draws.epsilon)
-    with frozen(model), torch.no_grad():
+    with frozen(model):
         before, after = (
-            100 * model(images).softmax(1).gather(1, draws.target[:, None]).squeeze(1)
+            100
+            * compute_logits(model, images).softmax(1).gather(1, draws.target[:, None]).squeeze(1)
             for images in (x_mix2, x_mtlat)
         )
     couples = list(zip(y.tolist(), y4.tolist(), draws.target.tolist(), strict=True))

@@ -15,7 +15,7 @@ from harness.benchmark.fusion import fuse_for_inference
 from harness.benchmark.registry import PERTURBATIONS
 from harness.images.datasets import Dataset
 from harness.images.loader import ImageSet
-from harness.models import build_model
+from harness.models import build_model, compute_logits
 from harness.training.config import TrainConfig
 
 STEPS = 2  # of a training that are timed, after as many untimed ones
@@ -139,8 +139,8 @@ class Meter:
 
     def _measure_forward(self, arch: str) -> float:
         model, x = self._model(arch), self._batch()
-        with torch.no_grad(), full_precision():
-            return time_second_call(lambda: model(x).sum().item()) / len(x)
+        with full_precision():
+            return time_second_call(lambda: compute_logits(model, x).sum().item()) / len(x)
 
     def _gradient(self, arch: str) -> float:
         return self._timed(("gradient", arch), lambda: self._measure_gradient(arch))

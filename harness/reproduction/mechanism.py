@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from harness.benchmark.plots import plot_shares
 from harness.checkpoints import load_checkpoint
 from harness.images.embedded import AMPLITUDE, INDICES, NAMES, draw_shapes
-from harness.models import restore_model
+from harness.models import compute_logits, restore_model
 from harness.reproduction.page import Figure, Section, Table, Text
 
 SHIFT = 3  # of the gratings: the class of the other grating
@@ -46,8 +46,8 @@ def measure_cues(model: nn.Module, size: int, amplitude: float = AMPLITUDE) -> C
         images, _ = draw_shapes(
             INDICES["test"], size, shapes=shapes, amplitude=amplitude, shift=shift
         )
-        with torch.no_grad():
-            return torch.cat([model(part.float() / 255).argmax(1) for part in images.split(BATCH)])
+        parts = (part.float() / 255 for part in images.split(BATCH))
+        return torch.cat([compute_logits(model, part).argmax(1) for part in parts])
 
     model.eval()
     labels = torch.tensor(INDICES["test"]) % len(NAMES)

@@ -3,11 +3,14 @@
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import evaluate
@@ -17,7 +20,7 @@ from harness.benchmark.config import parse_eval_config
 from harness.benchmark.subjects import expected_images, resampling_warnings
 from harness.checkpoints import load_checkpoint
 from harness.errors import UserError
-from tests.support.tiny import image_folder
+from tests.support.tiny import convnet, image_folder
 
 TIMM = "timm:test_resnet"  # 0.5 million weights; timm names weights of it
 HALF = [0.5, 0.5, 0.5]  # its mean and standard deviation
@@ -124,6 +127,38 @@ def test_timm_is_imported_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPa
         train.main(["--arch", "timm:resnet18", "--size", "16"])
     with pytest.raises(UserError, match=r"^--arch timm:resnet18: run pip install timm"):
         evaluate.main(["timm:resnet18", "--weights", "DEFAULT", "--data", "shapes"])
+
+
+class Wrapped(nn.Module):
+    """Return what `wrap` makes of the network's logits."""
+
+    def __init__(self, network: nn.Module, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.network, self.wrap = network, wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.network(x))
+
+
+def test_logits_are_found_in_objects_tuples_and_lists() -> None:
+    network, x, y = convnet(3).eval(), torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    expected, correct = network(x).detach(), models.count_correct(network, iter([(x, y)]))
+    wraps = (lambda z: SimpleNamespace(logits=z)), (lambda z: (z, x)), (lambda z: [z])
+    for wrap in wraps:
+        model = Wrapped(network, wrap)
+        assert torch.equal(models.check_logits("m", model, x, 3), expected)
+        assert models.count_correct(model, iter([(x, y)])) == correct
+        with pytest.raises(UserError, match=r"^m returns \(4, 3\); .* must return logits \(4, 5\)"):
+            models.check_logits("m", model, x, 5)
+    with pytest.raises(UserError, match=r"^m fails on .*: the model returns dict; give logits"):
+        models.check_logits("m", Wrapped(network, lambda z: {"out": z}), x, 3)
+
+
+def test_a_network_that_returns_an_object_is_trained(folder: Path) -> None:
+    train.main(
+        ["--arch", "tiny:Dressed", *options(folder, "--epochs", "1", "-b", "8", "--size", "16")]
+    )
+    assert load_checkpoint("runs/tiny-Dressed-mtlat/last.pt")["log"]
 
 
 def test_torchvisions_models_have_one_name_in_all_scripts() -> None:

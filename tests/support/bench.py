@@ -20,6 +20,8 @@ from harness.images import datasets
 CLASSES = ["blue", "green", "red"]
 SIDE = 16
 NETS = '''
+import types
+
 import torch
 from torch import nn
 
@@ -55,6 +57,10 @@ class Two(Net):
     def forward(self, x): return super().forward(x)[:, :2]
 class Pair(Net):
     def forward(self, x): return super().forward(x), x
+class Object(Net):
+    def forward(self, x): return types.SimpleNamespace(loss=None, logits=super().forward(x))
+class Text(Net):
+    def forward(self, x): return "logits"
 class Big(Net):
     def forward(self, x): return super().forward(x.view(len(x), 3, 99, 99))
 '''

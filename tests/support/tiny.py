@@ -1,6 +1,7 @@
 """Provide small networks and image folders for the tests of the scripts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -38,6 +39,17 @@ def smooth(num_classes: int) -> nn.Module:
     """Return a float64 network in which the images of a batch do not affect each other."""
     layers = nn.Conv2d(3, 6, 3, stride=2), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
     return nn.Sequential(Double(), *layers, nn.Linear(24, num_classes)).double()
+
+
+class Dressed(nn.Module):
+    """A network that returns an object with `.logits`, as those of Hugging Face do."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.network = convnet(num_classes)
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=None, logits=self.network(x))
 
 
 def normed(num_classes: int) -> nn.Module:
