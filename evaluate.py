@@ -68,8 +68,9 @@ def load_data(
     if not (config.data or trained.get("data")):
         raise UserError("--data is missing: only a checkpoint of train.py knows its images")
     source, sizes = config.data or trained["data"], (size for size, _ in expected.values())
-    own = {} if source in SIZES else {spec: crop for spec, (_, crop) in expected.items()}
-    crop = choose_crop(config.preprocess, config.imagenet_c, own)
+    own, tree = {spec: crop for spec, (_, crop) in expected.items()}, config.imagenet_c
+    own, tree = ({}, None) if source in SIZES else (own, tree)  # whose images are squares
+    crop = choose_crop(config.preprocess, tree, own)
     with distributed.local_rank_zero_first():
         data = load_dataset(
             source, size=config.size or next(sizes, None), crop=crop,
@@ -156,7 +157,7 @@ def run_warnings(run: Evaluation) -> list[str]:
     """List what the user should know of the perturbations and the surrogate."""
     config, warnings = run.config, []
     if config.imagenet_c:
-        there = [name for name in config.perturbations if config.corrupted_folder(name)]
+        there = [name for name in config.perturbations if config.find_corruption(name)]
         made = [n for n in config.perturbations if n in ALL_CORRUPTIONS and n not in there]
         if made:
             warnings.append(f"not in --imagenet-c, and computed here: {', '.join(made)}")
@@ -289,7 +290,7 @@ def contact_sheets(run: Evaluation) -> list[list[plots.Tile]]:
     sheets: list[list[plots.Tile]] = [[] for _ in indices]
     for name in ("clean", *(n for n in COLUMNS if n in run.config.perturbations)):
         entry = run.config.registry[name]
-        if run.config.corrupted_folder(name) or (entry.black_box and not run.surrogate):
+        if run.config.find_corruption(name) or (entry.black_box and not run.surrogate):
             continue
         victim = run.surrogate if entry.black_box else model if entry.white_box else None
         severity = SHEET_SEVERITY if len(entry.severities) > 1 else None

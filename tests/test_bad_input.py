@@ -126,7 +126,7 @@ EVALUATE_CASES = [
     ("--batch-size 0", "from 1"), ("--seed -1", "from 0"), ("--dump-images -1", "from 0"),
     ("--dump-images 101", "from 0 to 100"), ("--device meta", "--device meta"),
     ("--imagenet-c nowhere", "no such folder"),
-    ("--imagenet-c empty", "has no folder of a corruption to score"),
+    ("--imagenet-c empty", "has no folder or .npy file of a corruption to score"),
     ("--imagenet-c file", "no such folder"), ("--data other", "was trained on other classes"),
     ("--data bad/cut.jpg", "truncated"), ("--data one-class", "holds 1 class folders"),
     ("--surrogate cut.pt", "or is damaged"), ("--surrogate nan.pt", "logits that are not finite"),

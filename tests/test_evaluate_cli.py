@@ -157,7 +157,7 @@ def test_official_files_give_what_was_written(
         assert ours == theirs and none is None
         assert source.endswith("shot_noise") == (ours["perturbation"] == "shot_noise")
     assert "not in --imagenet-c, and computed here: fog" in capsys.readouterr().out
-    with pytest.raises(UserError, match="has no folder of a corruption to score"):
+    with pytest.raises(UserError, match=r"has no folder or .npy file of a corruption"):
         bench.run("--only", "fog", "--imagenet-c", str(bench.root / "c"), out="none")
     with pytest.raises(UserError, match=r"imagenet_c: None, now .*shot_noise"):
         bench.run(*options, "--imagenet-c", str(bench.root / "c"), out="made")

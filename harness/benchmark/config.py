@@ -17,6 +17,7 @@ from harness.cli import number, option, parse_options
 from harness.devices import resolve_device
 from harness.errors import UserError, escape_unprintable
 from harness.images.cache import default_cache_dir
+from harness.images.corrupted import find_corruption
 from harness.images.datasets import MAX_SIDE
 from harness.images.preprocess import CROPS
 from harness.models import LIBRARIES
@@ -57,8 +58,9 @@ class EvalConfig:
     limit: int | None = option(None, "test on N images, as many of each class, drawn with --seed"
         " (default: all)", type=number(int, 1), metavar="N")
     imagenet_c: Path | None = option(None, "read the corruptions that are there as"
-        " DIR/corruption/severity/class/file, or DIR/family/corruption/..., instead of computing"
-        " them", type=Path, metavar="DIR")
+        " DIR/corruption/severity/class/file or DIR/family/corruption/..., as ImageNet-C and"
+        " Tiny-ImageNet-C, or as DIR/corruption.npy, as CIFAR-10-C, instead of computing them",
+        type=Path, metavar="DIR")
 
     only: list[str] = option(None, "measure these, by name or by group:"
         f" {', '.join(GROUPS)}; clean: nothing else (default: all but validation)",
@@ -107,13 +109,12 @@ class EvalConfig:
         chosen = choose_perturbations(self.only, self.skip)
         return list(dict.fromkeys([*chosen, *self.supplement]))
 
-    def corrupted_folder(self, name: str) -> Path | None:
-        """Return DIR/name or DIR/family/name of --imagenet-c DIR, if there is one."""
-        root = self.imagenet_c
-        if root is None or len(self.registry[name].severities) == 1:
+    def find_corruption(self, name: str) -> Path | None:
+        """Return the folder or the array of a corruption below --imagenet-c, if there is one."""
+        entry = self.registry[name]
+        if self.imagenet_c is None or len(entry.severities) == 1:
             return None
-        places = (root / name, root / self.registry[name].group / name)
-        return next((place for place in places if place.is_dir()), None)
+        return find_corruption(self.imagenet_c, name, entry.group)
 
 
 def is_file(spec: str) -> bool:
@@ -152,6 +153,8 @@ def parse_eval_config(argv: list[str] | None = None, description: str | None = N
         )
     if config.imagenet_c and not config.imagenet_c.is_dir():
         raise UserError(f"--imagenet-c {config.imagenet_c}: no such folder")
-    if config.imagenet_c and not any(map(config.corrupted_folder, config.perturbations)):
-        raise UserError(f"--imagenet-c {config.imagenet_c} has no folder of a corruption to score")
+    if config.imagenet_c and not any(map(config.find_corruption, config.perturbations)):
+        raise UserError(
+            f"--imagenet-c {config.imagenet_c} has no folder or .npy file of a corruption to score"
+        )
     return EvalConfig(**values | {"baseline": baseline, "device": resolve_device(config.device)})

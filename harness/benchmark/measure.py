@@ -5,7 +5,6 @@ for all models.
 """
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +25,7 @@ from harness.benchmark.paired import pack
 from harness.benchmark.store import Cell
 from harness.benchmark.subjects import Subject
 from harness.errors import UserError
-from harness.images.cache import decode_all
-from harness.images.folders import File, list_classes
+from harness.images.corrupted import CleanImages, open_corrupted
 from harness.images.loader import BatchLoader
 from harness.models import compute_logits
 
@@ -55,13 +52,13 @@ class Evaluation:
     def decided_by(self, name: str) -> dict[str, Any]:
         """Return what a cell depends on besides the model, the perturbation and its severity."""
         black_box = self.surrogate if self.config.registry[name].black_box else None
-        folder = self.config.corrupted_folder(name)
+        place = self.config.find_corruption(name)
         attacks = dict(text.split("=", 1) for text in self.config.attack)
         return {
             **self.facts,
             **({"attack": attacks[name]} if name in attacks else {}),
             "surrogate": black_box.digest if black_box else None,
-            "imagenet_c": str(folder.resolve()) if folder else None,
+            "imagenet_c": str(place.resolve()) if place else None,
         }
 
     def images_of(self, name: str) -> Tensor:
@@ -101,61 +98,19 @@ def choose_images(labels: Tensor, limit: int | None, seed: int) -> Tensor:
 
 def clean_batches(run: Evaluation, name: str, severity: int | None) -> Iterator[Batch]:
     """Yield this rank's batches of clean images, or of the corrupted ones of --imagenet-c."""
-    folder = run.config.corrupted_folder(name)
-    if folder is not None:
-        yield from _folder_batches(run, run.images_of(name), folder / str(severity))
-    else:
-        mine = distributed.shard_batches(torch.split(run.images_of(name), run.config.batch_size))
+    place, chosen = run.config.find_corruption(name), run.images_of(name)
+    mine = distributed.shard_batches(torch.split(chosen, run.config.batch_size))
+    if place is None or severity is None:
         for indices, (x, y) in zip(mine, run.loader.prefetch(mine), strict=True):
             yield indices.to(run.loader.device), x, y
-
-
-def _folder_batches(run: Evaluation, chosen: Tensor, folder: Path) -> Iterator[Batch]:
-    """Stream the files of FOLDER/class/: the whole of ImageNet-C does not fit into memory.
-
-    Files are found by the names of the test images without their suffixes, so that a tree that also
-    holds training images gives the scores of the test images.
-    """
-    files = _find_corrupted(run, chosen, folder)
+        return
     labels, device = run.loader.labels.cpu(), run.loader.device
-    mine = distributed.shard_batches(torch.split(chosen, run.config.batch_size))
-    wanted = [files[i] for indices in mine for i in indices.tolist()]
-    decoded = decode_all(folder, wanted, run.facts["size"])
+    test = CleanImages(run.paths, run.classes, labels)
+    read = open_corrupted(place, severity, test, chosen.tolist(), run.facts["size"])
+    images = read(i for indices in mine for i in indices.tolist())
     for indices in mine:
-        pixels = []
-        for file, image in islice(decoded, len(indices)):
-            if isinstance(image, str):
-                raise UserError(f"{folder / file.path}: {image}; fetch the file again")
-            pixels.append(image)
-        x = torch.from_numpy(np.stack(pixels)).to(device).float().div_(255)
+        x = torch.stack(list(islice(images, len(indices)))).to(device).float().div_(255)
         yield indices.to(device), x, labels[indices].to(device)
-
-
-def _find_corrupted(run: Evaluation, chosen: Tensor, folder: Path) -> dict[int, File]:
-    """Find the corrupted file of each chosen test image, by the image's index."""
-    found = list_classes(folder) if folder.is_dir() else {}
-    there = {
-        _stem(relative): File(relative, label)
-        for label, name in enumerate(run.classes)
-        for path in found.get(name, [])
-        for relative in [Path(path).relative_to(folder).as_posix()]
-    }
-    names = {i: _stem(run.paths[i]) for i in chosen.tolist()}
-    if missing := [name for name in names.values() if name not in there]:
-        raise UserError(
-            f"--imagenet-c: {folder} lacks {len(missing)} of the {len(names)} test images, such as"
-            f" {missing[0]}; the layout is DIR/corruption/severity/class/file, with the names of"
-            " --data"
-        )
-    if len(set(names.values())) < len(names):
-        raise UserError(
-            "--imagenet-c: two images of --data differ only in their suffix: rename one"
-        )
-    return {i: there[name] for i, name in names.items()}
-
-
-def _stem(path: str) -> str:
-    return os.path.splitext(path)[0]
 
 
 def perturb(
@@ -178,7 +133,7 @@ def perturb(
     indices, x, y = batch
     attack = run.config.registry[name].attack
     if attack is None or victim is None:
-        if name in ALL_CORRUPTIONS and run.config.corrupted_folder(name) is None:
+        if name in ALL_CORRUPTIONS and run.config.find_corruption(name) is None:
             x = corrupt(x, name, severity, seed=run.config.seed, index=indices)
         return x, {}
     settings, model = attack.keywords, victim.module

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor
-from torchvision.transforms import v2
 
 from harness.errors import UserError
 from harness.images import embedded
 from harness.images.cache import cached_checksum, decode_cached, default_cache_dir
 from harness.images.folders import Listing, choose_classes, list_folder
 from harness.images.loader import ImageSet
-from harness.images.preprocess import Crop, resize_side
+from harness.images.preprocess import Crop, resize_side, resize_to_square
 
 SIZES = {"shapes": 64, "cifar10": 32, "cifar100": 32}  # default sides; folders: the paper's 224
 MAX_SIDE = 4096  # above it nothing trains, and memory runs out
@@ -123,8 +122,7 @@ def _load_cifar(
                 f" train.py --data {source} --download"
             ) from None
         images = torch.from_numpy(np.ascontiguousarray(raw.data.transpose(0, 3, 1, 2)))
-        if size != images.shape[-1]:
-            images = v2.functional.resize(images, [size, size])
+        images = resize_to_square(images, size)
         kept = choose_classes(sorted(raw.classes), num_classes, seed)
         parts[part] = _select_classes(images, torch.tensor(raw.targets), raw.classes, kept)
     digest = hashlib.sha256(b"".join(parts[p].labels.numpy().tobytes() for p in parts))

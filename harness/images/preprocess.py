@@ -5,13 +5,18 @@ side, and cuts out the center, as ImageNet-C was made.
 """
 
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms import functional as F
+from torchvision.transforms import v2
 
 from harness.errors import UserError
+from harness.images.folders import SUFFIXES
 
 # (256, 224): the shorter side is resized to 256/224 of the square's side. None: squash.
 Crop = tuple[int, int] | None
@@ -37,6 +42,14 @@ def make_square(image: Image.Image, size: int, resize: int | None) -> Image.Imag
     return cut
 
 
+def resize_to_square(images: Tensor, size: int) -> Tensor:
+    """Resize images uint8 (..., 3, H, W) in memory to `size`, bilinear and antialiased."""
+    if images.shape[-2:] == (size, size):
+        return images
+    resized: Tensor = v2.functional.resize(images, [size, size])
+    return resized
+
+
 def kind(crop: Crop) -> str:
     """Return the name of a preprocessing in --preprocess."""
     return "center-crop" if crop else "squash"
@@ -51,15 +64,26 @@ def tree_crop(tree: Path) -> Crop:
     """Return how the images of an --imagenet-c folder were prepared before they were corrupted.
 
     `python -m corruptions` notes the size in settings.json, and crops at 224 px alone. The
-    published ImageNet-C has no such file.
+    published ImageNet-C and Tiny-ImageNet-C have no such file, and the latter has images of 64 px,
+    which are not cropped.
     """
     try:
         size = json.loads((tree / "settings.json").read_bytes())["size"]
     except FileNotFoundError:
-        size = 224
+        size = _first_side(tree)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{tree / 'settings.json'} is damaged: write the tree again") from None
     return CROPS["center-crop" if size == 224 else "squash"]
+
+
+def _first_side(tree: Path) -> int:
+    """Return the width of the first image that is found in a folder; 224 if there is none."""
+    for folder, _, names in os.walk(tree, followlinks=True):
+        for name in names:
+            if os.path.splitext(name)[1].lower() in SUFFIXES:
+                with suppress(OSError), Image.open(Path(folder, name)) as image:
+                    return image.width
+    return 224
 
 
 def choose_crop(asked: str | None, tree: Path | None, own: Mapping[str, Crop]) -> Crop:

@@ -58,6 +58,12 @@ def test_one_preprocessing_is_chosen_or_the_mismatch_is_refused(tmp_path: Path) 
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             choose_crop(asked, tree, models)
+    (own / "settings.json").unlink()  # as the published Tiny-ImageNet-C
+    for side, crop in ((64, SQUASH), (224, CENTER)):
+        path = own / "fog" / "1" / "class" / "x.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side, side)).save(path)
+        assert choose_crop(None, own, {}) == crop
     (own / "settings.json").write_text("[]")
     with pytest.raises(UserError, match=r"settings.json is damaged"):
         choose_crop(None, own, {})

@@ -1,0 +1,163 @@
+"""The corrupted test images of --imagenet-c, in the layouts in which they are published.
+
+ImageNet-C, Tiny-ImageNet-C: DIR/NAME/SEVERITY/CLASS/file, or a folder above NAME: its family, extra
+CIFAR-10-C, CIFAR-100-C: DIR/NAME.npy, uint8 (50000, 32, 32, 3), and DIR/labels.npy, (50000,): the
+test images in order, at severity 1, then at severity 2, and so on
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from corruptions import SEVERITIES
+from harness.errors import UserError
+from harness.images.cache import decode_all
+from harness.images.folders import File, list_classes
+from harness.images.preprocess import resize_to_square
+
+LABELS = "labels.npy"
+ARRAYS = ("cifar10", "cifar100")  # values of --data whose corrupted images are published as arrays
+
+
+class CleanImages(NamedTuple):
+    """The clean test images that corrupted ones are found by."""
+
+    paths: list[str]  # relative to the folder of their classes; of CIFAR, source/index
+    classes: list[str]
+    labels: Tensor  # class indices (N,)
+
+
+def find_corruption(root: Path, name: str, family: str) -> Path | None:
+    """Return the folder or the array of a corruption below --imagenet-c, if there is one."""
+    folders = (root / name, root / family / name, root / "extra" / name)
+    array = root / f"{name}.npy"
+    return next((place for place in folders if place.is_dir()), array if array.is_file() else None)
+
+
+def open_corrupted(
+    place: Path, severity: int, test: CleanImages, chosen: list[int], size: int
+) -> Callable[[Iterable[int]], Iterator[Tensor]]:
+    """Find the corrupted images of the chosen test images.
+
+    Args:
+        place: what `find_corruption` returns.
+        severity: 1 to 5.
+        test: all test images.
+        chosen: indices of those that count.
+        size: side of the images in pixels.
+
+    Returns:
+        A function that yields the images of these indices, uint8 (3, size, size) each.
+
+    Raises:
+        UserError: an image is missing or unreadable, or the images are those of another test set.
+    """
+    if place.suffix != ".npy":
+        folder = place / str(severity)
+        files = _find_files(folder, test, chosen)
+        return lambda indices: _decode(folder, [files[i] for i in indices], size)
+    images, numbers = _map_array(place, test)
+    start = (severity - 1) * (len(images) // len(SEVERITIES))
+    return lambda indices: (
+        resize_to_square(_copy(images[start + numbers[i]]), size) for i in indices
+    )
+
+
+def _decode(folder: Path, files: list[File], size: int) -> Iterator[Tensor]:
+    """Stream image files: the whole of ImageNet-C does not fit into memory."""
+    for file, image in decode_all(folder, files, size):
+        if isinstance(image, str):
+            raise UserError(f"{folder / file.path}: {image}; fetch the file again")
+        yield torch.from_numpy(image)
+
+
+def _find_files(folder: Path, test: CleanImages, chosen: list[int]) -> dict[int, File]:
+    """Find the file of each chosen test image in FOLDER/class/, by the image's index.
+
+    Files are found by the names of the test images without their suffixes, so that a tree that also
+    holds training images gives the scores of the test images.
+    """
+    found = list_classes(folder) if folder.is_dir() else {}
+    there = {
+        _stem(relative): File(relative, label)
+        for label, name in enumerate(test.classes)
+        for path in found.get(name, [])
+        for relative in [Path(path).relative_to(folder).as_posix()]
+    }
+    names = {i: _stem(test.paths[i]) for i in chosen}
+    if missing := [name for name in names.values() if name not in there]:
+        raise UserError(
+            f"--imagenet-c: {folder} lacks {len(missing)} of the {len(names)} test images, such as"
+            f" {missing[0]}; the layout is DIR/corruption/severity/class/file, with the names of"
+            " --data"
+        )
+    if len(set(names.values())) < len(names):
+        raise UserError(
+            "--imagenet-c: two images of --data differ only in their suffix: rename one"
+        )
+    return {i: there[name] for i, name in names.items()}
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(path)[0]
+
+
+def _map_array(place: Path, test: CleanImages) -> tuple[Any, list[int]]:
+    """Map an array into memory, and check that its labels are those of the test images.
+
+    Returns:
+        The array, and the number of each test image in a block of one severity. The test images
+        are fewer than those of a block if only some classes are kept.
+    """
+    sources, numbers = zip(*(path.split("/", 1) for path in test.paths), strict=True)
+    if not set(sources) <= set(ARRAYS):
+        raise UserError(f"--imagenet-c: {place} is scored with --data {' or '.join(ARRAYS)}")
+    images, labels = (_load_array(path) for path in (place, place.with_name(LABELS)))
+    count = len(labels) // len(SEVERITIES)
+    if images.dtype != np.uint8 or images.shape != (len(labels), 32, 32, 3):
+        raise UserError(
+            f"--imagenet-c: {place} is {images.dtype} {images.shape}; with the {len(labels)} labels"
+            f" of {LABELS} it must be uint8 {(len(labels), 32, 32, 3)}"
+        )
+    rows = [int(number) for number in numbers]
+    if not _same_labels(labels, count, rows, test.labels.tolist()):
+        raise UserError(
+            f"--imagenet-c: {place.with_name(LABELS)} are not {len(SEVERITIES)} times the labels of"
+            f" the test images of --data {sources[0]}: name the folder that belongs to it"
+        )
+    return images, rows
+
+
+def _copy(image: Any) -> Tensor:
+    """Copy an image of the file, (H, W, 3), to a tensor (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _load_array(path: Path) -> Any:
+    try:
+        return np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(
+            f"--imagenet-c: {path} is missing; the layout is NAME.npy and {LABELS}"
+        ) from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"--imagenet-c: {path} is not an array ({error}); fetch it again") from None
+
+
+def _same_labels(published: Any, count: int, rows: list[int], labels: list[int]) -> bool:
+    """Return whether the labels repeat, and match those of the test images one to one."""
+    if published.shape != (count * len(SEVERITIES),) or max(rows) >= count:
+        return False
+    blocks = published.reshape(len(SEVERITIES), count)
+    values = blocks[0][rows].tolist()
+    pairs = set(zip(values, labels, strict=True))
+    return (
+        bool((blocks == blocks[0]).all())
+        and len(pairs) == len(set(values)) == len(set(labels))
+        and int(np.isin(blocks[0], values).sum()) == len(labels)
+    )
