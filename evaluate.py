@@ -87,6 +87,8 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
     checkpoints = {spec: content for spec, content in files.items() if "format" in content}
     if config.arch and len(checkpoints) == len(files):
         raise UserError("--arch is for plain state dicts: these models name theirs, leave it out")
+    if config.imagenet_classes and len(checkpoints) == len(config.specs):
+        raise UserError("--imagenet-classes: checkpoints of train.py know theirs, leave it out")
     expected = expected_images(config, checkpoints)
     data, crop = load_data(config, next(iter(checkpoints.values()), {}), expected)
     side, count = data.test.images.shape[-1], len(data.test.labels)

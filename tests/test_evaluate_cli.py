@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from harness.benchmark import config, measure, plots, registry, subjects
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import CHECKS
 from harness.benchmark.config import EvalConfig
+from harness.benchmark.fusion import fuse_for_inference
 from harness.benchmark.paired import unpack
 from harness.cli import build_parser
 from harness.errors import UserError
+from harness.models import find_weights
 from tests.support.bench import CLASSES, Bench, open_bench
 
 
@@ -210,11 +213,13 @@ def test_torchvisions_models_with_their_weights(
     state = torchvision.models.squeezenet1_1().state_dict()
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *_, **__: state)
     options = ["--data", str(bench.root / "images"), "--size", "32", "--weights", "DEFAULT"]
-    with pytest.raises(UserError, match=r"returns \(16, 1000\); .* dataset's 3 classes"):
+    with pytest.raises(UserError, match=r"has 1000 outputs, and the dataset's 3 classes cannot"):
         bench.run(*options, models="torchvision:squeezenet1_1")
     with pytest.raises(UserError, match="no such file, and no such weights in torchvision"):
         bench.run(*options[:-1], "V9", models="torchvision:squeezenet1_1")
-    monkeypatch.setattr(evaluate, "inspect_subject", lambda *_: [])
+    names = bench.root / "names.txt"
+    names.write_text("".join(f"{CLASSES[i] if i < 3 else i}\n" for i in range(1000)))
+    options += ["--imagenet-classes", str(names)]
     lines = bench.run(
         *options, "--only", "fog", "--dump-images", "0", models="torchvision:squeezenet1_1"
     )
@@ -275,6 +280,74 @@ def test_a_plain_state_dict_is_evaluated_with_its_architecture(bench: Bench) -> 
         run("--arch", "tinynets:net", out="none")
     with pytest.raises(UserError, match="--arch is for plain state dicts"):
         bench.run("--arch", "tinynets:net", models="standard")
+
+
+def test_a_model_of_more_classes_is_restricted_to_those_of_the_images(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", str(bench.root / "images"), "--size", "16", "--dump-images", "2"]
+    attacks = ["--only", "brightness", "pgd_0.04", "pgd_ll_0.04", "cw2"]
+    names = bench.root / "outputs.txt"
+    names.write_text("white\nred\nblue\ngray\ngreen\n")
+    known = ["--imagenet-classes", str(names)]
+    bench.run(*options, *attacks, models="tinynets:net", out="few")
+    bench.run(*options, *attacks, *known, models="tinynets:Many", out="many")
+    (one,), (other,) = (bench.results(out)["rows"] for out in ("few", "many"))
+    assert same_scores(one, other)
+    said = "tinynets:Many has 5 outputs, and those of the 3 classes count"
+    assert said in capsys.readouterr().err and said in bench.results("many")["notes"]
+    # Weights alone, and a surrogate.
+    torch.save(bench.networks()[0].state_dict(), bench.root / "three.pt")
+    with pytest.raises(UserError, match=r"with the dataset's 5 classes: its 2.bias is \(3,\)"):
+        argv = [str(bench.root / "three.pt"), *bench.argv(*options, *known, models="")]
+        evaluate.main([*argv, "--arch", "tinynets:Linear5"])
+    far = ["--only", "mi_fgsm_0.04", "--surrogate"]
+    bench.run(*options, *far, "tinynets:net", models="tinynets:net", out="near")
+    bench.run(*options, *far, "tinynets:Many", *known, models="tinynets:Many", out="far")
+    (one,), (other,) = (bench.results(out)["rows"] for out in ("near", "far"))
+    assert same_scores(one, other)
+
+    wrong = {
+        "white red blue": "3 outputs, .* cannot be found among them: 0 have the name 'green'",
+        "red red blue green": "4 outputs, .*: 2 have the name 'red'; give --imagenet-classes",
+        "red blue green gray": "fails on .*: it has 5 outputs, and 4 have names",
+    }
+    for text, message in wrong.items():
+        names.write_text(text.replace(" ", "\n"))
+        with pytest.raises(UserError, match=message):
+            bench.run(*options, *known, models="tinynets:Many", out="wrong")
+    with pytest.raises(UserError, match=r"nowhere.txt cannot be read"):
+        bench.run(*options, "--imagenet-classes", "nowhere.txt", models="tinynets:Many")
+    with pytest.raises(UserError, match=r"checkpoints of train.py know theirs"):
+        bench.run(*known, models="standard")
+
+
+def test_outputs_are_named_by_wnid_by_line_or_by_the_weights(tmp_path: Path) -> None:
+    path = tmp_path / "synsets.txt"
+    path.write_text("n01440764 tench, Tinca tinca\nn01443537\ntiger shark\n")
+    assert subjects._read_outputs(path) == ["n01440764", "n01443537", "tiger shark"]
+    known = find_weights("resnet18", "DEFAULT").outputs
+    network, restrict = torch.nn.Identity(), partial(subjects.restrict, given=False)
+    x = torch.rand(2, 1000)
+    rows = [389, 0, 292]
+    chosen = restrict("m", network, known, [known[i] for i in rows])
+    assert torch.equal(chosen(x), x[:, rows])
+    assert restrict("m", network, known, [f"n{i:08}" for i in range(1000)]) is network
+    assert torch.equal(restrict("m", network, known[::-1], known)(x), x.flip(1))
+    with pytest.raises(UserError, match=r"m has 2 outputs, .* 0 have the name 'a'"):
+        restrict("m", network, ["tench", "crane"], ["a", "b"], given=True)
+    with pytest.raises(UserError, match=r"0 have the name 'n01440764'; .* 1000 lines"):
+        restrict("m", network, known, ["n01440764", "n01443537"])
+
+
+def test_a_restricted_model_is_fused_like_the_whole(bench: Bench) -> None:
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+    head = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 9)
+    whole = torch.nn.Sequential(*layers, *head).eval()
+    model, x = subjects.Restricted(whole, [4, 0, 7], 9), torch.rand(2, 3, 16, 16)
+    fused = fuse_for_inference(model, x)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in fused.modules())
+    assert torch.allclose(fused(x), whole(x)[:, [4, 0, 7]], atol=1e-5)
 
 
 def test_logits_in_an_object_or_a_tuple_count_like_logits_alone(bench: Bench) -> None:

@@ -45,6 +45,10 @@ class EvalConfig:
         " normalized input, with --std", type=number(float, 0, 1), nargs=3, metavar="M")
     std: list[float] | None = option(None, "see --mean", type=number(float, 0, above=True), nargs=3,
         metavar="S")
+    imagenet_classes: Path | None = option(None, "names of the outputs of models that are not"
+        " checkpoints of train.py, a line each, in their order: a wnid, or the name of a class"
+        " folder; the other outputs are left out (default: one output for each class)", type=Path,
+        metavar="FILE")
 
     data: str | None = option(None, "as in train.py, or a test set alone: val/CLASS/*.jpg,"
         " test/CLASS/*.jpg or CLASS/*.jpg (default: what the first checkpoint was trained on)",

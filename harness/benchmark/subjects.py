@@ -1,9 +1,12 @@
 """The models under test: loaded from the command line, checked, and named by a digest."""
 
 import hashlib
+import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from harness.benchmark.checks import broken_gradients
@@ -12,6 +15,9 @@ from harness.benchmark.fusion import fuse_for_inference
 from harness.errors import UserError
 from harness.images.preprocess import CROPS, Crop
 from harness.models import LIBRARIES, check_logits, create_model, find_weights, restore_model
+from mtlat import logits_of
+
+WNID = re.compile(r"n\d{8}\b")  # of a class of ImageNet, and the name of its folder
 
 
 class Subject(NamedTuple):
@@ -20,6 +26,73 @@ class Subject(NamedTuple):
     label: str  # its name in the report
     module: nn.Module
     digest: str  # of everything that it computes with
+
+
+class Restricted(nn.Module):
+    """A model whose logits are those of some of its outputs, in the order of the classes."""
+
+    rows: Tensor
+
+    def __init__(self, model: nn.Module, rows: list[int], count: int) -> None:
+        super().__init__()
+        self.model, self.count = model, count
+        self.register_buffer("rows", torch.tensor(rows))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _select(self.model(x), x, self.rows, self.count)
+
+    def extra_repr(self) -> str:
+        return f"outputs={self.count}"
+
+
+@torch.fx.wrap  # torch.fx calls it as it is, so that the layers of the model can be fused
+def _select(output: Any, x: Tensor, rows: Tensor, count: int) -> Tensor:
+    logits = logits_of(output, rows.new_zeros(len(x)))
+    if logits.shape[1] != count:
+        raise ValueError(f"it has {logits.shape[1]} outputs, and {count} have names")
+    return logits[:, rows]
+
+
+def restrict(
+    name: str, model: nn.Module, outputs: list[str], classes: list[str], *, given: bool
+) -> nn.Module:
+    """Restrict a model to the outputs of the classes. They are found by their names.
+
+    Args:
+        name: how the user calls the model.
+        model: the model.
+        outputs: names of its N outputs.
+        classes: of the test images.
+        given: whether the command line gives the names. Otherwise outputs of other names, but as
+            many as there are classes, are taken to have their order.
+
+    Returns:
+        The model, or a `Restricted` one.
+
+    Raises:
+        UserError: a class is not the name of one output.
+    """
+    if outputs == classes:
+        return model
+    unclear = next((k for k in classes if outputs.count(k) != 1), None)
+    if unclear is None:
+        return Restricted(model, [outputs.index(k) for k in classes], len(outputs))
+    if len(outputs) == len(classes) and not given:
+        return model
+    raise UserError(
+        f"{name} has {len(outputs)} outputs, and the dataset's {len(classes)} classes cannot be"
+        f" found among them: {outputs.count(unclear)} have the name {unclear!r}; give"
+        f" --imagenet-classes FILE with {len(outputs)} lines, the folder of each output (a wnid)"
+    )
+
+
+def _read_outputs(path: Path) -> list[str]:
+    """Read the names of a model's outputs: of each line the wnid, or else the whole line."""
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--imagenet-classes {path} cannot be read: {error}") from None
+    return [found[0] if (found := WNID.match(line)) else line for line in lines]
 
 
 def expected_images(config: EvalConfig, checkpoints: dict[str, Any]) -> dict[str, tuple[int, Crop]]:
@@ -89,14 +162,21 @@ def _load_module(
     config: EvalConfig, spec: str, classes: list[str], checkpoint: dict[str, Any] | None
 ) -> nn.Module:
     normalize = (config.mean, config.std) if config.mean and config.std else None
+    named = config.imagenet_classes
+    outputs = _read_outputs(named) if named else classes
     if checkpoint is None:
         if spec.startswith(LIBRARIES):
-            return create_model(spec, None, config.weights, new_head=False)[0]
-        return create_model(spec, classes, normalize=normalize)[0]
+            published = find_weights(spec, config.weights or "").outputs
+            model, _ = create_model(spec, None, config.weights, new_head=False)
+            outputs = outputs if named else published
+            return restrict(spec, model, outputs, classes, given=bool(named))
+        model, _ = create_model(spec, outputs, normalize=normalize)
+        return restrict(spec, model, outputs, classes, given=bool(named))
     if "format" not in checkpoint:
         if not config.arch:
             raise UserError(f"{spec} is a plain state dict: name its architecture with --arch")
-        return create_model(config.arch, classes, spec, normalize=normalize, new_head=False)[0]
+        model, _ = create_model(config.arch, outputs, spec, normalize=normalize, new_head=False)
+        return restrict(spec, model, outputs, classes, given=bool(named))
     own = checkpoint["classes"]
     if own != classes:
         raise UserError(
@@ -131,6 +211,10 @@ def inspect_subject(subject: Subject, x: Tensor, y: Tensor, num_classes: int) ->
             " random numbers in eval mode"
         )
     warnings = []
+    if isinstance(module, Restricted):
+        warnings.append(
+            f"{label} has {module.count} outputs, and those of the {num_classes} classes count"
+        )
     if first.min() >= 0 and torch.allclose(first.sum(1), first.new_ones(len(x))):
         warnings.append(f"{label} returns probabilities, not logits: attacks on it are too weak")
     if broken := int(broken_gradients(module, x, y).sum()):
