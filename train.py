@@ -41,6 +41,7 @@ from harness.training.config import (
     saved_settings,
 )
 from harness.training.log import header, log_csv, log_line
+from harness.training.manifold import check_mix_at, draw_layer, losses_at
 from harness.training.methods import METHODS
 from mtlat import Draws, Pair, draw
 
@@ -126,7 +127,9 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     loaders = BatchLoader(data.train, device), BatchLoader(data.test, device)
     if checkpoint is None:  # a forward pass changes what some layers remember: not after resuming
         rows = torch.arange(config.minibatch_size)[distributed.shard_rows(config.minibatch_size)]
-        check_logits(f"--arch {config.arch}", model, loaders[0](rows)[0], len(data.classes))
+        x, _ = loaders[0](rows)
+        check_logits(f"--arch {config.arch}", model, x, len(data.classes))
+        check_mix_at(config.mix_at, model, x, len(data.classes))
     optimizer = build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     if checkpoint is not None:
@@ -195,12 +198,12 @@ def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list
     model.train()
     title = f"epoch {epoch + 1}/{config.epochs}"
     bar = tqdm(draw_steps(config, training, generator), title, steps, leave=False, disable=None)
-    for step, (pairs, draws) in enumerate(bar, 1):
+    for step, (layer, pairs, draws) in enumerate(bar, 1):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate(epoch + (step - 1) / steps)
         optimizer.zero_grad()
         share = len(draws.target) / config.minibatch_size  # of the images, in this process
-        losses = method.losses(model, pairs, draws, config.attack_steps)
+        losses = losses_at(layer, method, model, pairs, draws, config.attack_steps)
         for term in range(method.terms):
             dtype = AMP_DTYPES.get(config.amp)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -224,8 +227,8 @@ def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list
 
 def draw_steps(
     config: TrainConfig, training: Training, generator: torch.Generator
-) -> Iterator[tuple[list[Pair], Draws]]:
-    """Yield the minibatches and the random numbers of each step of an epoch.
+) -> Iterator[tuple[str, list[Pair], Draws]]:
+    """Yield the layer that mixes, the minibatches and the random numbers of each step of an epoch.
 
     Each minibatch of a step follows a random order of its own. Every process draws the whole step
     and takes its rows, so that what is drawn for an image does not depend on their number.
@@ -243,7 +246,8 @@ def draw_steps(
             pairs.append((x, F.one_hot(y, classes).to(x.dtype)))
         draws = draw(size, classes, alpha=config.alpha, epsilon_max=config.epsilon_max,
                      generator=generator)  # fmt: skip
-        yield pairs, Draws(*(to_device(drawn[rows], loader.device) for drawn in draws))
+        layer = draw_layer(config.mix_at, generator)
+        yield layer, pairs, Draws(*(to_device(drawn[rows], loader.device) for drawn in draws))
 
 
 def mean_losses(shares: Tensor) -> list[float]:

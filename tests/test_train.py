@@ -183,7 +183,7 @@ CHANGES = [
     "--classes 2", "--arch tiny:linear", "--epochs 1", "--batch-size 12", "-b 12",
     "--whole-batches", "--opt sgd", "--opt adamw --wd 9", "--opt sgd --momentum 0.1", "--lr 0.1",
     "--wd 1", "--milestones 1", "--milestones 1 --gamma 0.5", "--seed 3", "--data-seed 3",
-    "--amp bf16", "--method tlat", "--preprocess center-crop",
+    "--amp bf16", "--method tlat", "--preprocess center-crop", "--mix-at input 2",
 ]  # fmt: skip
 
 
@@ -407,11 +407,11 @@ def test_resume_restores_everything(go, tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_an_earlier_version_resumes(go, tmp_path):
     content, last = go("--epochs", "1"), tmp_path / "out" / "last.pt"
-    for name in ("preprocess", "held_out", "test_fingerprint", "mean", "std"):
+    for name in ("preprocess", "mean", "std", "mix_at", "held_out", "test_fingerprint"):
         del content["settings"][name]
     checkpoints.save_checkpoint([last], **content)
     args, _ = parse_train_config(["--resume", str(last)])
-    assert args.preprocess == "squash"
+    assert args.preprocess == "squash" and args.mix_at == ["input"]
     with pytest.raises(UserError, match=r"--preprocess is center-crop, but .* with squash"):
         parse_train_config(["--resume", str(last), "--preprocess", "center-crop"])
 

@@ -12,6 +12,7 @@ from harness.errors import UserError
 from harness.images.cache import default_cache_dir
 from harness.images.datasets import MAX_SIDE, SIZES
 from harness.images.preprocess import CROPS
+from harness.training.manifold import INPUT, METHODS_THAT_MIX
 from harness.training.methods import METHODS
 from mtlat import ALPHA, EPSILON_MAX
 
@@ -20,7 +21,8 @@ from mtlat import ALPHA, EPSILON_MAX
 PAPER_RECIPE = {"epochs": 90, "batch_size": 256, "lr": 0.002, "milestones": (30, 60, 80)}
 SHAPES_RECIPE = {"epochs": 3, "batch_size": 32, "lr": 0.0007, "milestones": (2, 2.67)}
 
-EARLIER = {"preprocess": "squash", "mean": None, "std": None}  # of checkpoints that lack a setting
+# Settings of checkpoints that lack them.
+EARLIER = {"preprocess": "squash", "mean": None, "std": None, "mix_at": [INPUT]}
 LOCATIONS = {"data", "cache_dir", "output_dir"}  # a resumed run keeps these unless they are given
 
 
@@ -41,6 +43,10 @@ class TrainConfig:
         flags=("--eps-max",), type=number(float, 0, 1))
     attack_steps: int = option(1, "iterations of the attack; the paper takes one",
         type=number(int, 1))
+    mix_at: list[str] = option(None, "where mixup and mtlat mix: input (the images), or submodules"
+        " as model.named_modules() calls them, whose outputs are then mixed (Manifold Mixup); every"
+        " step draws one of several; up to there a forward pass takes twice the time (default:"
+        " input, the paper's)", nargs="+", metavar="NAME")
 
     data: str = option("shapes", "shapes (embedded), cifar10, cifar100, or a folder with"
         " train/CLASS/*.jpg and val/CLASS/*.jpg; of a folder with CLASS/*.jpg alone, ten percent"
@@ -163,6 +169,14 @@ def parse_train_config(
         raise UserError(f"--sync-bn works on CUDA, not on {values['device']}: leave it out")
     if values["amp"] == "fp16" and values["device"] == "cpu":
         raise UserError("--amp fp16 takes many times longer on a CPU: choose bf16, or leave it out")
+    if values["mix_at"] != [INPUT]:
+        if values["method"] not in METHODS_THAT_MIX:
+            raise UserError(
+                f"--mix-at needs a method that mixes before it attacks, not {values['method']}:"
+                f" choose {' or '.join(METHODS_THAT_MIX)}, or leave it out"
+            )
+        if values["compile"]:  # compiled code does not see hooks that are added later
+            raise UserError("--mix-at does not work with --compile: leave one of them out")
     return TrainConfig(**values), checkpoint
 
 
@@ -195,6 +209,7 @@ def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     if values["milestones"] is None:
         shares = [milestone / recipe["epochs"] for milestone in recipe["milestones"]]
         values["milestones"] = [values["epochs"] * share for share in shares]
+    values["mix_at"] = values["mix_at"] or [INPUT]
     return values | {"size": values["size"] or SIZES.get(values["data"], 224)}
 
 

@@ -65,7 +65,7 @@ def trained(out: Path) -> dict[str, Any]:
     return checkpoints.load_checkpoint(out / "last.pt")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "mtlat --mix-at input 2 4"])
 def test_many_processes_train_what_one_trains(jobs, folder, tmp_path, method):
     """Check that the weights agree up to rounding in float64.
 
@@ -74,7 +74,7 @@ def test_many_processes_train_what_one_trains(jobs, folder, tmp_path, method):
     """
     flags = (
         "--method",
-        method,
+        *method.split(),
         "--arch",
         "tiny:smooth",
         "--epochs",
