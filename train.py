@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from harness import distributed
@@ -34,6 +35,7 @@ from harness.images.datasets import Dataset, load_dataset
 from harness.images.loader import BatchLoader, to_device
 from harness.images.preprocess import CROPS
 from harness.models import MeanStd, check_logits, count_correct, create_model, restore_model
+from harness.training.augment import flip_crop
 from harness.training.config import (
     TrainConfig,
     parse_train_config,
@@ -60,6 +62,12 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     log: list[dict[str, Any]]
+    average: AveragedModel | None = None  # of the weights
+
+    @property
+    def tested(self) -> nn.Module:
+        """The model that is tested and saved: with --ema, the average."""
+        return self.average.module if self.average else self.model
 
 
 # ---------------------------------------------------------------- building and restoring
@@ -93,6 +101,20 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
         return torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)
     kind = torch.optim.AdamW if config.opt == "adamw" else torch.optim.Adam
     return kind(model.parameters(), **common)
+
+
+def build_average(
+    config: TrainConfig, model: nn.Module, checkpoint: dict[str, Any] | None
+) -> AveragedModel | None:
+    """Build the average of the weights that --ema asks for, or restore it and the weights."""
+    if config.ema is None:
+        return None
+    step = get_ema_multi_avg_fn(config.ema)
+    average = AveragedModel(model, multi_avg_fn=step, use_buffers=True)
+    if checkpoint is not None:  # whose model is the average
+        model.load_state_dict(checkpoint["trained"])
+        average.n_averaged.fill_(len(checkpoint["log"]))  # above 0, so that the next step averages
+    return average
 
 
 def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None) -> Training:
@@ -130,6 +152,7 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
         x, _ = loaders[0](rows)
         check_logits(f"--arch {config.arch}", model, x, len(data.classes))
         check_mix_at(config.mix_at, model, x, len(data.classes))
+    average = build_average(config, model, checkpoint)
     optimizer = build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     if checkpoint is not None:
@@ -137,7 +160,7 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
         scaler.load_state_dict(checkpoint["scaler"])
     if config.compile:
         model.compile()
-    return Training(data, *loaders, model, normalize, optimizer, scaler, log)
+    return Training(data, *loaders, model, normalize, optimizer, scaler, log, average)
 
 
 # ---------------------------------------------------------------- the training loop
@@ -161,7 +184,7 @@ def train(config: TrainConfig, training: Training) -> None:
         epoch_started = time.monotonic()
         losses = train_one_epoch(config, training, epoch)
         seconds = time.monotonic() - epoch_started
-        correct = count_correct(training.model, training.test_loader.in_order(config.batch_size))
+        correct = count_correct(training.tested, training.test_loader.in_order(config.batch_size))
         steps = len(data.train.labels) // config.minibatch_size
         images = len(losses) * steps * config.minibatch_size
         per_epoch = (time.monotonic() - started) / (epoch + 1 - first)
@@ -210,9 +233,7 @@ def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list
                 loss = share * next(losses)
             scaler.scale(loss).backward()
             totals[term] += loss.detach()
-        distributed.all_reduce_sum([p.grad for p in model.parameters() if p.grad is not None])
-        scaler.step(optimizer)
-        scaler.update()
+        update_weights(config, training)
         if step % config.print_freq == 0 or step == steps:
             means = mean_losses(totals / step)
             if not math.isfinite(sum(means)):
@@ -221,8 +242,22 @@ def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list
                     f" lower --lr ({config.lr}); {config.output_dir} keeps the epochs before"
                 )
             bar.set_postfix_str(" ".join(f"loss{i} {m:.3f}" for i, m in enumerate(means, 1)))
-    average_running_statistics(model)
+    for averaged in filter(None, (model, training.average)):
+        average_running_statistics(averaged)
     return means
+
+
+def update_weights(config: TrainConfig, training: Training) -> None:
+    """Take the optimizer's step, with the gradients of all processes, and average the weights."""
+    model, optimizer, scaler = training.model, training.optimizer, training.scaler
+    distributed.all_reduce_sum([p.grad for p in model.parameters() if p.grad is not None])
+    if config.clip_grad is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+    if training.average:
+        training.average.update_parameters(model)
 
 
 def draw_steps(
@@ -241,6 +276,9 @@ def draw_steps(
     for _ in starts:
         pairs = []
         for x, y in islice(batches, minibatches):
+            if config.augment == "flip-crop":
+                u = torch.rand(3, size, generator=generator)[:, rows]
+                x = flip_crop(x, to_device(u, loader.device))
             if config.channels_last:
                 x = x.to(memory_format=torch.channels_last)
             pairs.append((x, F.one_hot(y, classes).to(x.dtype)))
@@ -269,11 +307,12 @@ def save(config: TrainConfig, training: Training, settings: dict[str, Any]) -> N
     atomic_write(out / "log.csv", log_csv(log))
     scores = [row["clean_accuracy"] for row in log]
     best = scores[-1] > max(scores[:-1], default=-1)
+    trained = {"trained": training.model.state_dict()} if training.average else {}
     save_checkpoint(
         [out / "best.pt"] * best + [out / "last.pt"],
         arch=config.arch, normalize=training.normalize, classes=training.data.classes,
         size=config.size, fingerprint=training.data.fingerprint,
-        model=training.model.state_dict(), log=log, settings=settings,
+        model=training.tested.state_dict(), log=log, settings=settings, **trained,
         optimizer=training.optimizer.state_dict(), scaler=training.scaler.state_dict(),
     )  # fmt: skip
 

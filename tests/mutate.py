@@ -46,6 +46,7 @@ TESTS = {
     "mtlat.py": ["test_mtlat.py", "test_mtlat_model.py"],
     "attacks.py": ["test_attacks.py", "test_attacks_contract.py"],
     "harness/training/methods.py": ["test_train.py"],
+    "harness/training/augment.py": ["harness/training/test_augment.py"],
     "harness/training/manifold.py": ["harness/training/test_manifold.py"],
     "harness/benchmark/checks.py": ["harness/benchmark/test_checks.py", "test_evaluate.py"],
     "harness/benchmark/metrics.py": TABLE_TESTS,

@@ -62,7 +62,7 @@ def test_the_stand_in_refuses_what_it_must():
 
 
 @pytest.mark.parametrize("flags", ["", "--channels-last --opt sgd --attack-steps 2"])
-@pytest.mark.parametrize("method", [*METHODS, "mtlat --mix-at 2"])
+@pytest.mark.parametrize("method", [*METHODS, "mtlat --mix-at 2 --augment flip-crop --clip-grad 1"])
 def test_an_epoch_asks_for_no_value_but_the_losses_that_are_printed(monkeypatch, method, flags):
     argv = ["--arch", "tiny:convnet", "--device", "cpu", "-b", "8", "--method", *method.split()]
     config = replace(

@@ -24,7 +24,7 @@ from harness import checkpoints, errors, models
 from harness.cli import build_parser
 from harness.errors import UserError
 from harness.images import datasets
-from harness.training.config import TrainConfig, parse_train_config
+from harness.training.config import EARLIER, TrainConfig, parse_train_config
 from harness.training.methods import METHODS
 from mtlat import Draws, algorithm1
 from tests.support.method import softmax
@@ -178,12 +178,91 @@ def test_the_defaults_are_the_papers(tmp_path, monkeypatch):
     assert replace(args, method="standard").minibatch_size == 256
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_cosine_and_the_warm_up_are_torchs(tmp_path, monkeypatch, warmup):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--epochs", "12", "--lr", "0.4", "--warmup-epochs", str(warmup)]
+    args, _ = parse_train_config([*flags, "--schedule", "cosine"])
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10 * (12 - warmup))
+    if warmup:
+        rising = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=10 * warmup)
+        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rising, schedule], [30])
+    for step in range(120):
+        assert args.learning_rate(step / 10) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    step = replace(args, schedule="step", milestones=[6])
+    rates = [step.learning_rate(epoch) for epoch in (0, 3, 5.9, 6, 11.9)]
+    first = 0.004 if warmup else 0.4
+    assert rates == pytest.approx([first, 0.4, 0.4, 0.04, 0.04])
+
+
+def test_the_gradient_is_clipped_after_it_is_summed(go, monkeypatch):
+    norms, step = [], torch.optim.SGD.step
+
+    def recorded(self, *args, **kwargs):
+        parameters = self.param_groups[0]["params"]
+        norms.append(torch.cat([p.grad.flatten() for p in parameters]).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", recorded)
+    go("--opt", "sgd", "--lr", "1e-9")
+    free = norms.copy()
+    limit = sum(free) / len(free)  # between them
+    norms.clear()
+    go("--opt", "sgd", "--lr", "1e-9", "--clip-grad", str(limit), out="clipped")
+    assert min(free) < limit < max(free)
+    assert norms == pytest.approx([min(norm, limit) for norm in free], rel=1e-4)
+
+
+@pytest.mark.parametrize(("limit", "norm"), [(1.0, 1.0), (9.0, 5.0)])
+def test_the_gradient_is_clipped_without_the_factor_of_the_scaler(tmp_path, limit, norm):
+    model = nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(model(torch.tensor([3.0, 4.0])).sum()).backward()
+    args, _ = parse_train_config(["--output-dir", str(tmp_path), "--clip-grad", str(limit)])
+    training = SimpleNamespace(model=model, optimizer=optimizer, scaler=scaler, average=None)
+    train.update_weights(args, training)
+    assert (model.weight - before).norm().item() == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_average_of_the_weights_is_tested_and_saved(go, tmp_path, monkeypatch):
+    steps, tested, count = [], [], train.count_correct
+    step = torch.optim.Adam.step
+
+    def recorded(self, *args, **kwargs):
+        result = step(self, *args, **kwargs)
+        steps.append([p.detach().clone() for p in self.param_groups[0]["params"]])
+        return result
+
+    def counted(model, batches):
+        tested.append([p.detach().clone() for p in model.parameters()])
+        return count(model, batches)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    monkeypatch.setattr(train, "count_correct", counted)
+    found, plain = go("--ema", "0.75"), go(out="plain")
+    expected = steps[0]
+    for weights in steps[1 : len(steps) // 2]:
+        expected = [0.75 * a + 0.25 * w for a, w in zip(expected, weights, strict=True)]
+    model = models.restore_model(found)  # what evaluate.py loads
+    assert_close(list(model.parameters()), expected)
+    assert_close(tested[1], expected)
+    assert states_equal(dict(found["trained"]), dict(plain["model"])) and "trained" not in plain
+    assert not torch.equal(found["model"]["1.running_mean"], found["trained"]["1.running_mean"])
+
+
 CHANGES = [
     "--alpha 3", "--epsilon-max 0.5", "--eps-max 0.5", "--attack-steps 3", "--size 9",
     "--classes 2", "--arch tiny:linear", "--epochs 1", "--batch-size 12", "-b 12",
     "--whole-batches", "--opt sgd", "--opt adamw --wd 9", "--opt sgd --momentum 0.1", "--lr 0.1",
     "--wd 1", "--milestones 1", "--milestones 1 --gamma 0.5", "--seed 3", "--data-seed 3",
     "--amp bf16", "--method tlat", "--preprocess center-crop", "--mix-at input 2",
+    "--augment flip-crop", "--schedule cosine", "--warmup-epochs 1", "--ema 0.5",
+    "--clip-grad 0.01 --opt sgd",
 ]  # fmt: skip
 
 
@@ -382,8 +461,13 @@ def comparable(out: Path) -> tuple:
     return *found, [{k: row[k] for k in row.keys() - times} for row in read_log(out)]
 
 
-def test_resume_restores_everything(go, tmp_path, monkeypatch):
-    go("--epochs", "4", out="straight")
+RECIPE = "--augment flip-crop --schedule cosine --warmup-epochs 1 --clip-grad 0.5 --ema 0.8"
+
+
+@pytest.mark.parametrize("flags", ["", RECIPE])
+def test_resume_restores_everything(go, tmp_path, monkeypatch, flags):
+    flags = ["--epochs", "4", *flags.split()]
+    go(*flags, out="straight")
     calls = []
     train_one_epoch = train.train_one_epoch
 
@@ -395,7 +479,7 @@ def test_resume_restores_everything(go, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "train_one_epoch", stop_before_the_third)
     with pytest.raises(KeyboardInterrupt):
-        go("--epochs", "4")
+        go(*flags)
     train.main(["--resume", str(tmp_path / "out" / "last.pt")])
     assert calls == [0, 1, 2, 2, 3]
     straight, resumed = comparable(tmp_path / "straight"), comparable(tmp_path / "out")
@@ -407,10 +491,12 @@ def test_resume_restores_everything(go, tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_an_earlier_version_resumes(go, tmp_path):
     content, last = go("--epochs", "1"), tmp_path / "out" / "last.pt"
-    for name in ("preprocess", "mean", "std", "mix_at", "held_out", "test_fingerprint"):
-        del content["settings"][name]
+    for name in (*EARLIER, "held_out", "test_fingerprint"):
+        content["settings"].pop(name)
     checkpoints.save_checkpoint([last], **content)
     args, _ = parse_train_config(["--resume", str(last)])
+    new, _ = parse_train_config(["--output-dir", "new"])
+    assert all(getattr(args, name) == getattr(new, name) for name in EARLIER)
     assert args.preprocess == "squash" and args.mix_at == ["input"]
     with pytest.raises(UserError, match=r"--preprocess is center-crop, but .* with squash"):
         parse_train_config(["--resume", str(last), "--preprocess", "center-crop"])

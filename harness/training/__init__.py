@@ -1,1 +1,1 @@
-"""Training: the eight methods, the configuration of train.py, its log."""
+"""Training: the eight methods, Manifold Mixup, augmentation, the configuration, the log."""

@@ -1,5 +1,6 @@
 """The configuration of a training: command line, defaults, and what a resumed run may change."""
 
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,7 +23,8 @@ PAPER_RECIPE = {"epochs": 90, "batch_size": 256, "lr": 0.002, "milestones": (30,
 SHAPES_RECIPE = {"epochs": 3, "batch_size": 32, "lr": 0.0007, "milestones": (2, 2.67)}
 
 # Settings of checkpoints that lack them.
-EARLIER = {"preprocess": "squash", "mean": None, "std": None, "mix_at": [INPUT]}
+EARLIER = {"preprocess": "squash", "mean": None, "std": None, "mix_at": [INPUT], "augment": "no",
+           "schedule": "step", "warmup_epochs": 0.0, "ema": None, "clip_grad": None}  # fmt: skip
 LOCATIONS = {"data", "cache_dir", "output_dir"}  # a resumed run keeps these unless they are given
 
 
@@ -57,6 +59,9 @@ class TrainConfig:
     preprocess: str = option("squash", "how images become squares; squash: resize the whole image,"
         " as in the paper; center-crop: resize the shorter side and cut out the center, 256 and 224"
         " at 224 px, as ImageNet-C", choices=tuple(CROPS))
+    augment: str = option("no", "flip-crop: flip training images with probability 1/2, and shift"
+        " them by up to an eighth of their side, filled with black; the paper has none",
+        choices=("no", "flip-crop"))
     classes: int | None = option(None, "keep K classes, drawn with --data-seed (default: all)",
         type=number(int, 2), metavar="K")
     data_seed: int = option(0, "seed of the classes that are kept, of the test part of"
@@ -96,6 +101,16 @@ class TrainConfig:
         f" --gamma; the defaults scale with --epochs {_recipe('milestones')}",
         type=number(float, 0), nargs="*", metavar="EPOCH")
     gamma: float = option(0.1, "see --milestones", type=number(float, 0, 1))
+    schedule: str = option("step", "of the learning rate; step: see --milestones; cosine: from --lr"
+        " to 0 along half a cosine", choices=("step", "cosine"))
+    warmup_epochs: float = option(0.0, "let the learning rate first rise from a hundredth of --lr"
+        " for this many epochs; a cosine begins after them", type=number(float, 0),
+        metavar="EPOCHS")
+    clip_grad: float | None = option(None, "scale the gradient of a step down to this norm if it is"
+        " longer (default: not scaled)", type=number(float, 0, above=True), metavar="NORM")
+    ema: float | None = option(None, "test and save an exponential moving average of the weights"
+        " with this decay, such as 0.999 (default: the weights themselves)",
+        type=number(float, 0, 1), metavar="DECAY")
 
     seed: int = option(0, "seed of the weights, the orders and the draws", group="running",
         type=number(int, 0, 2**32 - 1))
@@ -120,7 +135,12 @@ class TrainConfig:
         return self.batch_size // (1 if self.whole_batches else METHODS[self.method].terms)
 
     def learning_rate(self, progress: float) -> float:
-        """Return the learning rate after `progress` epochs: times gamma for each milestone."""
+        """Return the learning rate after `progress` epochs of --schedule."""
+        if progress < self.warmup_epochs:
+            return self.lr * (0.01 + 0.99 * progress / self.warmup_epochs)
+        if self.schedule == "cosine":
+            share = (progress - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+            return self.lr * (1 + math.cos(math.pi * share)) / 2
         return self.lr * self.gamma ** sum(progress >= m for m in self.milestones)
 
     @classmethod

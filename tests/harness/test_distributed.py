@@ -65,7 +65,9 @@ def trained(out: Path) -> dict[str, Any]:
     return checkpoints.load_checkpoint(out / "last.pt")
 
 
-@pytest.mark.parametrize("method", [*METHODS, "mtlat --mix-at input 2 4"])
+@pytest.mark.parametrize("method", [
+    *METHODS, "mtlat --mix-at input 2 4 --augment flip-crop --clip-grad 0.1 --ema 0.7",
+])  # fmt: skip
 def test_many_processes_train_what_one_trains(jobs, folder, tmp_path, method):
     """Check that the weights agree up to rounding in float64.
 
@@ -109,7 +111,8 @@ def test_each_process_has_dropout_of_its_own(jobs, folder, tmp_path):
     assert seeds[0] == one and len(set(seeds)) == 4
 
 
-def test_the_checkpoint_holds_the_mean_of_the_running_statistics(jobs, folder, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--ema", "0"]])
+def test_the_checkpoint_holds_the_mean_of_the_running_statistics(jobs, folder, tmp_path, more):
     """Check two equal shards, where the average of the shard means is the mean of all images."""
     flags = (
         "--arch",
@@ -120,6 +123,7 @@ def test_the_checkpoint_holds_the_mean_of_the_running_statistics(jobs, folder, t
         "standard",
         "-b",
         "24",
+        *more,
     )
     train.main(arguments(folder, tmp_path / "one", *flags))
     jobs[2](train.main, arguments(folder, tmp_path / "two", *flags))
