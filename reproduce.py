@@ -30,7 +30,7 @@ from harness.reproduction.plan import (
     parse_reproduce_config,
 )
 from harness.reproduction.report import read_evaluation, write_report
-from harness.training.config import TrainConfig, parse_train_config
+from harness.training.config import TrainConfig, parse_train_config, schedule_change
 
 ROOT = Path(__file__).parent
 STOPPED = (130, 143)  # exit codes of a script that Ctrl-C or SIGTERM has ended
@@ -75,6 +75,11 @@ def read_progress(task: TrainTask, data: Dataset) -> Progress:
         raise UserError(
             f"{task.folder} was trained on other images than those of --data {config.data}:"
             " choose another --output-dir"
+        )
+    if checkpoint and (changed := schedule_change(config, checkpoint)):
+        raise UserError(
+            f"{task.folder} was trained by another schedule ({changed}): choose another"
+            " --output-dir"
         )
     return len(checkpoint["log"]) if checkpoint else 0, config
 

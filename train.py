@@ -4,6 +4,7 @@
 python train.py --arch resnet50                        # the embedded dataset, on any machine
 python train.py --data IMAGENET --classes 100 --amp bf16 --channels-last
 python train.py --resume runs/resnet50-mtlat/last.pt   # continue where it was stopped
+python train.py --resume runs/resnet50-mtlat/last.pt --epochs 120   # or extend a finished run
 torchrun --nproc-per-node=4 train.py ...               # on four GPUs, or in four processes
 """
 
@@ -41,6 +42,7 @@ from harness.training.config import (
     parse_train_config,
     refuse_overwriting,
     saved_settings,
+    schedule_change,
 )
 from harness.training.log import header, log_csv, log_line
 from harness.training.manifold import check_mix_at, draw_layer, losses_at
@@ -319,6 +321,8 @@ def save(config: TrainConfig, training: Training, settings: dict[str, Any]) -> N
 
 def main(argv: list[str] | None = None) -> None:
     config, checkpoint = parse_train_config(argv, __doc__)
+    if checkpoint and (changed := schedule_change(config, checkpoint)):
+        print(changed)
     training = build(config, load_data(config), checkpoint)
     with lock_folder(Path(config.output_dir)) if distributed.rank() == 0 else nullcontext():
         refuse_overwriting(config.output_dir, config.resume if checkpoint else None)  # meanwhile

@@ -88,7 +88,7 @@ TRAIN_CASES = [
     ("--output-dir run", "run holds an earlier run: add --resume auto"),
     ("--output-dir run --resume other-run.pt", "other-run.pt: No such file"),
     ("--resume run", "run: Is a directory"), ("--resume file/last.pt", "Not a directory"),
-    ("--resume run/last.pt --lr 3", "--lr is 3.0, but run/last.pt was trained with 0.002"),
+    ("--resume run/last.pt --lr 3", "--lr is 3.0, but the run in run was begun with 0.002"),
     ("--resume run/last.pt --data other", "--data other differs from the dataset that run/last.pt"),
     ("--resume run/last.pt --output-dir evaluation/cells.jsonl", "File exists"),
     *((f"--resume {name}.pt", message) for name, message in {

@@ -221,8 +221,13 @@ def test_runs_of_other_settings_or_images_are_refused_in_a_line(images: Path) ->
         *("--cache-dir", str(images.parent / "cache"), "--output-dir", str(folder)),
         "--whole-batches",
     ])  # fmt: skip
-    with pytest.raises(UserError, match=r"--lr is 0\.5, but .*tiny-linear.* was trained with"):
+    with pytest.raises(UserError, match=r"--lr is 0\.5, but .*tiny-linear.* was begun with"):
         reproduce.main(argv(images, "--surrogate-lr", "0.5"))
+    changed = (
+        r"tiny-linear.* another schedule \(from epoch 2 on, .* of 2 epochs \(before: .* of 1\)\)"
+    )
+    with pytest.raises(UserError, match=changed):
+        reproduce.main([*argv(images), "--epochs", "2"])
     other = image_folder(images.parent / "other", each=21, side=16)
     with pytest.raises(UserError, match=r"tiny-linear.*was trained on other images than"):
         reproduce.main([*argv(images), "--data", str(other)])

@@ -489,6 +489,67 @@ def test_resume_restores_everything(go, tmp_path, monkeypatch, flags):
     assert len(calls) == 8
 
 
+def test_a_finished_run_is_extended_by_the_new_schedule(go, tmp_path, monkeypatch, capsys):
+    first = go("--epochs", "3", "--lr", "0.01")
+    capsys.readouterr()
+    seen, train_one_epoch = [], train.train_one_epoch
+
+    def observe(config, training, epoch):
+        if not seen:
+            state, optimizer = training.model.state_dict(), training.optimizer.state_dict()
+            assert states_equal(dict(state), dict(first["model"]))
+            assert states_equal(optimizer["state"], first["optimizer"]["state"])
+        seen.append(epoch)
+        return train_one_epoch(config, training, epoch)
+
+    monkeypatch.setattr(train, "train_one_epoch", observe)
+    train.main(["--resume", "auto", "--epochs", "6", "--output-dir", str(tmp_path / "out")])
+    line = (
+        "from epoch 4 on, the learning rate (1.0e-03) follows --milestones 2 4 5.33333 of 6 epochs"
+    )
+    assert f"{line} (before: 1 2 2.66667 of 3)\n" in capsys.readouterr().out
+    last = checkpoints.load_checkpoint(tmp_path / "out" / "last.pt")
+    saved = json.loads((tmp_path / "out" / "args.json").read_text())
+    for settings in (last["settings"], saved):
+        assert settings["epochs"] == 6 and settings["milestones"] == pytest.approx([2, 4, 16 / 3])
+    assert seen == [3, 4, 5]
+    rates = [row["lr"] for row in last["log"]]
+    assert rates == pytest.approx([1e-2, 1e-3, 1e-4, 1e-3, 1e-4, 1e-5])
+    train.main(["--resume", str(tmp_path / "out" / "last.pt"), "--epochs", "6"])
+    assert "from epoch" not in capsys.readouterr().out and len(seen) == 3
+
+
+def test_milestones_that_were_chosen_stay_when_a_run_is_extended(go, tmp_path, capsys):
+    go("--epochs", "1", "--milestones", "1", "--lr", "0.01")
+    last = str(tmp_path / "out" / "last.pt")
+    assert parse_train_config(["--resume", last, "--epochs", "5"])[0].milestones == [1]
+    own = parse_train_config(["--resume", last, "--epochs", "5", "--milestones", "3"])[0]
+    assert own.milestones == [3] and own.learning_rate(1) == 0.01
+    train.main(["--resume", last, "--epochs", "3"])
+    with pytest.raises(
+        UserError, match=r"--epochs 2 is fewer than the 3 that .*last\.pt has: raise"
+    ):
+        parse_train_config(["--resume", last, "--epochs", "2"])
+
+
+def test_a_run_that_was_to_be_longer_is_that_longer_run(go, tmp_path):
+    """Check that more --epochs before the first milestone give the bits of a run of that length."""
+    go("--epochs", "6", out="straight")
+    log = train.log_csv
+
+    def stop_after_the_first(rows):
+        if len(rows) > 1:
+            raise KeyboardInterrupt
+        return log(rows)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "log_csv", stop_after_the_first)
+        go("--epochs", "3")
+    go("--resume", "auto", "--epochs", "6")
+    straight, extended = comparable(tmp_path / "straight"), comparable(tmp_path / "out")
+    assert all(map(states_equal, straight, extended))
+
+
 def test_a_checkpoint_of_an_earlier_version_resumes(go, tmp_path):
     content, last = go("--epochs", "1"), tmp_path / "out" / "last.pt"
     for name in (*EARLIER, "held_out", "test_fingerprint"):

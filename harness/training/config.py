@@ -25,7 +25,8 @@ SHAPES_RECIPE = {"epochs": 3, "batch_size": 32, "lr": 0.0007, "milestones": (2, 
 # Settings of checkpoints that lack them.
 EARLIER = {"preprocess": "squash", "mean": None, "std": None, "mix_at": [INPUT], "augment": "no",
            "schedule": "step", "warmup_epochs": 0.0, "ema": None, "clip_grad": None}  # fmt: skip
-LOCATIONS = {"data", "cache_dir", "output_dir"}  # a resumed run keeps these unless they are given
+# What a resumed run may change, and keeps unless it is given.
+KEPT = {"data", "cache_dir", "output_dir", "epochs", "milestones"}
 
 
 def _recipe(name: str) -> str:
@@ -85,8 +86,9 @@ class TrainConfig:
     std: list[float] | None = option(None, "its standard deviation (default: as for --mean)",
         type=number(float, 0, above=True), nargs=3, metavar="S")
 
-    epochs: int = option(None, f"passes over the training set {_recipe('epochs')}",
-        group="optimization", type=number(int, 1))
+    epochs: int = option(None, "passes over the training set; with --resume, more of them extend"
+        f" a run, even a finished one {_recipe('epochs')}", group="optimization",
+        type=number(int, 1), may_change=True)
     batch_size: int = option(None, "images that the losses of a step see together, in all processes"
         " together: two losses share them, 128 + 128 of 256, see --whole-batches"
         f" {_recipe('batch_size')}", flags=("-b",), type=number(int, 1))
@@ -98,8 +100,9 @@ class TrainConfig:
     wd: float = option(1e-4, "weight decay", flags=("--weight-decay",), type=number(float, 0))
     momentum: float = option(0.9, "momentum of --opt sgd", type=number(float, 0, 1))
     milestones: list[float] = option(None, "epochs after which the learning rate is multiplied by"
-        f" --gamma; the defaults scale with --epochs {_recipe('milestones')}",
-        type=number(float, 0), nargs="*", metavar="EPOCH")
+        " --gamma; the defaults scale with --epochs; where a resumed run changes them or --epochs,"
+        f" the new schedule holds from its next epoch on {_recipe('milestones')}",
+        type=number(float, 0), nargs="*", metavar="EPOCH", may_change=True)
     gamma: float = option(0.1, "see --milestones", type=number(float, 0, 1))
     schedule: str = option("step", "of the learning rate; step: see --milestones; cosine: from --lr"
         " to 0 along half a cosine", choices=("step", "cosine"))
@@ -177,7 +180,12 @@ def parse_train_config(
     path = Path(folder, "last.pt") if values["resume"] == "auto" else Path(values["resume"] or "")
     if values["resume"] and (values["resume"] != "auto" or path.exists()):
         checkpoint = load_checkpoint(path)
-        values = _resumed(values, given, checkpoint["settings"], path)
+        values = _resumed(values, given, checkpoint["settings"], path) | {"resume": str(path)}
+        if values["epochs"] < len(checkpoint["log"]):
+            raise UserError(
+                f"--epochs {values['epochs']} is fewer than the {len(checkpoint['log'])} that"
+                f" {path} has: raise it, or choose another --output-dir to start again"
+            )
     else:
         checkpoint = None
         values = _with_defaults(values) | {"output_dir": folder}
@@ -208,29 +216,55 @@ def _resumed(
     for name in sorted(given - MAY_CHANGE):
         if values[name] != saved.get(name):
             raise UserError(
-                f"--{name.replace('_', '-')} is {values[name]}, but {path} was trained with"
-                f" {saved.get(name)}: leave it out, or choose another --output-dir to start again"
+                f"--{name.replace('_', '-')} is {values[name]}, but the run in {path.parent} was"
+                f" begun with {saved.get(name)}: leave it out, or choose another --output-dir to"
+                " start again"
             )
-    kept = (values.keys() - MAY_CHANGE) | (LOCATIONS - given)
+    kept = (values.keys() - MAY_CHANGE) | (KEPT - given)
     if missing := sorted(kept - saved.keys()):
         raise UserError(
             f"{path} has no setting {missing[0]}: another version of train.py wrote it, and can"
             " continue it"
         )
-    values = values | {name: saved[name] for name in kept} | {"resume": str(path)}
+    values = values | {name: saved[name] for name in kept}
+    defaults = _default_milestones(saved["data"], saved["epochs"])
+    if "milestones" not in given and saved["milestones"] == defaults:
+        values["milestones"] = _default_milestones(saved["data"], values["epochs"])
     return values if "output_dir" in given else values | {"output_dir": str(path.parent)}
 
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Fill in the defaults that depend on the dataset."""
-    recipe: dict[str, Any] = SHAPES_RECIPE if values["data"] == "shapes" else PAPER_RECIPE
+    recipe = _recipe_of(values["data"])
     filled = {name: recipe[name] for name in ("epochs", "batch_size", "lr") if values[name] is None}
     values = values | filled
     if values["milestones"] is None:
-        shares = [milestone / recipe["epochs"] for milestone in recipe["milestones"]]
-        values["milestones"] = [values["epochs"] * share for share in shares]
+        values["milestones"] = _default_milestones(values["data"], values["epochs"])
     values["mix_at"] = values["mix_at"] or [INPUT]
     return values | {"size": values["size"] or SIZES.get(values["data"], 224)}
+
+
+def _recipe_of(data: str) -> dict[str, Any]:
+    return SHAPES_RECIPE if data == "shapes" else PAPER_RECIPE
+
+
+def _default_milestones(data: str, epochs: int) -> list[float]:
+    """Scale the milestones of the dataset's recipe to the number of epochs."""
+    recipe = _recipe_of(data)
+    return [epochs * (milestone / recipe["epochs"]) for milestone in recipe["milestones"]]
+
+
+def schedule_change(config: TrainConfig, checkpoint: dict[str, Any]) -> str:
+    """Describe how a resumed run changes the schedule of its checkpoint, or return nothing."""
+    saved, epoch = checkpoint["settings"], len(checkpoint["log"]) + 1
+    if (config.epochs, config.milestones) == (saved["epochs"], saved["milestones"]):
+        return ""
+    both = saved["milestones"], config.milestones
+    before, now = (" ".join(f"{milestone:g}" for milestone in ms) for ms in both)
+    return (
+        f"from epoch {epoch} on, the learning rate ({config.learning_rate(epoch - 1):.1e}) follows"
+        f" --milestones {now} of {config.epochs} epochs (before: {before} of {saved['epochs']})"
+    )
 
 
 def refuse_overwriting(output_dir: str, resumed: str | None) -> None:
