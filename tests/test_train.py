@@ -550,6 +550,33 @@ def test_a_run_that_was_to_be_longer_is_that_longer_run(go, tmp_path):
     assert all(map(states_equal, straight, extended))
 
 
+def test_a_run_whose_first_epoch_was_interrupted_keeps_its_settings(go, tmp_path):
+    straight = go("--epochs", "3", "--lr", "0.01", "--alpha", "0.7", out="straight")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_one_epoch", lambda *_: signal.default_int_handler(2, None))
+        go("--epochs", "3", "--lr", "0.01", "--alpha", "0.7")
+    out, auto = tmp_path / "out", ["--resume", "auto", "--output-dir", str(tmp_path / "out")]
+    assert not (out / "last.pt").exists()
+    before = (out / "args.json").read_text()
+    with pytest.raises(
+        UserError, match=r"^--lr is 3\.0, but the run in .*out was begun with 0\.01:"
+    ):
+        train.main([*auto, "--lr", "3"])
+    assert (out / "args.json").read_text() == before
+    assert parse_train_config([*auto, "--epochs", "6"])[0].milestones == pytest.approx(
+        [2, 4, 16 / 3]
+    )
+    train.main([*auto, "--lr", "0.01"])
+    resumed = checkpoints.load_checkpoint(out / "last.pt")
+    assert states_equal(resumed["model"], straight["model"]) and resumed["settings"]["alpha"] == 0.7
+    (out / "last.pt").unlink()
+    for content, message in (("{", "is damaged: remove it"), ("[1]", "is damaged: remove it"),
+                             ("{}", "args.json has no setting alpha")):  # fmt: skip
+        (out / "args.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            parse_train_config(auto)
+
+
 def test_a_checkpoint_of_an_earlier_version_resumes(go, tmp_path):
     content, last = go("--epochs", "1"), tmp_path / "out" / "last.pt"
     for name in (*EARLIER, "held_out", "test_fingerprint"):

@@ -1,5 +1,6 @@
 """The configuration of a training: command line, defaults, and what a resumed run may change."""
 
+import json
 import math
 import os
 from dataclasses import asdict, dataclass, fields
@@ -126,7 +127,8 @@ class TrainConfig:
     sync_bn: bool = option(False, "let BatchNorm see the images of all processes (on CUDA; default:"
         " each process sees its own)")
     resume: str | None = option(None, "continue from this checkpoint; auto: from last.pt of"
-        " --output-dir, if there is one", metavar="PATH", may_change=True)
+        " --output-dir, if there is one, and otherwise with the settings of its args.json",
+        metavar="PATH", may_change=True)
     output_dir: str = option(None, "(default: runs/ARCH-METHOD)", metavar="DIR", may_change=True)
     print_freq: int = option(10, "how often the losses are read and shown", flags=("-p",),
         type=number(int, 1), metavar="STEPS", may_change=True)
@@ -178,6 +180,7 @@ def parse_train_config(
             )
     folder = values["output_dir"] or f"runs/{values['arch'].replace(':', '-')}-{values['method']}"
     path = Path(folder, "last.pt") if values["resume"] == "auto" else Path(values["resume"] or "")
+    begun, checkpoint = Path(folder, "args.json"), None
     if values["resume"] and (values["resume"] != "auto" or path.exists()):
         checkpoint = load_checkpoint(path)
         values = _resumed(values, given, checkpoint["settings"], path) | {"resume": str(path)}
@@ -186,8 +189,9 @@ def parse_train_config(
                 f"--epochs {values['epochs']} is fewer than the {len(checkpoint['log'])} that"
                 f" {path} has: raise it, or choose another --output-dir to start again"
             )
+    elif values["resume"] and begun.exists():  # its first epoch was interrupted
+        values = _resumed(values, given, _read_settings(begun), begun)
     else:
-        checkpoint = None
         values = _with_defaults(values) | {"output_dir": folder}
     refuse_overwriting(values["output_dir"], values["resume"] if checkpoint else None)
     values["device"] = resolve_device(values["device"])
@@ -208,10 +212,21 @@ def parse_train_config(
     return TrainConfig(**values), checkpoint
 
 
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings that a run writes before its first epoch."""
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is damaged: remove it to start again")
+    return settings
+
+
 def _resumed(
     values: dict[str, Any], given: set[str], saved: dict[str, Any], path: Path
 ) -> dict[str, Any]:
-    """Combine the command line of a resumed run with the settings of its checkpoint."""
+    """Combine the command line of a resumed run with its settings, which are from `path`."""
     saved = {**EARLIER, **saved}
     for name in sorted(given - MAY_CHANGE):
         if values[name] != saved.get(name):
