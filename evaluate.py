@@ -184,13 +184,13 @@ def evaluate(config: EvalConfig) -> None:
     )
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    with lock_folder(Path(config.output_dir)) if distributed.rank() == 0 else nullcontext():
+    with lock_folder(run.output_dir) if distributed.rank() == 0 else nullcontext():
         measure_all(run, warnings)
 
 
 def measure_all(run: Evaluation, warnings: list[str]) -> None:
     """Measure and store cell after cell, then write the tables and figures."""
-    out = Path(run.config.output_dir)
+    out = run.output_dir
     path = out / "cells.jsonl"
     (cells, *_) = distributed.all_gather(read_cells(path) if distributed.rank() == 0 else [])
     refuse_other_runs(run, path, cells)

@@ -333,6 +333,36 @@ def test_results_of_another_run_are_refused(bench: Bench, options: list[str], fa
         bench.run("--only", "fog", *options, *surrogate)
 
 
+def test_the_default_folder_is_named_by_what_it_holds(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(bench.root)
+
+    def folder(*options: str, models: str = "standard", only: str = "clean") -> Path:
+        capsys.readouterr()
+        argv = bench.argv("--only", only, *options, models=models)
+        at = argv.index("--output-dir")
+        evaluate.main(argv[:at] + argv[at + 2 :])
+        return Path(capsys.readouterr().out.rpartition("tables and figures: ")[2].strip())
+
+    images = ["--data", str(bench.root / "images" / "val"), "--size", "16"]
+    first = folder()
+    assert first.parts[:-1] == ("runs", "evaluate") and first.name.startswith("standard-")
+    others = {
+        folder(models="mtlat"), folder(models="standard mtlat"), folder("--limit", "9"),
+        folder("--size", "17"), folder("--seed", "1"), folder(*images, models="tinynets:net"),
+        folder(*bench.surrogate, only="mi_fgsm_0.04"),
+    }  # fmt: skip
+    assert len(others | {first}) == 8
+    assert folder(models="mtlat standard") in others
+    before = (first / "cells.jsonl").read_bytes()
+    assert folder(only="rotation") == first == folder(only="fog")
+    assert (first / "cells.jsonl").read_bytes().startswith(before)
+    assert [cell["perturbation"] for cell in store.read_cells(first / "cells.jsonl")] == [
+        "clean", "rotation", *["fog"] * 5
+    ]  # fmt: skip
+
+
 def test_cells_of_earlier_versions_are_kept(bench: Bench) -> None:
     """Check that cells which name their images by the fingerprint of both parts still count.
 

@@ -79,8 +79,10 @@ class EvalConfig:
         group="running", flags=("-b",), type=number(int, 1))
     seed: int = option(0, "seed of all draws", type=number(int, 0, 2**32 - 1))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    output_dir: str = option("runs/evaluation", "for the finished cells, from which an interrupted"
-        " run continues, tables and figures", metavar="DIR")
+    output_dir: str | None = option(None, "for the finished cells, from which an interrupted run"
+        " continues, tables and figures (default: runs/evaluate/LABELS-DIGEST: the models and a"
+        " digest of their weights, the images and the seed, so that another --only goes on there)",
+        metavar="DIR")
     dump_images: int = option(4, "draw N images under every perturbation, with the first model's"
         " predictions", type=number(int, 0, 100), metavar="N")
     # fmt: on

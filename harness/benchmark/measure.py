@@ -4,7 +4,10 @@ Images are corrupted and attacked by the batch. What does not depend on the mode
 for all models.
 """
 
+import hashlib
+import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -60,6 +63,18 @@ class Evaluation:
             "surrogate": black_box.digest if black_box else None,
             "imagenet_c": str(place.resolve()) if place else None,
         }
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder of the results: --output-dir, or one that these models and images name."""
+        if self.config.output_dir is not None:
+            return Path(self.config.output_dir)
+        tree = self.config.imagenet_c and str(self.config.imagenet_c.resolve())
+        digests = sorted(model.digest for model in self.models)
+        decided = [self.facts, digests, self.surrogate and self.surrogate.digest, tree]
+        digest = hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:8]
+        labels = "-".join(sorted(model.label for model in self.models))
+        return Path("runs/evaluate", f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', labels)[:100]}-{digest}")
 
     def images_of(self, name: str) -> Tensor:
         """Return the indices of the test images that a cell takes."""
