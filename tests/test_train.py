@@ -558,6 +558,7 @@ def test_a_run_whose_first_epoch_was_interrupted_keeps_its_settings(go, tmp_path
     out, auto = tmp_path / "out", ["--resume", "auto", "--output-dir", str(tmp_path / "out")]
     assert not (out / "last.pt").exists()
     before = (out / "args.json").read_text()
+    assert parse_train_config(auto)[0].alpha == 0.7
     with pytest.raises(
         UserError, match=r"^--lr is 3\.0, but the run in .*out was begun with 0\.01:"
     ):
