@@ -1,4 +1,4 @@
-"""From finished cells to scores: accuracy, robustness R, intervals, means, relative mCE.
+"""From finished cells to scores: accuracy, robustness R, intervals, means.
 
 results = aggregate(cells, {"standard": digest, "mtlat": digest}, baseline="standard")
 """
@@ -12,6 +12,7 @@ import numpy as np
 from corruptions import CORRUPTIONS
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import failed_checks
+from harness.benchmark.mce import corrupted_accuracy, mce, relative_mce
 from harness.benchmark.paired import (
     Array,
     Difference,
@@ -60,6 +61,8 @@ class ModelScores(NamedTuple):
     findings: dict[str, list[str]]  # by perturbation: why its score may mean something else
     mean_differences: Mapping[str, Difference]  # of `means`, to the baseline's
     void: frozenset[str] = frozenset()  # perturbations whose scores mean nothing here
+    corrupted_accuracy: float = math.nan  # mean over ImageNet-C's fifteen, NaN if one is missing
+    mce: float = math.nan  # in percent of AlexNet's published errors
 
 
 class Results(NamedTuple):
@@ -117,8 +120,9 @@ def aggregate(cells: Iterable[Cell], models: Mapping[str, str], baseline: str) -
             differences = {title: d for title, d in compared.items() if title not in own}
         rows.append(
             ModelScores(
-                name, own, _means(own, void), _relative_mce(own, other), _describe_cw2(by_name),
-                _findings(by_name), differences, void,
+                name, own, _means(own, void), relative_mce(*map(_accuracies, (own, other))),
+                _describe_cw2(by_name), _findings(by_name), differences, void,
+                corrupted_accuracy(_accuracies(own)), mce(_accuracies(own)),
             )
         )  # fmt: skip
     total = max((cell["total"] for cell in by_key.values()), default=0)
@@ -202,6 +206,10 @@ def _void(cells: Cells, baseline: str) -> frozenset[str]:
     return frozenset({"cw2"} if cell and cell["reached"] <= VOID_SHARE * cell["right"] else ())
 
 
+def _accuracies(scores: Mapping[str, Score]) -> dict[str, float]:
+    return {name: score.accuracy for name, score in scores.items()}
+
+
 def robustness(accuracy: float, clean: float) -> float:
     """Compute R = accuracy / clean accuracy; NaN where that is 0."""
     return accuracy / clean if clean else math.nan
@@ -224,20 +232,6 @@ def _means(scores: Mapping[str, Score], void: frozenset[str]) -> dict[str, float
         for title, names in _groups(void).items()
         if names and scores.keys() >= set(names)
     }
-
-
-def _relative_mce(own: Mapping[str, Score], base: Mapping[str, Score]) -> float:
-    """Average, in percent, the accuracy lost to a corruption over what the baseline loses to it.
-
-    Hendrycks and Dietterich, ICLR 2019, section 4.2, with the named baseline instead of AlexNet.
-    """
-    names = next(iter(TABLES.values()))
-    if not own.keys() & base.keys() >= {"clean", *names}:
-        return math.nan
-    lost = [[s["clean"].accuracy - s[name].accuracy for name in names] for s in (own, base)]
-    if min(lost[1]) <= 0:  # against a baseline that loses nothing, there is no ratio
-        return math.nan
-    return 100 * math.fsum(a / b for a, b in zip(*lost, strict=True)) / len(names)
 
 
 def _findings(cells: Mapping[str, Cell]) -> dict[str, list[str]]:
@@ -295,6 +289,17 @@ def _notes(rows: Sequence[ModelScores], baseline: str, cells: Sequence[Cell]) ->
             " right, so that its R measures the scale of the logits, and not robustness; the mean"
             " of the attacks leaves it out"
         )
+    if not all(math.isnan(row.mce) for row in rows):
+        notes.append(
+            "corrupted % is the mean accuracy under the fifteen corruptions; mCE averages the error"
+            " under each, divided by AlexNet's (Hendrycks and Dietterich, 2019), and compares only"
+            " for ImageNet at 224 px"
+        )
+        if all(math.isnan(row.relative_mce) for row in rows):
+            notes.append(
+                f"rel. mCE is -: {baseline} does not lose accuracy under every one of the fifteen"
+                " corruptions, and the ratio to its losses needs that"
+            )
     ordered = sorted(rows, key=lambda row: row.scores["clean"].accuracy)
     worst, best = (row.scores["clean"] for row in (ordered[0], ordered[-1]))
     if worst.high < best.low:

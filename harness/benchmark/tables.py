@@ -26,14 +26,15 @@ CSV_COLUMNS = [
 def table_cells(results: Results, title: str) -> list[list[str]]:
     """Format one of TABLES as text: a header, then a row for each model."""
     extra = {
-        "ImageNet-C's corruptions": ["rel. mCE"], "The paper's corruptions": ["mean of 19"],
+        "ImageNet-C's corruptions": ["corrupted %", "mCE", "rel. mCE"],
+        "The paper's corruptions": ["mean of 19"],
         "Adversarial attacks": ["CW2 gave up", "CW2 at 0", "L2"],
     }  # fmt: skip
     names = TABLES.get(title, [])
     columns = [*(COLUMNS[name] for name in names), *(["mean"] if names else [])]
     table = [["model", "clean %", "95 %", *columns, *extra.get(title, [])]]
     for row in results.rows:
-        clean = row.scores["clean"]
+        clean, corrupted = row.scores["clean"], 100 * row.corrupted_accuracy
         cells = [row.model, f"{100 * clean.accuracy:.1f}{clean.decided_sign}"]
         cells.append(f"{100 * clean.low:.0f} to {100 * clean.high:.0f}")
         for name in names:
@@ -42,6 +43,8 @@ def table_cells(results: Results, title: str) -> list[list[str]]:
             cells.append(_number(score.robustness, score.decided_sign + mark) if score else MISSING)
         means = {
             "mean": _number(row.means.get(title, math.nan)),
+            "corrupted %": MISSING if math.isnan(corrupted) else f"{corrupted:.1f}",
+            "mCE": _number(row.mce, "%"),
             "rel. mCE": _number(row.relative_mce, "%"),
             "mean of 19": _number(row.means.get("All corruptions", math.nan)),
             "CW2 gave up": _number(100 * row.cw2.get("gave_up", math.nan), "%"),

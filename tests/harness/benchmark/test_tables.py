@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from corruptions import CORRUPTIONS
-from harness.benchmark import metrics, plots, registry, tables
+from harness.benchmark import mce, metrics, plots, registry, tables
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.paired import pack
 from harness.benchmark.store import Cell
@@ -67,9 +67,9 @@ CELLS = [
 TABLES = """\
 ImageNet-C's corruptions: R = accuracy / clean accuracy, mean of five severities; n = 100 test \
 images; + and - against alpha
-model  clean %      95 %  {}  mean  rel. mCE
-alpha     80.0  71 to 87  {}  0.60     100 %
-beta   50.0(-)  40 to 60  {}  0.70      47 %
+model  clean %      95 %  {}  mean  corrupted %   mCE  rel. mCE
+alpha     80.0  71 to 87  {}  0.60         48.0  67 %     100 %
+beta   50.0(-)  40 to 60  {}  0.70         35.0  84 %      47 %
 
 The paper's corruptions: R = accuracy / clean accuracy; n = 100 test images; + and - against alpha
 model  clean %      95 %  Obstru  Color    Trans      Rot  mean  mean of 19
@@ -88,6 +88,10 @@ count as right; it fooled the model by less than its confidence on 90.0 % (media
 
 note: unpaired: some cells have no per-image outcomes, so nothing is decided there
 
+note: corrupted % is the mean accuracy under the fifteen corruptions; mCE averages the error \
+under each, divided by AlexNet's (Hendrycks and Dietterich, 2019), and compares only for ImageNet \
+at 224 px
+
 note: clean accuracies differ by more than their intervals (alpha 80.0 %, beta 50.0 %): compare \
 robustness only at comparable clean accuracy
 """
@@ -105,6 +109,28 @@ def test_the_tables_are_those_worked_out_by_hand() -> None:
         for cells in (headings, ["0.60"] * 15, ["0.70(+)"] * 15)
     ]
     assert tables.to_text(make()) == TABLES.format(*rows)
+
+
+def test_mce_is_alexnets_where_the_errors_are() -> None:
+    errors = dict(mce.ALEXNET_ERRORS)
+    assert list(errors) and set(errors) == set(FIFTEEN)
+    assert mce.mce({name: 1 - error for name, error in errors.items()}) == pytest.approx(100)
+    assert mce.mce({name: 1 - error / 2 for name, error in errors.items()}) == pytest.approx(50)
+    # ResNet-50 of torchvision has, at 224 px, 29.29 % under gaussian_noise: CE 79.77 (published).
+    assert 100 * (1 - 0.2929) / errors["gaussian_noise"] == pytest.approx(79.77, abs=0.01)
+    made = tables.to_plain(make())["rows"][1]
+    assert made["corrupted_accuracy"] == pytest.approx(0.35)
+    assert made["mce"] == pytest.approx(100 * np.mean([0.65 / error for error in errors.values()]))
+
+
+def test_a_relative_mce_that_does_not_exist_is_explained() -> None:
+    note = "rel. mCE is -: alpha does not lose accuracy under every one of the fifteen"
+    assert note not in tables.to_text(make())
+    gains = [*CELLS, *corruption(A, "fog", 80, 80, 80, 80, 80)]
+    row, _ = tables.table_cells(make(gains), next(iter(registry.TABLES)))[1:]
+    assert row[-3:] == ["50.1", "65 %", "-"]
+    for text in (tables.to_text, tables.to_markdown, tables.to_latex):
+        assert note in text(make(gains))
 
 
 def test_the_order_of_the_lines_does_not_matter_but_for_the_last_of_equal_cells() -> None:
