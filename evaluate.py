@@ -29,7 +29,7 @@ from harness.benchmark.measure import (
     perturb,
     refuse_other_runs,
 )
-from harness.benchmark.metrics import aggregate, robustness, score_differences
+from harness.benchmark.metrics import aggregate, score_differences
 from harness.benchmark.registry import COLUMNS
 from harness.benchmark.store import Cell, append_cells, read_cells
 from harness.benchmark.subjects import (
@@ -243,46 +243,31 @@ def unfinished(run: Evaluation, cells: list[Cell]) -> list[tuple[str, int | None
 def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: Path) -> None:
     """Print the tables, and write them and the figures."""
     models = {model.label: model.digest for model in run.models}
-    results = aggregate(cells, models, run.config.baseline)
+    results = aggregate(cells, models, run.config.baseline, run.config.supplement)
     notes = [f"preprocessing: {run.facts['preprocess']}", *results.notes, *warnings]
     results = results._replace(notes=notes)
     head = {"format": 1, "command": " ".join(sys.argv), "classes": run.classes, "weights": models,
             **run.facts, **run.setup}  # fmt: skip
     content = {**head, **tables.to_plain(results)}
-    supplement = supplementary_table(run, cells)
-    content["supplementary"] = supplement
-    text, markdown = tables.to_text(results), tables.to_markdown(results)
-    if len(supplement) > 1:
-        title = "Supplementary attacks: R = accuracy / clean accuracy"
-        text += "\n".join(["", title, *tables.align_columns(supplement), ""])
-        markdown += "\n".join(["", f"**{title}**", "", *tables.markdown_rows(supplement), ""])
+    # R alone, as before the rows had intervals: these are in each model's "supplement".
+    content["supplementary"] = [[row[0], *row[1::2]] for row in tables.supplementary_cells(results)]
+    text = tables.to_text(results)
     atomic_write(out / "results.json", json.dumps(content, indent=1) + "\n")
     atomic_write(out / "results.csv", tables.to_csv(results))
-    atomic_write(out / "results.md", markdown)
+    atomic_write(out / "results.md", tables.to_markdown(results))
     atomic_write(out / "results.tex", tables.to_latex(results))
     compared = {row.model: score_differences(row) for row in results.rows}
     del compared[results.baseline]
     if any(compared.values()):
         plots.plot_differences(compared, results.baseline, out / "differences.png")
     measured = tables.measured_tables(results)
-    if measured != [tables.CLEAN]:
+    if tables.CLEAN not in measured:
         plots.plot_robustness(results, out / "robustness.png")
     if next(iter(registry.TABLES)) in measured:
         plots.plot_severities(results, out / "severities.png")
     if run.config.dump_images:
         plots.plot_images(contact_sheets(run), out / "images.png")
     print(f"\n{text}\ntables and figures: {out}")
-
-
-def supplementary_table(run: Evaluation, cells: list[Cell]) -> list[list[str]]:
-    """Format the measured rows of --attack and --epsilon: R of each model. A header comes first."""
-    shares = {(c["model"], c["perturbation"]): c["correct"] / c["n"] for c in cells}
-    table = [["attack", *(model.label for model in run.models)]]
-    for name in run.config.supplement:
-        if name not in COLUMNS and (run.models[0].digest, name) in shares:
-            pairs = ((shares[m.digest, name], shares[m.digest, "clean"]) for m in run.models)
-            table.append([name, *(f"{robustness(*pair):.2f}" for pair in pairs)])
-    return table
 
 
 def contact_sheets(run: Evaluation) -> list[list[plots.Tile]]:

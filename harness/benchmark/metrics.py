@@ -5,6 +5,7 @@ results = aggregate(cells, {"standard": digest, "mtlat": digest}, baseline="stan
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +64,7 @@ class ModelScores(NamedTuple):
     void: frozenset[str] = frozenset()  # perturbations whose scores mean nothing here
     corrupted_accuracy: float = math.nan  # mean over ImageNet-C's fifteen, NaN if one is missing
     mce: float = math.nan  # in percent of AlexNet's published errors
+    supplement: Mapping[str, Score] = MappingProxyType({})  # of attacks beside the paper's
 
 
 class Results(NamedTuple):
@@ -75,6 +77,7 @@ class Results(NamedTuple):
 
 
 Outcomes = dict[str, Array]  # by perturbation, for each image the share of severities that is right
+Severities = Mapping[str, tuple[int | None, ...]]  # by perturbation
 Cells = Mapping[tuple[str, str, int | None], Cell]  # by model, perturbation, severity
 
 
@@ -93,7 +96,9 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
     return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
-def aggregate(cells: Iterable[Cell], models: Mapping[str, str], baseline: str) -> Results:
+def aggregate(
+    cells: Iterable[Cell], models: Mapping[str, str], baseline: str, supplement: Iterable[str] = ()
+) -> Results:
     """Compute the scores of several models from finished cells.
 
     Differences to the baseline are paired by image, and their p-values are corrected for the number
@@ -104,10 +109,15 @@ def aggregate(cells: Iterable[Cell], models: Mapping[str, str], baseline: str) -
             perturbation counts if all its severities are there.
         models: digests by name.
         baseline: the name of the model that signs and the relative mCE refer to.
+        supplement: names of attacks beside the paper's. Their scores have intervals, and stand
+            apart: they take no part in differences, Holm's correction and means.
     """
     by_key = {(cell["model"], cell["perturbation"], cell["severity"]): cell for cell in cells}
-    outcomes = {name: _outcomes(by_key, digest) for name, digest in models.items()}
-    measured = {name: _scores(by_key, models[name], outcomes[name]) for name in models}
+    severities = {name: PERTURBATIONS[name].severities for name in ("clean", *COLUMNS)}
+    added = {name: (None,) for name in supplement if name not in COLUMNS}
+    outcomes = {name: _outcomes(by_key, d, severities | added) for name, d in models.items()}
+    measured = {n: _scores(by_key, d, outcomes[n], severities) for n, d in models.items()}
+    extra = {n: _scores(by_key, d, outcomes[n], added) for n, d in models.items()}
     void = _void(by_key, models[baseline])
     rows = []
     for name, digest in models.items():
@@ -122,18 +132,18 @@ def aggregate(cells: Iterable[Cell], models: Mapping[str, str], baseline: str) -
             ModelScores(
                 name, own, _means(own, void), relative_mce(*map(_accuracies, (own, other))),
                 _describe_cw2(by_name), _findings(by_name), differences, void,
-                corrupted_accuracy(_accuracies(own)), mce(_accuracies(own)),
+                corrupted_accuracy(_accuracies(own)), mce(_accuracies(own)), extra[name],
             )
         )  # fmt: skip
     total = max((cell["total"] for cell in by_key.values()), default=0)
     return Results(rows, baseline, total, _notes(rows, baseline, list(by_key.values())))
 
 
-def _outcomes(cells: Cells, digest: str) -> Outcomes:
+def _outcomes(cells: Cells, digest: str, severities: Severities) -> Outcomes:
     """Read the per-image outcomes of a model, where its cells have them for the same images."""
     found: Outcomes = {}
-    for name in ("clean", *COLUMNS):
-        keys = [(digest, name, s) for s in PERTURBATIONS[name].severities]
+    for name, own in severities.items():
+        keys = [(digest, name, s) for s in own]
         if all("hits" in cells.get(key, ()) for key in keys):
             hits = [unpack(cells[key]["hits"], cells[key]["n"]) for key in keys]
             if {len(h) for h in hits} == {len(found.get("clean", hits[0]))}:
@@ -141,13 +151,14 @@ def _outcomes(cells: Cells, digest: str) -> Outcomes:
     return found
 
 
-def _scores(cells: Cells, digest: str, outcomes: Outcomes) -> dict[str, Score]:
+def _scores(
+    cells: Cells, digest: str, outcomes: Outcomes, severities: Severities
+) -> dict[str, Score]:
     clean = cells[digest, "clean", None]
     scores: dict[str, Score] = {}
-    for name in ("clean", *COLUMNS):
-        severities = PERTURBATIONS[name].severities
-        found = [cells[key] for s in severities if (key := (digest, name, s)) in cells]
-        if len(found) == len(severities):
+    for name, own in severities.items():
+        found = [cells[key] for s in own if (key := (digest, name, s)) in cells]
+        if len(found) == len(own):
             shares = tuple(cell["correct"] / cell["n"] for cell in found)
             accuracy, n = math.fsum(shares) / len(shares), min(cell["n"] for cell in found)
             low, high = wilson(accuracy * n, n)

@@ -15,6 +15,7 @@ from harness.benchmark.registry import COLUMNS, PERTURBATIONS, TABLES
 
 MISSING = "-"
 CLEAN = "Clean accuracy"
+SUPPLEMENTARY = "Supplementary attacks"
 SIGN = re.compile(r"(?<=\d)(\(?[+-]\)?)(!?)$")  # 0.83+ or 0.83(-)!
 
 CSV_COLUMNS = [
@@ -24,7 +25,12 @@ CSV_COLUMNS = [
 
 
 def table_cells(results: Results, title: str) -> list[list[str]]:
-    """Format one of TABLES as text: a header, then a row for each model."""
+    """Format one of `measured_tables` as text: a header, then a row for each model.
+
+    The supplementary attacks are the rows of their table, because there may be many.
+    """
+    if title == SUPPLEMENTARY:
+        return supplementary_cells(results)
     extra = {
         "ImageNet-C's corruptions": ["corrupted %", "mCE", "rel. mCE"],
         "The paper's corruptions": ["mean of 19"],
@@ -55,6 +61,21 @@ def table_cells(results: Results, title: str) -> list[list[str]]:
     return table
 
 
+def supplementary_cells(results: Results) -> list[list[str]]:
+    """Format R and its interval of the attacks beside the paper's: two columns for each model."""
+    table = [["attack", *(text for row in results.rows for text in (row.model, "95 %"))]]
+    for name in dict.fromkeys(name for row in results.rows for name in row.supplement):
+        cells = [name]
+        for row in results.rows:
+            if score := row.supplement.get(name):
+                low, high = _number(score.r_low), _number(score.r_high)
+                cells += [_number(score.robustness), f"{low} to {high}"]
+            else:
+                cells += [MISSING, MISSING]
+        table.append(cells)
+    return table
+
+
 def margin_table(results: Results) -> list[list[str]]:
     """Format the shares of right images that CW2 at confidence 50 leads to a margin, or nothing."""
     keys = [f"margin_{confidence}" for confidence in CONFIDENCES]
@@ -67,9 +88,10 @@ def margin_table(results: Results) -> list[list[str]]:
 
 
 def measured_tables(results: Results) -> list[str]:
-    """List the titles of the tables that hold a score; `CLEAN` if nothing else was measured."""
+    """List the titles of the tables that hold a score; `CLEAN` if none of TABLES does."""
     measured = {name for row in results.rows for name in row.scores}
-    return [title for title, names in TABLES.items() if measured & set(names)] or [CLEAN]
+    titles = [title for title, names in TABLES.items() if measured & set(names)] or [CLEAN]
+    return titles + [SUPPLEMENTARY] * any(row.supplement for row in results.rows)
 
 
 def _number(value: float, suffix: str = "") -> str:
@@ -80,12 +102,16 @@ def _number(value: float, suffix: str = "") -> str:
 
 def table_caption(results: Results, title: str) -> str:
     """Describe a table's numbers in one line."""
-    scores = [row.scores for row in results.rows]
-    names = TABLES.get(title, ["clean"])
+    added = title == SUPPLEMENTARY
+    scores = [row.supplement if added else row.scores for row in results.rows]
+    names = {name for own in scores for name in own} if added else TABLES.get(title, ["clean"])
     counts = sorted({s.n for own in scores for k, s in own.items() if k in names})
     images = " or ".join(map(str, counts))
     if counts[-1] < results.total:
         images += f" of {results.total}"
+    if added:
+        meaning = "R = accuracy / clean accuracy, with 95 % intervals"
+        return f"{title}: {meaning}; n = {images} test images"
     graded = any(len(PERTURBATIONS[name].severities) > 1 for name in names)
     mean = ", mean of five severities" if graded else ""
     meaning = f": R = accuracy / clean accuracy{mean}" if title != CLEAN else ""
@@ -217,7 +243,7 @@ def to_csv(results: Results) -> str:
     out = csv.writer(sink, lineterminator="\n")
     out.writerow(CSV_COLUMNS)
     for row in results.rows:
-        for name, s in row.scores.items():
+        for name, s in {**row.scores, **row.supplement}.items():
             several = len(s.by_severity) > 1
             for severity, share in enumerate(s.by_severity if several else (), 1):
                 ratio = robustness(share, row.scores["clean"].accuracy)
@@ -241,7 +267,7 @@ def to_plain(value: Any) -> Any:
     """Convert nested named tuples to what JSON can hold: NaN to None, without NumPy arrays."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return to_plain(value._asdict())
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {k: to_plain(v) for k, v in value.items() if not isinstance(v, np.ndarray)}
     if isinstance(value, frozenset):
         return sorted(value)

@@ -1,11 +1,13 @@
 """Test the attacks of others and the other sizes that evaluate.py takes beside the paper's."""
 
+import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch import nn
 
 from harness.benchmark.attack_registry import ATTACKS, load_attack
@@ -66,6 +68,18 @@ def test_supplementary_rows_stand_beside_the_papers(
     assert table[-2:] == [["same", "1.00"], ["gray", f"{10 / correct['clean']:.2f}"]]
     for text in (capsys.readouterr().out, (bench.root / "out" / "results.md").read_text()):
         assert "Supplementary attacks: R = accuracy / clean accuracy" in text and "gray" in text
+    (row,) = bench.results()["rows"]
+    assert set(row["scores"]) == {"clean", "pgd_0.04", "pgd_ll_0.04", "mi_fgsm_0.04"}
+    assert set(row["supplement"]) == {"pgd_0.5", "pgd_ll_0.5", "mi_fgsm_0.5", "same", "gray"}
+    gray = row["supplement"]["gray"]
+    assert gray["low"] == pytest.approx(binomtest(10, 30).proportion_ci(method="wilson").low)
+    assert 0 < gray["r_low"] < gray["robustness"] < gray["r_high"] <= 1
+    cells = f"{gray['robustness']:.2f}", f"{gray['r_low']:.2f} to {gray['r_high']:.2f}"
+    assert f"| gray | {cells[0]} | {cells[1]} |" in (bench.root / "out/results.md").read_text()
+    assert rf"gray & {cells[0]} & {cells[1]} \\" in (bench.root / "out/results.tex").read_text()
+    found = list(csv.DictReader((bench.root / "out/results.csv").read_text().splitlines()))
+    (line,) = (x for x in found if x["perturbation"] == "gray")
+    assert line["n"] == "30" and line["R low"] == f"{gray['r_low']:.6f}"
     assert bench.run(*options, models="standard") == lines  # finished cells stay
     assert "Supplementary" not in capsys.readouterr().out
     with pytest.raises(UserError, match="attack: others:gray, now others:same"):

@@ -377,6 +377,22 @@ def test_the_validation_corruptions_have_a_table_and_are_in_no_other_mean() -> N
     assert row[3:] == ["0.50"] * 4
 
 
+def test_supplementary_attacks_change_nothing_beside_their_own_rows() -> None:
+    extra = [line(A, "mine", 40), line(A, "pgd_0.5", 0), line(B, "pgd_0.5", 10)]
+    without = metrics.aggregate(paired(CELLS), {"alpha": A, "beta": B}, "alpha")
+    names = ["pgd_0.04", "mine", "pgd_0.5", "unmeasured"]
+    made = metrics.aggregate(paired([*CELLS, *extra]), {"alpha": A, "beta": B}, "alpha", names)
+    bare = made._replace(rows=[row._replace(supplement={}) for row in made.rows])
+    assert tables.to_plain(bare) == tables.to_plain(without)
+    assert [list(row.supplement) for row in made.rows] == [["mine", "pgd_0.5"], ["pgd_0.5"]]
+    assert tables.measured_tables(made)[-1] == "Supplementary attacks"
+    assert tables.table_cells(made, "Supplementary attacks") == [
+        ["attack", "alpha", "95 %", "beta", "95 %"],
+        ["mine", "0.50", "0.39 to 0.61", "-", "-"],
+        ["pgd_0.5", "0.00", "0.00 to 0.05", "0.20", "0.09 to 0.31"],
+    ]
+
+
 def test_attacks_without_a_cell_leave_their_mean_open() -> None:
     lines = [line(A, "clean", 80), line(B, "clean", 80)]
     lines += [line(A, name, 40, right=40, reached=40) for name in ATTACKS]
