@@ -3,6 +3,9 @@
     python -m corruptions IMAGE --out sheet.png     every corruption at every severity
     python -m corruptions DIR --out DIR_C           DIR_C/name/severity/class/file
 
+`evaluate.py --imagenet-c DIR_C` scores models on such a tree. For the test images of a folder with
+train/ and val/, DIR is its val/: the files are found by class and name.
+
 To resume an interrupted tree, run the same command again.
 """
 
@@ -10,7 +13,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from matplotlib.figure import Figure
@@ -20,30 +25,66 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
-from corruptions import CORRUPTIONS, SEVERITIES, corrupt, frost_source
+from corruptions import CORRUPTIONS, MIN_SIDE, SEVERITIES, corrupt, frost_source
 
 _BATCH = 64  # images in memory at a time
 # ImageNet-C's published files were compressed as JPEG again after the corruption.
 _PUBLISHED = {"format": "JPEG", "quality": 85, "optimize": True}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Argument parser that prints an error as one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(f"{message} (see --help)")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message.splitlines()[0]}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _whole(low: int) -> Callable[[str], int]:
+    """Make an argparse type that accepts whole numbers from `low` up."""
+
+    def convert(text: str) -> int:
+        if not (text.isdecimal() and int(text) >= low):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
+        return int(text)
+
+    return convert
+
+
+def _device(name: str) -> torch.device:
+    try:
+        torch.zeros(1, device=name).cpu()  # fails on "meta", too
+        return torch.device(name)
+    except (AssertionError, RuntimeError):
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is not a device of this machine: choose cpu, cuda, mps, ..."
+        ) from None
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m corruptions", description="Write corrupted images."
+    parser = _Parser(
+        prog="python -m corruptions", description="Write corrupted images.", allow_abbrev=False
     )
     parser.add_argument("source", type=Path, help="an image file, or a folder of class folders")
     parser.add_argument(
-        "--out", type=Path, required=True, help="file of the contact sheet, or folder of the tree"
+        "--out",
+        type=Path,
+        required=True,
+        help="file of the contact sheet, or folder of the tree, for evaluate.py --imagenet-c",
     )
     parser.add_argument(
         "--size",
-        type=int,
+        type=_whole(MIN_SIDE),
         default=224,
         help="side of the output images in pixels (default: 224); at 224 the images are resized to "
         "256 and cropped as for ImageNet-C, at other sizes they are resized to the square",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
+    parser.add_argument("--seed", type=_whole(0), default=0, help="seed of all draws (default: 0)")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -53,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--png", action="store_true", help="write lossless PNG files instead of ImageNet-C's JPEG"
     )
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    parser.add_argument("--device", type=_device, default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--frost-dir", help="folder with ImageNet-C's frost photographs")
     return parser.parse_args(argv)
 
@@ -68,15 +109,17 @@ def main(argv: list[str] | None = None) -> None:
         if args.source.is_dir():
             write_tree(args)
         elif args.source.is_file():
+            check_sheet(args.out)
             draw_sheet(args)
         else:
             raise ValueError(
                 f"{args.source} is neither an image file nor a folder; "
                 "pass an image or a folder of class folders"
             )
-    except (OSError, RuntimeError, ValueError, Image.DecompressionBombError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (RuntimeError, ValueError, Image.DecompressionBombError) as error:
+        _fail(str(error))
 
 
 def load(path: str | Path, size: int) -> Tensor:
@@ -118,6 +161,17 @@ def apply(
     return corrupted.cpu()
 
 
+def check_sheet(out: Path) -> None:
+    """Create the folder of the contact sheet. Raise ValueError unless it can be an image file."""
+    known = Figure().canvas.get_supported_filetypes()
+    if out.is_dir() or out.suffix[1:].lower() not in known:
+        raise ValueError(
+            f"--out {out} is not the name of an image file; choose one that ends with .png, as the "
+            "source is one image"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
 def draw_sheet(args: argparse.Namespace) -> None:
     """Write a contact sheet of one image: a row per corruption and a column per severity."""
     picture = load(args.source, args.size)[None]
@@ -142,6 +196,8 @@ def draw_sheet(args: argparse.Namespace) -> None:
 
 def write_tree(args: argparse.Namespace) -> None:
     """Write out/name/severity/class/file for all images. Existing files are skipped."""
+    if not any(entry.is_dir() for entry in args.source.iterdir()):
+        raise ValueError(f"{args.source} has no class folders; the layout is DIR/class/file")
     paths = [Path(path) for path, _ in ImageFolder(args.source).samples]
     suffix = ".png" if args.png else ".JPEG"
     targets = [path.relative_to(args.source).with_suffix(suffix) for path in paths]
@@ -175,6 +231,8 @@ def check_settings(args: argparse.Namespace) -> None:
         "frost": frost_source(args.frost_dir),
         "png": args.png,
     }
+    if args.out.is_file():
+        raise ValueError(f"--out {args.out} is a file; name a folder, as the source is a folder")
     note = args.out / "settings.json"
     if note.exists():
         if (found := json.loads(note.read_text())) != settings:

@@ -205,9 +205,10 @@ def test_corruptions_as_a_script(
         ([str(world / "file")], "cannot identify image file"),
         ([str(bad / "huge.png" / "class0" / "huge.png")], "decompression bomb"),
         ([str(bad / "cut.jpg" / "class0" / "cut.jpg")], "truncated"),
-        ([picture, "--size", "8"], "at least 16 px"), ([picture, "--size", "0"], ""),
+        ([picture, "--size", "8"], "'8' is not a whole number from 16 up"),
         ([picture, "--device", "abacus"], "abacus"), ([picture, "--only", "fogg"], "fogg"),
-        ([picture, "--frost-dir", str(world / "empty")], ""), ([str(world / "no-classes")], ""),
+        ([picture, "--frost-dir", str(world / "empty")], "empty, which must contain frost1"),
+        ([str(world / "no-classes")], "has no class folders; the layout is DIR/class/file"),
     ]  # fmt: skip
     for argv, message in cases:
         with pytest.raises(SystemExit) as ended:

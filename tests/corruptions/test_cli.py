@@ -30,7 +30,7 @@ def read(path: Path) -> torch.Tensor:
 
 
 def test_sheet_has_a_tile_for_every_setting(source: Path, tmp_path: Path) -> None:
-    sheet = tmp_path / "sheet.png"
+    sheet = tmp_path / "new" / "sheet.png"
     __main__.main([str(source / "cat/b.png"), "--out", str(sheet), "--size", "32", *ONLY])
     pixels = np.asarray(Image.open(sheet).convert("RGB")).astype(int)
     height, width = round(1.5 * 150), round(1.5 * 150)  # size of a tile on the sheet
@@ -66,7 +66,7 @@ def refused(command: list[str], reason: str, capsys: pytest.CaptureFixture[str])
         __main__.main(command)
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "%|" not in x]
     assert exit_info.value.code == 2
-    assert "error: " in line and reason in line
+    assert line.startswith("error: ") and reason in line, line
 
 
 def test_tree_goes_on_where_it_stopped(
@@ -107,17 +107,31 @@ def test_pictures_are_prepared_as_imagenet_c_s(tmp_path: Path) -> None:
 def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture, out = str(source / "cat/a.png"), ["--out", str(tmp_path / "x.png")]
     refused([str(source / "none.png"), *out], "is neither an image file nor a folder", capsys)
-    refused([picture, *out, "--size", "8"], "at least 16 px", capsys)
-    refused([picture, *out, "--frost-dir", "nowhere"], "nowhere", capsys)
+    refused(
+        [picture, *out, "--frost-dir", "nowhere"], "nowhere, which must contain frost1.png", capsys
+    )
     refused([picture, *out, "--only", "fogg"], "corruption 'fogg'; did you mean fog", capsys)
+    refused([picture, *out, "--only"], "--only: expected at least one argument (see", capsys)
+    for size in ("8", "0", "-1", "32.5", "x", ""):
+        rule = f"argument --size: {size!r} is not a whole number from 16 up (see --help)"
+        refused([picture, *out, f"--size={size}"], rule, capsys)
+    refused([picture, *out, "--seed", "x"], "'x' is not a whole number from 0 up", capsys)
+    for device in ("tpu9", "cuda:99", "meta"):
+        rule = f"argument --device: '{device}' is not a device of this machine: choose cpu"
+        refused([picture, *out, "--device", device], rule, capsys)
+    refused([picture], "the following arguments are required: --out (see --help)", capsys)
+    refused([picture, *out, "--siz", "32"], "unrecognized arguments: --siz", capsys)
+    for name in ("sheet", "sheet.jpog", ""):
+        refused([picture, "--out", str(tmp_path / name)], "choose one that ends with .png", capsys)
+    refused([picture, "--out", f"{picture}/x.png"], "a.png: File exists", capsys)
+    refused([str(source), "--out", picture], "a.png is a file; name a folder", capsys)
     tree = [str(source), "--out", str(tmp_path / "tree"), "--only", "fog", "fogg"]
     refused(tree, "corruption 'fogg'; did you mean fog", capsys)
     assert not (tmp_path / "tree").exists()
-    refused([picture, *out, "--device", "tpu9"], "tpu9", capsys)
     (source / "cat/broken.png").write_bytes(b"no picture")
     refused([str(source / "cat/broken.png"), *out], "cannot identify", capsys)
     (source / "cat/broken.png").unlink()
     Image.open(picture).save(source / "cat/a.bmp")
     refused([str(source), "--out", str(tmp_path / "out")], "differ only in their suffix", capsys)
     (tmp_path / "empty").mkdir()
-    refused([str(tmp_path / "empty"), *out], "any class folder", capsys)
+    refused([str(tmp_path / "empty"), *out], "empty has no class folders; the layout is", capsys)
