@@ -41,7 +41,7 @@ def relative_mce(own: Mapping[str, float], base: Mapping[str, float]) -> float:
     lose accuracy under each of the fifteen.
     """
     lost = [[s["clean"] - s.get(name, math.nan) for name in ALEXNET_ERRORS] for s in (own, base)]
-    if min(lost[1]) <= 0:  # against a baseline that loses nothing, there is no ratio
+    if not all(loss > 0 for loss in lost[1]):  # without a loss, or NaN, there is no ratio
         return math.nan
     return 100 * _mean([a / b for a, b in zip(*lost, strict=True)])
 

@@ -13,7 +13,7 @@ import numpy as np
 from corruptions import CORRUPTIONS
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import failed_checks
-from harness.benchmark.mce import corrupted_accuracy, mce, relative_mce
+from harness.benchmark.mce import ALEXNET_ERRORS, corrupted_accuracy, mce, relative_mce
 from harness.benchmark.paired import (
     Array,
     Difference,
@@ -311,6 +311,8 @@ def _notes(rows: Sequence[ModelScores], baseline: str, cells: Sequence[Cell]) ->
                 f"rel. mCE is -: {baseline} does not lose accuracy under every one of the fifteen"
                 " corruptions, and the ratio to its losses needs that"
             )
+    elif any(name in row.scores for row in rows for name in ALEXNET_ERRORS):
+        notes.append("corrupted %, mCE and rel. mCE are -: they need all fifteen corruptions")
     ordered = sorted(rows, key=lambda row: row.scores["clean"].accuracy)
     worst, best = (row.scores["clean"] for row in (ordered[0], ordered[-1]))
     if worst.high < best.low:

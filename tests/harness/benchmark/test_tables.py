@@ -131,6 +131,10 @@ def test_a_relative_mce_that_does_not_exist_is_explained() -> None:
     assert row[-3:] == ["50.1", "65 %", "-"]
     for text in (tables.to_text, tables.to_markdown, tables.to_latex):
         assert note in text(make(gains))
+    few = [x for x in CELLS if x["perturbation"] != "fog"]
+    few += corruption(A, "snow", 80, 80, 80, 80, 80)  # no loss, and fog is missing
+    need = "corrupted %, mCE and rel. mCE are -: they need all fifteen corruptions"
+    assert need in tables.to_text(make(few)) and need not in tables.to_text(make())
 
 
 def test_the_order_of_the_lines_does_not_matter_but_for_the_last_of_equal_cells() -> None:
