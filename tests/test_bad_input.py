@@ -59,6 +59,7 @@ TRAIN_CASES = [
     ("--print-freq 0", "from 1"), ("--method mlat", "invalid choice: 'mlat'"),
     ("--opt adagrad", "invalid choice"), ("--amp half", "invalid choice"),
     ("--amp fp16", "--amp fp16 takes many times longer on a CPU: choose bf16, or"),
+    ("--warmup-epochs 2 --epochs 2", "--warmup-epochs is 2, and must be below --epochs"),
     ("--device abacus", "--device abacus"), ("--device cuda:99", "--device cuda:99"),
     ("--device meta", "--device meta"), ("--device", "expected one argument"),
     ("--batch 26", "unrecognized arguments: --batch"), ("--verbose", "unrecognized arguments"),

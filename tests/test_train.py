@@ -519,6 +519,13 @@ def test_a_finished_run_is_extended_by_the_new_schedule(go, tmp_path, monkeypatc
     assert "from epoch" not in capsys.readouterr().out and len(seen) == 3
 
 
+def test_a_cosine_is_named_where_a_run_is_extended(go, tmp_path, capsys):
+    go("--epochs", "1", "--schedule", "cosine")
+    train.main(["--resume", str(tmp_path / "out" / "last.pt"), "--epochs", "2"])
+    line = "follows a cosine of 2 epochs (before: a cosine of 1)\n"
+    assert line in capsys.readouterr().out
+
+
 def test_milestones_that_were_chosen_stay_when_a_run_is_extended(go, tmp_path, capsys):
     go("--epochs", "1", "--milestones", "1", "--lr", "0.01")
     last = str(tmp_path / "out" / "last.pt")

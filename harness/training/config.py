@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,8 @@ def parse_train_config(
                 f"--weights {values['weights']} is a plain state dict: name its architecture with"
                 " --arch"
             )
-    folder = values["output_dir"] or f"runs/{values['arch'].replace(':', '-')}-{values['method']}"
+    name = re.sub("[:/]", "-", f"{values['arch']}-{values['method']}")
+    folder = values["output_dir"] or f"runs/{name}"
     path = Path(folder, "last.pt") if values["resume"] == "auto" else Path(values["resume"] or "")
     begun, checkpoint = Path(folder, "args.json"), None
     if values["resume"] and (values["resume"] != "auto" or path.exists()):
@@ -195,12 +197,23 @@ def parse_train_config(
         values = _with_defaults(values) | {"output_dir": folder}
     refuse_overwriting(values["output_dir"], values["resume"] if checkpoint else None)
     values["device"] = resolve_device(values["device"])
+    _check_combinations(values)
+    return TrainConfig(**values), checkpoint
+
+
+def _check_combinations(values: dict[str, Any]) -> None:
+    """Raise `UserError` for settings that exclude each other."""
     if (values["mean"] is None) != (values["std"] is None):
         raise UserError("--mean and --std need each other")
     if values["sync_bn"] and not values["device"].startswith("cuda"):
         raise UserError(f"--sync-bn works on CUDA, not on {values['device']}: leave it out")
     if values["amp"] == "fp16" and values["device"] == "cpu":
         raise UserError("--amp fp16 takes many times longer on a CPU: choose bf16, or leave it out")
+    if values["warmup_epochs"] >= values["epochs"]:
+        raise UserError(
+            f"--warmup-epochs is {values['warmup_epochs']:g}, and must be below --epochs"
+            f" ({values['epochs']}): lower it"
+        )
     if values["mix_at"] != [INPUT]:
         if values["method"] not in METHODS_THAT_MIX:
             raise UserError(
@@ -209,7 +222,6 @@ def parse_train_config(
             )
         if values["compile"]:  # compiled code does not see hooks that are added later
             raise UserError("--mix-at does not work with --compile: leave one of them out")
-    return TrainConfig(**values), checkpoint
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -274,11 +286,14 @@ def schedule_change(config: TrainConfig, checkpoint: dict[str, Any]) -> str:
     saved, epoch = checkpoint["settings"], len(checkpoint["log"]) + 1
     if (config.epochs, config.milestones) == (saved["epochs"], saved["milestones"]):
         return ""
-    both = saved["milestones"], config.milestones
-    before, now = (" ".join(f"{milestone:g}" for milestone in ms) for ms in both)
+    cosine = config.schedule == "cosine"
+    before, now = (
+        "a cosine" if cosine else "--milestones " + " ".join(f"{m:g}" for m in milestones)
+        for milestones in (saved["milestones"], config.milestones)
+    )
     return (
         f"from epoch {epoch} on, the learning rate ({config.learning_rate(epoch - 1):.1e}) follows"
-        f" --milestones {now} of {config.epochs} epochs (before: {before} of {saved['epochs']})"
+        f" {now} of {config.epochs} epochs (before: {before} of {saved['epochs']})"
     )
 
 
