@@ -424,9 +424,7 @@ def test_the_normalization_of_the_command_line(go, tmp_path, capsys):
     changed = go("--weights", path, *other, "--lr", "1e-12", "--epochs", "1", out="changed")
     assert changed["normalize"] == (mean, [1.0, 1.0, 1.0])
     assert_close(changed["model"]["1.0.weight"], made["model"]["1.0.weight"])
-    with pytest.raises(
-        UserError, match=r"--std is \[1.0, 1.0, 1.0\], but .* was trained with \[0.5"
-    ):
+    with pytest.raises(UserError, match=r"--std is \[1.0, 1.0, 1.0\], but .* was begun with \[0.5"):
         parse_train_config(["--resume", path, *other])
     assert parse_train_config(["--resume", path])[0].std == std
     with pytest.raises(UserError, match="--mean and --std need each other"):
@@ -507,7 +505,7 @@ def test_a_finished_run_is_extended_by_the_new_schedule(go, tmp_path, monkeypatc
     line = (
         "from epoch 4 on, the learning rate (1.0e-03) follows --milestones 2 4 5.33333 of 6 epochs"
     )
-    assert f"{line} (before: 1 2 2.66667 of 3)\n" in capsys.readouterr().out
+    assert f"{line} (before: --milestones 1 2 2.66667 of 3)\n" in capsys.readouterr().out
     last = checkpoints.load_checkpoint(tmp_path / "out" / "last.pt")
     saved = json.loads((tmp_path / "out" / "args.json").read_text())
     for settings in (last["settings"], saved):

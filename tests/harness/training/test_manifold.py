@@ -218,7 +218,7 @@ def test_a_resumed_run_mixes_on(go: Any, tmp_path: Path, monkeypatch: Any) -> No
         patch.setattr(train, "train_one_epoch", stop)
         go(*mix)
     last = str(tmp_path / "out" / "last.pt")
-    with pytest.raises(UserError, match=r"--mix-at is \['1'\], but .* was trained with \['input'"):
+    with pytest.raises(UserError, match=r"--mix-at is \['1'\], but .* was begun with \['input'"):
         parse_train_config(["--resume", last, "--mix-at", "1"])
     train.main(["--resume", last, *mix])
     resumed = load_checkpoint(last)
