@@ -17,7 +17,7 @@ import torch
 import train
 from harness.benchmark.registry import choose_perturbations
 from harness.benchmark.store import read_cells
-from harness.errors import UserError, run_script
+from harness.errors import UserError, deferred_signals, run_script
 from harness.images.datasets import Dataset
 from harness.models import build_model, count_correct
 from harness.reproduction.estimate import Meter, time_second_call
@@ -93,10 +93,14 @@ def is_finished(progress: Progress) -> bool:
 def run_task(task: TrainTask | EvalTask) -> None:
     """Run a script. If it fails, exit with its code; it has printed why."""
     print(f"\n$ {command(task, ROOT)}", flush=True)
-    child = subprocess.Popen([sys.executable, str(ROOT / task.script), *task.argv])
+    child = None
     try:
+        with deferred_signals():
+            child = subprocess.Popen([sys.executable, str(ROOT / task.script), *task.argv])
         code = child.wait()
     except KeyboardInterrupt as interrupt:
+        if child is None:
+            raise
         # The terminal interrupts the child too; SIGTERM comes to this process alone.
         if interrupt.args:
             child.terminate()

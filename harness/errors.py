@@ -6,7 +6,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -104,3 +105,21 @@ def _describe(error: Exception, how_to_resume: str) -> str:
 
 def _raise_interrupt(number: int, _: Any) -> NoReturn:
     raise KeyboardInterrupt(number)
+
+
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM at the end of the block, such as one that starts a process.
+
+    An exception in the midst of that would leave a child behind that nobody waits for.
+    """
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {n: signal.signal(n, lambda number, _: received.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for signum in received:
+            signal.raise_signal(signum)

@@ -272,6 +272,31 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> TrainTa
     return TrainTask(tmp_path / "run", ["--lr", "0.1"])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_child_starts_ends_the_child(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
+            children.append(self)
+            signal.raise_signal(number)  # before the caller has the child
+
+    def interrupt(number: int, _: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.run_task(child(tmp_path, monkeypatch, "time.sleep(60)"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert children[0].poll() is not None
+
+
 def test_a_child_is_run_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
