@@ -70,7 +70,9 @@ def corrupt(
             stream = Stream(seed, name, severity, numbers[part])
             fields = entry.draw(stream, severity, (height, width), profile, **draw_options)
         raw = entry.function(pixels[part], severity, *fields, profile=profile, **options)
-        out[part] = raw.add_(_TRUNCATION_GUARD).int()  # float to uint8 is several times slower
+        if raw.dtype != torch.uint8:
+            raw = raw.add_(_TRUNCATION_GUARD).int()  # float to uint8 is several times slower
+        out[part] = raw
     return out if images.dtype == torch.uint8 else out.to(images.dtype).div_(255)
 
 

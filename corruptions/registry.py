@@ -7,8 +7,8 @@ original scripts (Hendrycks and Dietterich, ICLR 2019).
 A corruption NAME is two functions. `draw_NAME(stream, severity, size, profile)` draws the random
 fields of B images of `size` (H, W), in the order in which NAME takes them.
 `NAME(images, severity, *fields, profile=)` applies them to uint8 (B, 3, H, W) images, and returns
-the raw float32 result of the same shape in [0, 255], before truncation to uint8. `corrupt`
-validates, draws, applies and truncates.
+the raw result of the same shape: uint8, or float32 in [0, 255], which `corrupt` truncates. It also
+validates and draws.
 """
 
 import sys
@@ -28,7 +28,7 @@ MIN_SIDE = 16
 class Corruption(NamedTuple):
     """Functions of one corruption, and its place in the benchmark."""
 
-    function: Callable[..., Tensor]  # (images, severity, *fields, profile=) -> raw float32
+    function: Callable[..., Tensor]  # (images, severity, *fields, profile=) -> raw
     draw: Callable[..., tuple[Tensor, ...]] | None  # (stream, severity, size, profile) -> fields
     family: str  # noise, blur, weather, digital, paper or validation
     severities: tuple[int, ...]

@@ -36,7 +36,12 @@ def apply(image: np.ndarray, name: str, severity: int, drawn: dict[str, Any], **
         field = field.astype(np.float32) if field.dtype == np.float64 else field
         fields.append(to_tensor(field) if field.shape == image.shape else torch.tensor(field)[None])
     raw = CORRUPTIONS[name].function(to_tensor(image), severity, *fields, **rest)
-    assert raw.dtype == torch.float32 and raw.shape == (1, 3, *image.shape[:2])
+    exact = name in ("pixelate", "jpeg_compression")
+    assert raw.dtype == (torch.uint8 if exact else torch.float32) and raw.shape == (
+        1,
+        3,
+        *image.shape[:2],
+    )
     return raw[0].permute(1, 2, 0).double().numpy()
 
 
