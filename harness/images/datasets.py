@@ -12,6 +12,7 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -120,6 +121,11 @@ def _load_cifar(
             raise UserError(
                 f"{source} is not in {root}: name its folder with --cache-dir, or download it by"
                 f" train.py --data {source} --download"
+            ) from None
+        except (URLError, ConnectionError, TimeoutError) as error:
+            raise UserError(
+                f"--download: {source} cannot be downloaded ({getattr(error, 'reason', error)}):"
+                f" check the network, or put its files into {root}"
             ) from None
         images = torch.from_numpy(np.ascontiguousarray(raw.data.transpose(0, 3, 1, 2)))
         images = resize_to_square(images, size)

@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -388,6 +389,17 @@ def test_cifar(tmp_path, monkeypatch):
         ).test.images.shape[-1]
         == 8
     )
+
+
+def test_a_failed_download_of_cifar_names_the_network(tmp_path, monkeypatch):
+    def offline(root, train, download):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    with pytest.raises(
+        UserError, match=r"--download: cifar10 cannot be downloaded \(no network\): check the"
+    ):
+        datasets.load_dataset("cifar10", cache_dir=tmp_path, download=True)
 
 
 def test_feed_gives_every_image_once_in_the_unit_range():
