@@ -70,10 +70,15 @@ def corrupt(
             stream = Stream(seed, name, severity, numbers[part])
             fields = entry.draw(stream, severity, (height, width), profile, **draw_options)
         raw = entry.function(pixels[part], severity, *fields, profile=profile, **options)
-        if raw.dtype != torch.uint8:
-            raw = raw.add_(_TRUNCATION_GUARD).int()  # float to uint8 is several times slower
-        out[part] = raw
+        out[part] = _truncate(raw)
     return out if images.dtype == torch.uint8 else out.to(images.dtype).div_(255)
+
+
+def _truncate(raw: Tensor) -> Tensor:
+    """Truncate the raw result of a corruption in place, unless it is exact."""
+    if raw.dtype == torch.uint8:
+        return raw
+    return raw.add_(_TRUNCATION_GUARD).int()  # float to uint8 is several times slower
 
 
 def _check_integer(what: str, value: Any) -> int:
