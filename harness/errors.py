@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
+from urllib.error import URLError
 
 import torch
 
@@ -22,6 +23,19 @@ class UserError(Exception):
 def escape_unprintable(text: str) -> str:
     """Escape unprintable characters, so that a file name prints on one line."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+@contextmanager
+def downloading(option: str, what: str, place: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise `UserError` where the network fails in the block, which downloads `what` to `place`."""
+    try:
+        yield
+    except (URLError, ConnectionError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"{option}: cannot download {what} ({reason}): check the network, or put the file into"
+            f" {place}"
+        ) from None
 
 
 def retain_freed_memory() -> None:

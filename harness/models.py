@@ -9,14 +9,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
-from urllib.error import URLError
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from harness.checkpoints import load_weights
-from harness.errors import UserError
+from harness.errors import UserError, downloading
 from mtlat import Model, Normalize, frozen, logits_of
 
 MeanStd = tuple[list[float], list[float]]  # per channel
@@ -173,14 +172,8 @@ def _find_in_timm(arch: str, name: str) -> Published:
 
 def _download(entry: torchvision.models.WeightsEnum, name: str) -> Mapping[str, Tensor]:
     """Return the state dict of torchvision's weights, from its cache or from the network."""
-    try:
+    with downloading(f"--weights {name}", entry.url, f"{torch.hub.get_dir()}/checkpoints"):
         state: Mapping[str, Tensor] = entry.get_state_dict()
-    except (URLError, ConnectionError, TimeoutError) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(
-            f"--weights {name}: cannot download {entry.url} ({reason}): check the network, or put"
-            f" the file into {torch.hub.get_dir()}/checkpoints"
-        ) from None
     return state
 
 

@@ -12,14 +12,13 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import URLError
 
 import numpy as np
 import torch
 import torchvision
 from torch import Tensor
 
-from harness.errors import UserError
+from harness.errors import UserError, downloading
 from harness.images import embedded
 from harness.images.cache import cached_checksum, decode_cached, default_cache_dir
 from harness.images.folders import Listing, choose_classes, list_folder
@@ -116,16 +115,12 @@ def _load_cifar(
     parts: dict[str, ImageSet] = {}
     for part in ("train", "test"):
         try:
-            raw = datasets[source](root, train=part == "train", download=download)
+            with downloading("--download", source, root):
+                raw = datasets[source](root, train=part == "train", download=download)
         except RuntimeError:
             raise UserError(
                 f"{source} is not in {root}: name its folder with --cache-dir, or download it by"
                 f" train.py --data {source} --download"
-            ) from None
-        except (URLError, ConnectionError, TimeoutError) as error:
-            raise UserError(
-                f"--download: {source} cannot be downloaded ({getattr(error, 'reason', error)}):"
-                f" check the network, or put its files into {root}"
             ) from None
         images = torch.from_numpy(np.ascontiguousarray(raw.data.transpose(0, 3, 1, 2)))
         images = resize_to_square(images, size)
