@@ -161,29 +161,27 @@ def load_subjects(
 def _load_module(
     config: EvalConfig, spec: str, classes: list[str], checkpoint: dict[str, Any] | None
 ) -> nn.Module:
+    if checkpoint is not None and "format" in checkpoint:
+        own = checkpoint["classes"]
+        if own != classes:
+            raise UserError(
+                f"{spec} was trained on other classes ({len(own)}: {' '.join(own[:3])} ...) than"
+                f" those of the test images ({len(classes)}: {' '.join(classes[:3])} ...)"
+            )
+        return restore_model(checkpoint)
     normalize = (config.mean, config.std) if config.mean and config.std else None
     named = config.imagenet_classes
     outputs = _read_outputs(named) if named else classes
-    if checkpoint is None:
-        if spec.startswith(LIBRARIES):
-            published = find_weights(spec, config.weights or "").outputs
-            model, _ = create_model(spec, None, config.weights, new_head=False)
-            outputs = outputs if named else published
-            return restrict(spec, model, outputs, classes, given=bool(named))
-        model, _ = create_model(spec, outputs, normalize=normalize)
-        return restrict(spec, model, outputs, classes, given=bool(named))
-    if "format" not in checkpoint:
+    if checkpoint is not None:
         if not config.arch:
             raise UserError(f"{spec} is a plain state dict: name its architecture with --arch")
         model, _ = create_model(config.arch, outputs, spec, normalize=normalize, new_head=False)
-        return restrict(spec, model, outputs, classes, given=bool(named))
-    own = checkpoint["classes"]
-    if own != classes:
-        raise UserError(
-            f"{spec} was trained on other classes ({len(own)}: {' '.join(own[:3])} ...) than"
-            f" those of the test images ({len(classes)}: {' '.join(classes[:3])} ...)"
-        )
-    return restore_model(checkpoint)
+    elif spec.startswith(LIBRARIES):
+        model, _ = create_model(spec, None, config.weights, new_head=False)
+        outputs = outputs if named else find_weights(spec, config.weights or "").outputs
+    else:
+        model, _ = create_model(spec, outputs, normalize=normalize)
+    return restrict(spec, model, outputs, classes, given=bool(named))
 
 
 def inspect_subject(subject: Subject, x: Tensor, y: Tensor, num_classes: int) -> list[str]:
