@@ -5,10 +5,8 @@ As in test_mtlat.py, Hypothesis draws every argument of these tests.
 
 import ast
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from torchvision.transforms import v2
 
 import mtlat
 from tests.support.method import batches, images, network, seeded, seeds, soft_labels
+from tests.support.tiny import Wrapped
 
 # ---------------------------------------------------------------- side effects
 
@@ -81,17 +80,6 @@ def test_the_losses_move_batchnorm_twice_and_reach_every_weight():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-class Returning(nn.Module):
-    """A network that returns its logits inside of something else."""
-
-    def __init__(self, body: nn.Module, pack: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.body, self.pack = body, pack
-
-    def forward(self, x: Tensor) -> Any:
-        return self.pack(self.body(x))
-
-
 def test_a_model_may_return_an_object_with_logits_or_a_sequence():
     x, y = images(0, 5), torch.tensor([0, 1, 2, 3, 0])
 
@@ -100,12 +88,12 @@ def test_a_model_may_return_an_object_with_logits_or_a_sequence():
 
     expected = loss(network(4))
     for pack in (lambda z: SimpleNamespace(logits=z), lambda z: (z, x), lambda z: [z]):
-        model = Returning(network(4), pack)
+        model = Wrapped(network(4), pack)
         assert_close(loss(model), expected, rtol=0, atol=0)
-        assert model.body[1].num_batches_tracked == 2
+        assert model.network[1].num_batches_tracked == 2
     for pack, made in ((lambda z: {"out": z}, "dict"), (lambda z: (), "tuple"), (str, "str")):
         with pytest.raises(TypeError, match=rf"the model returns {made}; give logits \(5, N\)"):
-            loss(Returning(network(4), pack))
+            loss(Wrapped(network(4), pack))
 
 
 class Guarded(nn.Module):

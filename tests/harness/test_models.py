@@ -3,14 +3,12 @@
 import json
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.testing import assert_close
 
 import evaluate
@@ -20,7 +18,7 @@ from harness.benchmark.config import parse_eval_config
 from harness.benchmark.subjects import expected_images, resampling_warnings
 from harness.checkpoints import load_checkpoint
 from harness.errors import UserError
-from tests.support.tiny import convnet, image_folder
+from tests.support.tiny import Wrapped, convnet, image_folder
 
 TIMM = "timm:test_resnet"  # 0.5 million weights; timm names weights of it
 HALF = [0.5, 0.5, 0.5]  # its mean and standard deviation
@@ -127,17 +125,6 @@ def test_timm_is_imported_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPa
         train.main(["--arch", "timm:resnet18", "--size", "16"])
     with pytest.raises(UserError, match=r"^--arch timm:resnet18: run pip install timm"):
         evaluate.main(["timm:resnet18", "--weights", "DEFAULT", "--data", "shapes"])
-
-
-class Wrapped(nn.Module):
-    """Return what `wrap` makes of the network's logits."""
-
-    def __init__(self, network: nn.Module, wrap: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.network, self.wrap = network, wrap
-
-    def forward(self, x: Tensor) -> Any:
-        return self.wrap(self.network(x))
 
 
 def test_logits_are_found_in_objects_tuples_and_lists() -> None:

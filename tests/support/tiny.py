@@ -1,7 +1,9 @@
-"""Provide small networks and image folders for the tests of the scripts."""
+"""Provide small networks and image folders for the tests."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,17 @@ def detector(num_classes: int) -> nn.Module:
         conv = nn.Conv2d(channels, out, 3, padding=1, bias=False)
         layers += [conv, nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+
+
+class Wrapped(nn.Module):
+    """Return what `wrap` makes of the network's logits."""
+
+    def __init__(self, network: nn.Module, wrap: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.network, self.wrap = network, wrap
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.wrap(self.network(x))
 
 
 def linear(num_classes: int) -> nn.Module:
