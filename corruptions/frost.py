@@ -102,7 +102,7 @@ def _read(path: Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(
             f"no {path.name} in the frost folder {path.parent}, which must contain "
-            f"{', '.join(PICTURES)}; for procedural frost, unset frost_dir and {FROST_DIR}"
+            f"{', '.join(PICTURES)}; for procedural frost, name no folder and unset {FROST_DIR}"
         )
     try:
         with Image.open(path) as picture:
