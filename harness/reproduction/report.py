@@ -253,14 +253,14 @@ def _answer_figures(tables: list[list[Compared]], out: Path) -> Iterator[Block]:
         if table[0].table < 3 and any(map(any, (d.values() for d in compared.values()))):
             arch = table[0].arch.replace(":", "-")
             path = out / f"differences-{arch}-table{table[0].table}.png"
-            plots.plot_differences(compared, BASELINE, path, _paper_differences(rows))
+            plots.plot_differences(compared, BASELINE, path, paper_differences(rows))
             yield Figure(
                 path, f"{table[0].arch}: R minus the R of the standard training, with paired 95 %"
                 " intervals; diamonds: the paper's M-TLAT",
             )  # fmt: skip
 
 
-def _paper_differences(rows: Mapping[str, Compared]) -> dict[str, float]:
+def paper_differences(rows: Mapping[str, Compared]) -> dict[str, float]:
     """Return by how much the paper's M-TLAT differs from its standard training."""
     if not {BASELINE, "mtlat"} <= rows.keys():
         return {}
