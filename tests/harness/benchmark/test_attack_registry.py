@@ -39,6 +39,7 @@ def two(model, x): return x
 def _others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "others.py").write_text(OTHERS)
     monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("others", None)  # of another test
     yield
     sys.modules.pop("others", None)
 
