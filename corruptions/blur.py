@@ -107,30 +107,36 @@ def glass_blur(images: Tensor, severity: int, offsets: Tensor, *, profile: int =
     """
     sigma, jump, _ = GLASS_BLUR[profile][severity - 1]
     wide = images.to(wide_float(images.device)).div_(255)
-    soft = _gaussian(wide, sigma).mul_(255).to(torch.uint8).flatten(2)
+    soft = _gaussian(wide, sigma).mul_(255).to(torch.uint8)
     source = _glass_sources(offsets, jump, images.shape[2], images.shape[3])
-    shuffled = soft.gather(2, source[:, None].expand_as(soft)).view_as(images)
+    shuffled = take(soft.flatten(2).flatten(0, 1), source.repeat_interleave(3, 0)).view_as(images)
     return _gaussian(shuffled.float(), sigma).clamp_(0, 255)
 
 
 def _glass_sources(offsets: Tensor, jump: int, height: int, width: int) -> Tensor:
-    """Trace each pixel through all passes to its source pixel, int64 (B, H * W).
+    """Trace each pixel through all passes to its source pixel, int32 (B, H * W).
 
     Later pixels are visited first. A pixel that copies from a later one gets the value that this
     one received, so copies form chains. A pixel that copies from an earlier one gets the old value.
     Pointer jumping finds the ends of all chains at once: links are doubled until none changes.
     """
-    pixels = torch.arange(height * width, device=offsets.device)
+    pixels = torch.arange(height * width, dtype=torch.int32, device=offsets.device)
     visited = (slice(jump + 1, height - jump + 1), slice(jump + 1, width - jump + 1))
-    total = pixels.expand(len(offsets), -1)
+    total = pixels.repeat(len(offsets), 1)
     for rows, columns in (pair.unbind(1) for pair in offsets.unbind(1)):
         copied = pixels.repeat(len(offsets), 1)
         copied.view(-1, height, width)[:, *visited] += rows * width + columns
         link = torch.maximum(copied, pixels)
-        while not torch.equal(link, further := link.gather(1, link)):
+        while not torch.equal(link, further := take(link, link)):
             link = further
-        total = total.gather(1, copied.gather(1, link))
+        total = take(total, take(copied, link))
     return total
+
+
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """Gather along the rows of (B, N) by int32 indices (B, N), faster than `Tensor.gather`."""
+    first = torch.arange(len(rows), dtype=torch.int32, device=rows.device)[:, None] * rows.shape[1]
+    return rows.flatten().index_select(0, (index + first).flatten()).view(index.shape)
 
 
 def _gaussian(planes: Tensor, sigma: float) -> Tensor:

@@ -60,11 +60,12 @@ def draw_shot_noise(
         for table in _poisson_tables(SHOT_NOISE[profile][severity - 1])
     )
     slots = thresholds.shape[1]
-    words = stream.bits(3, *size)
+    words = stream.bits(3, *size).flatten()
     slot = words.bitwise_and(slots - 1)
-    cell = slot.add(images, alpha=slots)
-    accepted = words < thresholds.view(-1)[cell]
-    return (torch.where(accepted, slot, aliases.view(-1)[cell]),)
+    cell = slot.add(images.flatten(), alpha=slots)
+    accepted = words < thresholds.view(-1).index_select(0, cell)  # several times as fast as [cell]
+    counts = torch.where(accepted, slot, aliases.view(-1).index_select(0, cell))
+    return (counts.view(images.shape),)
 
 
 def shot_noise(images: Tensor, severity: int, counts: Tensor, *, profile: int = 224) -> Tensor:
