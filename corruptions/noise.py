@@ -63,9 +63,10 @@ def draw_shot_noise(
     words = stream.bits(3, *size).flatten()
     slot = words.bitwise_and(slots - 1)
     cell = slot.add(images.flatten(), alpha=slots)
-    accepted = words < thresholds.view(-1).index_select(0, cell)  # several times as fast as [cell]
-    counts = torch.where(accepted, slot, aliases.view(-1).index_select(0, cell))
-    return (counts.view(images.shape),)
+    # `index_select` is several times as fast as indexing, and arithmetic as `torch.where`.
+    accepted = (words < thresholds.view(-1).index_select(0, cell)).int()
+    alias = aliases.view(-1).index_select(0, cell)
+    return (slot.sub_(alias).mul_(accepted).add_(alias).view(images.shape),)
 
 
 def shot_noise(images: Tensor, severity: int, counts: Tensor, *, profile: int = 224) -> Tensor:
@@ -128,7 +129,9 @@ def impulse_noise(
         salt: (B, 3, H, W) in [0, 1]. These values become 255 where it is at most 0.5, else 0.
     """
     share = IMPULSE_NOISE[profile][severity - 1]
-    return torch.where(flip <= share, (salt <= 0.5) * 255.0, images.float())
+    changed, added = (flip <= share).float(), (salt <= 0.5).float().mul_(255)
+    pixels = images.float()
+    return added.sub_(pixels).mul_(changed).add_(pixels)  # exact, and faster than `torch.where`
 
 
 # Standard deviation of the noise, as a share of the pixel value.
