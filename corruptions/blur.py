@@ -109,8 +109,7 @@ def glass_blur(images: Tensor, severity: int, offsets: Tensor, *, profile: int =
     wide = images.to(wide_float(images.device)).div_(255)
     soft = _gaussian(wide, sigma).mul_(255).to(torch.uint8)
     source = _glass_sources(offsets, jump, images.shape[2], images.shape[3])
-    shuffled = take(soft.flatten(2).flatten(0, 1), source.repeat_interleave(3, 0)).view_as(images)
-    return _gaussian(shuffled.float(), sigma).clamp_(0, 255)
+    return _gaussian(take_pixels(soft, source).float(), sigma).clamp_(0, 255)
 
 
 def _glass_sources(offsets: Tensor, jump: int, height: int, width: int) -> Tensor:
@@ -127,13 +126,19 @@ def _glass_sources(offsets: Tensor, jump: int, height: int, width: int) -> Tenso
         copied = pixels.repeat(len(offsets), 1)
         copied.view(-1, height, width)[:, *visited] += rows * width + columns
         link = torch.maximum(copied, pixels)
-        while not torch.equal(link, further := take(link, link)):
+        while not torch.equal(link, further := _take(link, link)):
             link = further
-        total = take(total, take(copied, link))
+        total = _take(total, _take(copied, link))
     return total
 
 
-def take(rows: Tensor, index: Tensor) -> Tensor:
+def take_pixels(images: Tensor, source: Tensor) -> Tensor:
+    """Gather pixels (B, C, H, W) at int32 positions (B, H * W), the same in all channels."""
+    rows = images.flatten(2).flatten(0, 1)
+    return _take(rows, source.repeat_interleave(images.shape[1], 0)).view_as(images)
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
     """Gather along the rows of (B, N) by int32 indices (B, N), faster than `Tensor.gather`."""
     first = torch.arange(len(rows), dtype=torch.int32, device=rows.device)[:, None] * rows.shape[1]
     return rows.flatten().index_select(0, (index + first).flatten()).view(index.shape)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corruptions.blur import take, wide_float
+from corruptions.blur import take_pixels, wide_float
 from corruptions.rng import Stream
 
 Bounds = tuple[float, float]  # low and high end of a range
@@ -236,6 +236,4 @@ def _fetch(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
     height, width = images.shape[2:]
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     flat = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-    source = flat.flatten(1).repeat_interleave(3, 0)
-    taken = take(images.flatten(2).flatten(0, 1), source).view(images.shape)
-    return taken.float().mul_(inside[:, None])
+    return take_pixels(images, flat.flatten(1)).float().mul_(inside[:, None])

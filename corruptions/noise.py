@@ -129,9 +129,9 @@ def impulse_noise(
         salt: (B, 3, H, W) in [0, 1]. These values become 255 where it is at most 0.5, else 0.
     """
     share = IMPULSE_NOISE[profile][severity - 1]
-    changed, added = (flip <= share).float(), (salt <= 0.5).float().mul_(255)
+    changed, extremes = (flip <= share).float(), (salt <= 0.5).float().mul_(255)
     pixels = images.float()
-    return added.sub_(pixels).mul_(changed).add_(pixels)  # exact, and faster than `torch.where`
+    return extremes.sub_(pixels).mul_(changed).add_(pixels)  # exact, and faster than `torch.where`
 
 
 # Standard deviation of the noise, as a share of the pixel value.
