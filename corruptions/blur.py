@@ -107,7 +107,9 @@ def glass_blur(images: Tensor, severity: int, offsets: Tensor, *, profile: int =
     """
     sigma, jump, _ = GLASS_BLUR[profile][severity - 1]
     wide = images.to(wide_float(images.device)).div_(255)
-    soft = _gaussian(wide, sigma).mul_(255).to(torch.uint8)
+    # One image at a time stays in a CPU's cache, which saves a third of the float64 blur.
+    parts = wide.split(1 if images.device.type == "cpu" else max(1, len(images)))
+    soft = torch.cat([_gaussian(part, sigma).mul_(255).to(torch.uint8) for part in parts])
     source = _glass_sources(offsets, jump, images.shape[2], images.shape[3])
     return _gaussian(take_pixels(soft, source).float(), sigma).clamp_(0, 255)
 
@@ -160,6 +162,11 @@ def _gaussian(planes: Tensor, sigma: float) -> Tensor:
             after = padded.narrow(axis, radius + reach, side)
             planes += torch.add(before, after, out=pair).mul_(taps[reach])
     return planes
+
+
+def interleave(first: Tensor, second: Tensor) -> Tensor:
+    """Stack two floating-point tensors along a new last axis, faster than `torch.stack`."""
+    return torch.view_as_real(torch.complex(first, second))
 
 
 def wide_float(device: torch.device) -> torch.dtype:
@@ -246,7 +253,8 @@ def zoom_blur(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
     pixels, weights = _zoom_matrix(end, step, height, width, images.device)
     planes = images.flatten(2).flatten(0, 1).float()
     zoomed = F.embedding_bag(pixels, planes.T.contiguous(), per_sample_weights=weights, mode="sum")
-    return zoomed.T.contiguous().add_(planes).div_(1 + pixels.shape[1] // 4).view(images.shape)
+    total = torch.stack(zoomed.unbind(1)).add_(planes)  # transposes faster than `.T.contiguous()`
+    return total.div_(1 + pixels.shape[1] // 4).view(images.shape)
 
 
 @lru_cache(maxsize=5)  # the five severities of a profile

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import jpeg
 
+from corruptions.blur import interleave
 from corruptions.jpeg import round_trip
 from corruptions.rng import Stream
 
@@ -139,9 +140,9 @@ def _sample(images: Tensor, x: Tensor, y: Tensor, *, align_corners: bool) -> Ten
     """
     height, width = images.shape[2:]
     if align_corners:
-        grid = torch.stack([x * (2 / (width - 1)), y * (2 / (height - 1))], dim=-1).sub_(1)
+        grid = interleave(x * (2 / (width - 1)), y * (2 / (height - 1))).sub_(1)
     else:
-        grid = torch.stack([(2 * x + 1) / width, (2 * y + 1) / height], dim=-1).sub_(1)
+        grid = interleave((2 * x + 1) / width, (2 * y + 1) / height).sub_(1)
     return F.grid_sample(images, grid, "bilinear", "reflection", align_corners)
 
 

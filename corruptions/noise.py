@@ -63,8 +63,10 @@ def draw_shot_noise(
     words = stream.bits(3, *size).flatten()
     slot = words.bitwise_and(slots - 1)
     cell = slot.add(images.flatten(), alpha=slots)
-    # `index_select` is several times as fast as indexing, and arithmetic as `torch.where`.
-    accepted = (words < thresholds.view(-1).index_select(0, cell)).int()
+    # Each of these is several times as fast as what it replaces: `index_select` as indexing,
+    # arithmetic as `torch.where`, comparing into numbers as converting truth values.
+    limits = thresholds.view(-1).index_select(0, cell)
+    accepted = torch.lt(words, limits, out=torch.empty_like(words))
     alias = aliases.view(-1).index_select(0, cell)
     return (slot.sub_(alias).mul_(accepted).add_(alias).view(images.shape),)
 
@@ -129,9 +131,10 @@ def impulse_noise(
         salt: (B, 3, H, W) in [0, 1]. These values become 255 where it is at most 0.5, else 0.
     """
     share = IMPULSE_NOISE[profile][severity - 1]
-    changed, extremes = (flip <= share).float(), (salt <= 0.5).float().mul_(255)
     pixels = images.float()
-    return extremes.sub_(pixels).mul_(changed).add_(pixels)  # exact, and faster than `torch.where`
+    changed = torch.le(flip, share, out=torch.empty_like(pixels))  # see `draw_shot_noise`
+    extremes = torch.le(salt, 0.5, out=torch.empty_like(pixels)).mul_(255)
+    return extremes.sub_(pixels).mul_(changed).add_(pixels)
 
 
 # Standard deviation of the noise, as a share of the pixel value.

@@ -9,7 +9,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from corruptions.blur import magick_motion_blur, zoom_axis
+from corruptions.blur import interleave, magick_motion_blur, zoom_axis
 from corruptions.frost import frost_textures
 from corruptions.rng import Stream
 
@@ -203,7 +203,7 @@ def _plasma(displacements: Tensor, decay: float) -> Tensor:
         center = (across + across.roll(-1, 1)).mul_(0.25).add_(moves[:, 0])
         upper = (center + center.roll(1, 1)).add_(across).mul_(0.25).add_(moves[:, 1])
         left = (center + center.roll(1, 2)).add_(grid + down).mul_(0.25).add_(moves[:, 2])
-        even, odd = torch.stack((grid, upper), 3), torch.stack((left, center), 3)
+        even, odd = interleave(grid, upper), interleave(left, center)
         grid = torch.stack((even, odd), 2).view(-1, 2 * cells, 2 * cells)
         used, amplitude = used + count, amplitude / decay**2
     low, high = grid.aminmax(dim=-1)

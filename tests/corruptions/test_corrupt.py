@@ -19,6 +19,7 @@ from corruptions import (
     apply,
     corrupt,
     digital,
+    noise,
 )
 
 NAMES = list(ALL_CORRUPTIONS)
@@ -184,6 +185,18 @@ def test_devices_agree(name: str) -> None:
         here, there = (corrupt(part, name, severity) for part in (images, images.cuda()))
         change = (here.int() - there.cpu().int()).abs()
         assert there.is_cuda and change.max() <= 1 and (change > 0).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("share", noise.IMPULSE_NOISE[224])
+def test_impulse_noise_includes_both_limits(share: float) -> None:
+    """A draw equal to the share changes the value. A salt of exactly one half makes it white."""
+    image = torch.full((1, 3, 1, 4), 99, dtype=torch.uint8)
+    limit, after = np.float32(share), np.nextafter(np.float32(share), np.float32(1))
+    flip = torch.tensor([limit, limit, after, 0.0]).expand(image.shape)
+    salt = torch.tensor([0.5, np.nextafter(np.float32(0.5), np.float32(1)), 0.5, 1.0])
+    severity = 1 + noise.IMPULSE_NOISE[224].index(share)
+    result = noise.impulse_noise(image, severity, flip, salt.expand(image.shape))
+    assert result[0, 0, 0].tolist() == [255, 0, 99, 0]
 
 
 def test_contrast_of_a_rectangle_is_about_its_mean() -> None:
