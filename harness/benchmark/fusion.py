@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from harness.models import compute_logits
+from harness.skip_padding import skip_padding
 
 
 def fuse_for_inference(model: nn.Module, x: Tensor) -> nn.Module:
     """Fuse layers of a model in eval mode.
 
-    The fused model returns the same logits up to rounding and runs faster. A model that torch.fx
-    cannot trace, or whose logits would change by more than rounding, is returned unchanged.
+    The result returns the same logits up to rounding and runs faster. A model that torch.fx cannot
+    trace, or whose logits would change by more than rounding, only skips products with padding.
 
     Args:
         model: in eval mode.
@@ -31,7 +32,7 @@ def fuse_for_inference(model: nn.Module, x: Tensor) -> nn.Module:
                 fused: nn.Module = transform(model)
                 if torch.allclose(compute_logits(fused, x), logits, 1e-4, 1e-4):
                     model = fused.requires_grad_(False)
-    return model
+    return skip_padding(model)
 
 
 def _fuse_pooling(model: nn.Module, x: Tensor) -> nn.Module:
