@@ -21,7 +21,7 @@ from harness.benchmark.tables import markdown_rows
 from harness.checkpoints import load_checkpoint
 from harness.images.embedded import INDICES, NAMES, draw_shapes
 from harness.models import restore_model
-from harness.reproduction.mechanism import measure_cues
+from harness.reproduction.mechanism import average, follow_cues
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "--arch resnet18 --size 32 -b 32 --whole-batches --lr 1e-3 --device cpu".split()
@@ -86,7 +86,7 @@ def rows(
             results = json.loads((out / "evaluation" / "results.json").read_text())["rows"]
             for method, row in zip(methods, results, strict=True):
                 model = restore_model(load_checkpoint(out / method / "last.pt"))
-                cues = measure_cues(model, 32, amplitude=amplitude)
+                cues = average(follow_cues(model, 32, amplitude=amplitude))
                 scores = [row["scores"][name]["robustness"] for name in MEASURED]
                 numbers = [f"{value:.2f}" for value in (*cues, *scores)]
                 yield [str(amplitude), str(seed), method, *numbers]

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harness.benchmark.paired import Array, compare_accuracy, uncorrected
 from harness.benchmark.plots import plot_shares
 from harness.checkpoints import load_checkpoint
 from harness.images.embedded import AMPLITUDE, INDICES, NAMES, draw_shapes
@@ -23,6 +25,9 @@ HEADINGS = ("both cues", "no grating", "no shape", "exchanged:\nas the shape",
             "exchanged:\nas the grating")  # fmt: skip
 
 
+Outcomes = dict[str, Array]  # of the test images, 0 or 1, (n,), by the fields of `Cues`
+
+
 class Cues(NamedTuple):
     """Shares of the test images in [0, 1]; each of the ten classes would get 0.1 by chance."""
 
@@ -33,11 +38,11 @@ class Cues(NamedTuple):
     follows_grating: float  # predictions of that other class
 
 
-def measure_cues(model: nn.Module, size: int, amplitude: float = AMPLITUDE) -> Cues:
-    """Measure which cue a network follows, on the embedded set's test images. Sets eval mode.
+def follow_cues(model: nn.Module, size: int, amplitude: float = AMPLITUDE) -> Outcomes:
+    """Find out for each test image of the embedded set which cue a network follows.
 
     Args:
-        model: of the ten classes of the embedded set.
+        model: of the ten classes of the embedded set. Put into eval mode.
         size: side of the images in pixels.
         amplitude: of the gratings.
     """
@@ -56,19 +61,51 @@ def measure_cues(model: nn.Module, size: int, amplitude: float = AMPLITUDE) -> C
         predict() == labels, predict(amplitude=0.0) == labels, predict(shapes=False) == labels,
         exchanged == labels, exchanged == (labels + SHIFT) % len(NAMES),
     ]  # fmt: skip
-    return Cues(*(right.double().mean().item() for right in found))
+    return {name: right.double().numpy() for name, right in zip(Cues._fields, found, strict=True)}
 
 
-def measure_all(folders: Mapping[str, Path], size: int) -> dict[str, Cues]:
-    """Measure the networks in the checkpoints of these training folders, by name."""
+def average(outcomes: Outcomes) -> Cues:
+    """Average the outcomes over the images."""
+    return Cues(**{name: float(np.mean(right)) for name, right in outcomes.items()})
+
+
+def follow_all(folders: Mapping[str, Path], size: int) -> dict[str, Outcomes]:
+    """Call `follow_cues` for the checkpoints of these training folders, by name."""
     return {
-        name: measure_cues(restore_model(load_checkpoint(folder / "last.pt")), size)
+        name: follow_cues(restore_model(load_checkpoint(folder / "last.pt")), size)
         for name, folder in folders.items()
     }
 
 
-def mechanism_section(cues: Mapping[str, Cues], path: Path) -> Section:
-    """Show which cue each network follows; the figure is written to `path`."""
+def compare_gratings(outcomes: Mapping[str, Outcomes], baselines: Mapping[str, str]) -> list[str]:
+    """Say how much more often each network follows the grating than its baseline does."""
+    lines = []
+    for name, baseline in baselines.items():
+        pair = outcomes[name]["follows_grating"], outcomes[baseline]["follows_grating"]
+        difference = uncorrected(compare_accuracy(*pair))
+        assert difference is not None
+        value, low, high = (100 * number for number in difference[:3])
+        more = "more" if value > 0 else "less"
+        verdict = "decided" if difference.decided else "not decided"
+        lines.append(
+            f"{name} predicts the exchanged grating's class {more} often than {baseline}, by"
+            f" {abs(value):.1f} points (paired 95 % interval of the difference: {low:+.1f} to"
+            f" {high:+.1f}; {verdict})."
+        )
+    return lines
+
+
+def mechanism_section(
+    outcomes: Mapping[str, Outcomes], baselines: Mapping[str, str], path: Path
+) -> Section:
+    """Show which cue each network follows.
+
+    Args:
+        outcomes: of each network.
+        baselines: the name of the network that a network is compared with, by its own name.
+        path: where the figure is written.
+    """
+    cues = {name: average(each) for name, each in outcomes.items()}
     plot_shares({name: dict(zip(HEADINGS, row, strict=True)) for name, row in cues.items()}, path)
     header = ["training", *(heading.replace("\n", " ") for heading in HEADINGS)]
     rows = [[name, *(f"{100 * value:.1f} %" for value in row)] for name, row in cues.items()]
@@ -79,6 +116,11 @@ def mechanism_section(cues: Mapping[str, Cues], path: Path) -> Section:
             " targeted attacks makes networks rely less on brittle cues. Here this can be measured:"
             " what remains of the accuracy without the grating or without the shape, and what a"
             " network says of an image whose grating is another class's."
+        ),
+        *map(Text, compare_gratings(outcomes, baselines)),
+        Text(
+            "These intervals are of the images. Two trainings of one method can differ by more,"
+            " even if only their rounding differs."
         ),
         Figure(path, "Accuracy with both cues, without gratings, without shapes; and predictions"
                " where gratings are exchanged between classes: the class of the shape, or of the"

@@ -40,7 +40,7 @@ from harness.reproduction.comparison import (
     orders_table,
     orders_to_plain,
 )
-from harness.reproduction.mechanism import measure_all, mechanism_section
+from harness.reproduction.mechanism import average, follow_all, mechanism_section
 from harness.reproduction.page import Block, Code, Figure, Section, Table, Text, render_page
 from harness.reproduction.paper import BASELINE, methods_of_table
 from harness.reproduction.plan import ReproduceConfig
@@ -146,21 +146,25 @@ def write_report(
         for name, value in asdict(config).items()
         if name not in ("output_dir", "cache_dir", "device")
     }
-    cues = {}
+    outcomes = {}
     if config.data == "shapes" and len(data.classes) == len(embedded.NAMES):
         folders = {one.models[m].name: one.models[m] for one in found for m in one.models}
-        cues = measure_all(folders, config.size)
+        outcomes = follow_all(folders, config.size)
     facts = {
         "format": 2, "recipe": recipe, "images": data.fingerprint, "rows": to_plain(rows),
         "verdicts": count_verdicts(rows), "orders": orders_to_plain(found_orders),
-        "cues": to_plain(cues),
+        "cues": to_plain({name: average(each) for name, each in outcomes.items()}),
     }  # fmt: skip
     atomic_write(out / "tables.json", json.dumps(facts, indent=1) + "\n")
     atomic_write(out / "tables.md", _markdown(config, commands, tables, updates, found))
     title = f"M-TLAT, reproduced at the scale “{config.scale}”"
     sections = _make_sections(config, commands, tables, trained, trainings, found, data)
-    if cues:
-        sections.insert(1, mechanism_section(cues, out / "cues.png"))
+    if outcomes:
+        baselines = {
+            path.name: one.models[BASELINE].name
+            for one in found for method, path in one.models.items() if method != BASELINE
+        }  # fmt: skip
+        sections.insert(1, mechanism_section(outcomes, baselines, out / "cues.png"))
     lead = "\n\n".join([*answers(rows), f"{conclusion(rows)}.", _describe(config, data)])
     atomic_write(out / "report.html", render_page(title, lead, sections))
     print(f"report: {out / 'report.html'}")

@@ -1,7 +1,9 @@
 """Test which cue networks follow: by detectors of each cue, and by trained networks."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from harness.checkpoints import load_checkpoint
 from harness.images import embedded
 from harness.models import restore_model
 from harness.reproduction import mechanism
-from harness.reproduction.page import Figure, Table
+from harness.reproduction.page import Figure, Table, Text
 
 
 class Detector(nn.Module):
@@ -28,28 +30,47 @@ class Detector(nn.Module):
         return scores.roll(self.shift, 1)
 
 
+def measure_cues(*args: Any, **keywords: Any) -> mechanism.Cues:
+    return mechanism.average(mechanism.follow_cues(*args, **keywords))
+
+
 def test_a_detector_of_gratings_follows_gratings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mechanism, "INDICES", {"test": range(1_000_000, 1_000_200)})
-    cues = mechanism.measure_cues(Detector(), 32)
+    cues = measure_cues(Detector(), 32)
     assert cues.both > 0.99 and cues.grating > 0.97 and cues.follows_grating > 0.99
     assert cues.shape < 0.2 and cues.follows_shape < 0.01
     # A shifted detector takes an exchanged grating for the class of the shape.
-    shifted = mechanism.measure_cues(Detector(-mechanism.SHIFT), 32)
+    shifted = measure_cues(Detector(-mechanism.SHIFT), 32)
     assert shifted.follows_shape > 0.99 and shifted.follows_grating < 0.01 and shifted.both < 0.01
-    blind = mechanism.measure_cues(Detector(), 32, amplitude=0.0)
+    blind = measure_cues(Detector(), 32, amplitude=0.0)
     assert max(blind) < 0.2
 
 
-def test_the_section_has_a_row_and_a_bar_for_each_network(tmp_path: Path) -> None:
-    cues = {
-        "standard": mechanism.Cues(0.9, 0.3, 0.8, 0.1, 0.7),
-        "mtlat": mechanism.Cues(0.9, 0.5, 0.6, 0.4, 0.3),
+def outcomes(**hits: int) -> mechanism.Outcomes:
+    """Return outcomes of 100 images, of which the first ones are hits."""
+    return {name: (np.arange(100) < count).astype(float) for name, count in hits.items()}
+
+
+def test_the_section_has_a_row_and_a_bar_for_each_network_and_says_what_is_decided(
+    tmp_path: Path,
+) -> None:
+    found = {
+        "standard": outcomes(both=90, shape=30, grating=80, follows_shape=10, follows_grating=70),
+        "mtlat": outcomes(both=90, shape=50, grating=60, follows_shape=40, follows_grating=30),
+        "tlat": outcomes(both=90, shape=50, grating=60, follows_shape=40, follows_grating=68),
     }
-    section = mechanism.mechanism_section(cues, tmp_path / "cues.png")
+    baselines = {"mtlat": "standard", "tlat": "standard"}
+    section = mechanism.mechanism_section(found, baselines, tmp_path / "cues.png")
     (table,) = [block for block in section.blocks if isinstance(block, Table)]
     (figure,) = [block for block in section.blocks if isinstance(block, Figure)]
     assert table.rows[2] == ["mtlat", "90.0 %", "50.0 %", "60.0 %", "40.0 %", "30.0 %"]
     assert figure.path == tmp_path / "cues.png" and figure.path.exists()
+    mtlat, tlat = mechanism.compare_gratings(found, baselines)
+    # Of 100 images 40 differ: the standard error is sqrt(0.4 * 0.6 / 99), 4.9 points.
+    assert "less often than standard, by 40.0 points" in mtlat
+    assert "-49.7 to -30.3; decided" in mtlat and "not decided" in tlat
+    texts = [block.text for block in section.blocks if isinstance(block, Text)]
+    assert {mtlat, tlat} < set(texts)
 
 
 @pytest.mark.slow
@@ -69,19 +90,17 @@ def test_a_trained_network_follows_the_grating_and_with_mtlat_less(
         return restore_model(load_checkpoint(out / "last.pt"))
 
     # Trained on shapes alone, a network does not see the gratings.
-    cues = mechanism.measure_cues(trained("standard", amplitude=0.0), 32)
+    cues = measure_cues(trained("standard", amplitude=0.0), 32)
     assert cues.shape > 0.3 and abs(cues.both - cues.shape) < 0.1
     # Trained on gratings alone, it is right until they are gone, or attacked.
     model = trained("standard", shapes=False)
-    cues = mechanism.measure_cues(model, 32)
+    cues = measure_cues(model, 32)
     assert cues.grating > 0.9 and cues.shape < 0.2
     x, y = embedded.draw_shapes(range(1_000_000, 1_000_100), 32, shapes=False)
     attacked = pgd(model, x.float() / 255, y, epsilon=0.04)
     assert model(attacked).argmax(1).eq(y).double().mean() < 0.2
     # With both cues, M-TLAT follows the grating less than the standard training does. Over the
     # seeds 0 to 4 both differences were 0.07 on average, 0.05 at least, with a spread of 0.02.
-    standard, mtlat = (
-        mechanism.measure_cues(trained(method), 32) for method in ("standard", "mtlat")
-    )
+    standard, mtlat = (measure_cues(trained(method), 32) for method in ("standard", "mtlat"))
     assert standard.follows_grating > mtlat.follows_grating + 0.02
     assert mtlat.shape > standard.shape + 0.02
