@@ -34,5 +34,5 @@ def skip_padding(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if type(layer) is nn.Conv2d and not isinstance(layer.padding, str):
             if any(layer.padding) and set(layer.dilation) == {1} and layer.padding_mode == "zeros":
-                layer.__class__ = _SkippingConv2d
+                layer.__class__ = _SkippingConv2d  # keeps parameters, hooks and names
     return model
