@@ -114,10 +114,6 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
     run.models = [fuse_subject(model, x) for model in run.models]
     if run.surrogate:
         run.surrogate = fuse_subject(run.surrogate, x)
-        # VGGs are faster channels-last on a CPU. ResNets are not, nor is float32 on CUDA
-        # (pytorch#44943).
-        if config.device == "cpu":
-            run.surrogate.module.to(memory_format=torch.channels_last)
     warnings += [
         f"{subjects[spec].label} expects images prepared by {kind(own)}, not by {kind(crop)}"
         for spec, (_, own) in expected.items()
