@@ -86,12 +86,13 @@ def plot_differences(
     colors = _colors([baseline, *compared], baseline)
     for i, (model, differences) in enumerate(compared.items()):
         shift = (i - (len(compared) - 1) / 2) * 0.5 / len(compared)
+        style: dict[str, Any] = {"color": colors[model], "marker": "o", "ms": 5, "ls": ""}
+        axes.plot([], [], **style, label=model)  # the legend's mark is a filled one
         for y, name in enumerate(names):
             if found := differences.get(name):
-                style: dict[str, Any] = {"color": colors[model], "marker": "o", "ms": 5}
                 axes.plot([found.low, found.high], [y + shift] * 2, color=colors[model], lw=1.6)
-                axes.plot(found.value, y + shift, ls="", **style, label=model,
-                          mfc=colors[model] if found.decided else "white")  # fmt: skip
+                fill = colors[model] if found.decided else "white"
+                axes.plot(found.value, y + shift, **style, mfc=fill)
     if paper:
         places = [(paper[name], y) for y, name in enumerate(names) if name in paper]
         diamonds: dict[str, Any] = {"marker": "D", "ms": 4.5, "mfc": "none", "ls": ""}
