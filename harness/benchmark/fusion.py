@@ -28,22 +28,22 @@ def fuse_for_inference(model: nn.Module, x: Tensor) -> nn.Module:
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
         logits = compute_logits(model, x)
         # `fuse` is torch's, of BatchNorm into convolutions.
-        for transform in (fuse, partial(_fuse_pooling, x=x), partial(_lay_out, x=x)):
+        transforms: list[Callable[..., nn.Module]] = [fuse, partial(_fuse_pooling, x=x)]
+        if x.device.type == "cpu":  # on CUDA, float32 is slower channels-last (pytorch#44943)
+            transforms.append(_store_channels_last)
+        for transform in transforms:
             with suppress(Exception):  # a forward pass may be any Python
-                fused: nn.Module = transform(model)
+                fused = transform(model)
                 if torch.allclose(compute_logits(fused, x), logits, 1e-4, 1e-4):
                     model = fused.requires_grad_(False)
     return skip_padding(model)
 
 
-def _lay_out(model: nn.Module, x: Tensor) -> nn.Module:
-    """Store the weights channels-last on a CPU, where convolutions are faster so.
+def _store_channels_last(model: nn.Module) -> nn.Module:
+    """Store the weights channels-last, so that convolutions are faster on a CPU.
 
-    A forward pass that calls `view` on the channels and pixels of such a layout raises. On CUDA
-    float32 is slower so (pytorch#44943).
+    A forward pass that calls `view` on channels and pixels in this layout raises.
     """
-    if x.device.type != "cpu":
-        return model
     return copy.deepcopy(model).to(memory_format=torch.channels_last)
 
 
