@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 from harness.checkpoints import load_weights
+from harness.cnn import CONVOLUTIONS, build_cnn
 from harness.errors import UserError, downloading
 from mtlat import Model, Normalize, frozen, logits_of
 
@@ -38,7 +39,8 @@ def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -
 
     Args:
         arch: a torchvision classifier's name, alone or as `torchvision:NAME`; `timm:NAME`, also
-            `timm:hf-hub:ORG/NAME`; or `module:callable`, which is called with `num_classes`.
+            `timm:hf-hub:ORG/NAME`; a small network of `harness.cnn`; or `module:callable`, which is
+            called with `num_classes`.
         num_classes: number of logits.
         normalize: mean and standard deviation, for a model that expects normalized input. Images
             have pixels in [0, 1] everywhere in this project.
@@ -47,7 +49,9 @@ def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -
         UserError: there is no such model, or it is not a `torch.nn.Module`.
     """
     library, name = arch.split(":", 1) if ":" in arch else ("torchvision", arch)
-    if library == "timm":
+    if arch in CONVOLUTIONS:
+        model = build_cnn(arch, num_classes)
+    elif library == "timm":
         model = _create_timm(arch, num_classes=num_classes)
     elif library == "torchvision":
         known = torchvision.models.list_models(module=torchvision.models)

@@ -95,13 +95,12 @@ def names(tasks: list[TrainTask | EvalTask]) -> list[str]:
 def test_the_demo_is_standard_and_mtlat_and_their_surrogate() -> None:
     tasks = planned()
     assert names(tasks) == [
-        "resnet34-standard-seed0", "resnet18-standard-seed0", "resnet18-mtlat-seed0",
-        "evaluation-resnet18-seed0",
+        "cnn6-standard-seed0", "cnn4-standard-seed0", "cnn4-mtlat-seed0", "evaluation-cnn4-seed0",
     ]  # fmt: skip
     surrogate, standard = (build_parser(TrainConfig).parse_args(task.argv) for task in tasks[:2])
-    assert (surrogate.arch, surrogate.lr, surrogate.epochs) == ("resnet34", 1e-3, 6)
-    assert (standard.arch, standard.lr, standard.size) == ("resnet18", 1e-3, 32)
-    assert tasks[-1].argv[-1] == "out/evaluation-resnet18-seed0"
+    assert (surrogate.arch, surrogate.lr, surrogate.epochs) == ("cnn6", 2e-3, 8)
+    assert (standard.arch, standard.lr, standard.size) == ("cnn4", 2e-3, 32)
+    assert tasks[-1].argv[-1] == "out/evaluation-cnn4-seed0"
 
 
 def test_the_paper_scale_is_the_papers_experiment() -> None:
@@ -136,10 +135,10 @@ def test_flags_override_the_recipe_but_not_the_surrogates_rate() -> None:
     assert [r.lr for r in runs] == [1e-4] + 6 * [0.5]
     assert not any("--limit" in t.argv for t in tasks)
     assert names(planned("--tables", "all")) == [
-        "resnet34-standard-seed0", *(f"resnet18-{method}-seed0" for method in METHODS),
-        "evaluation-resnet18-seed0", "clean-resnet18-seed0",
+        "cnn6-standard-seed0", *(f"cnn4-{method}-seed0" for method in METHODS),
+        "evaluation-cnn4-seed0", "clean-cnn4-seed0",
     ]  # fmt: skip
-    assert "resnet18-mixup-seed0" in names(planned("--methods", "mixup"))
+    assert "cnn4-mixup-seed0" in names(planned("--methods", "mixup"))
 
 
 # ---------------------------------------------------------------------------- the run
@@ -245,7 +244,7 @@ def test_runs_of_other_settings_or_images_are_refused_in_a_line(images: Path) ->
         (["--methods", "pgd"], "invalid choice: 'pgd'"),
         (["--seeds", "0"], "0 is out of range: from 1 up"),
         (["--size", "8"], "8 is out of range: from 16 up"),
-        (["--archs", "resnet34"], "--surrogate resnet34 is one of --archs"),
+        (["--archs", "cnn6"], "--surrogate cnn6 is one of --archs"),
         (["--archs", "resnet19"], "--arch resnet19: torchvision has no such classifier"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--device", "abacus"], "--device abacus"),

@@ -6,7 +6,7 @@ another class's say what it does use: is the prediction the shape's class, or th
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,27 +38,43 @@ class Cues(NamedTuple):
     follows_grating: float  # predictions of that other class
 
 
-def follow_cues(model: nn.Module, size: int, amplitude: float = AMPLITUDE) -> Outcomes:
+def draw_cues(size: int, amplitude: float = AMPLITUDE) -> dict[str, Tensor]:
+    """Draw the test images with both cues, with one of them, and with exchanged gratings.
+
+    Args:
+        size: side in pixels.
+        amplitude: of the gratings.
+
+    Returns:
+        Images uint8 (N, 3, size, size) by "both", "shape", "grating" and "exchanged".
+    """
+    changes: dict[str, dict[str, Any]] = {
+        "both": {}, "shape": {"amplitude": 0.0}, "grating": {"shapes": False},
+        "exchanged": {"shift": SHIFT},
+    }  # fmt: skip
+    return {
+        name: draw_shapes(INDICES["test"], size, **{"amplitude": amplitude, **change})[0]
+        for name, change in changes.items()
+    }
+
+
+def follow_cues(model: nn.Module, images: Mapping[str, Tensor]) -> Outcomes:
     """Find out for each test image of the embedded set which cue a network follows.
 
     Args:
         model: of the ten classes of the embedded set. Put into eval mode.
-        size: side of the images in pixels.
-        amplitude: of the gratings.
+        images: of `draw_cues`.
     """
 
-    def predict(shapes: bool = True, amplitude: float = amplitude, shift: int = 0) -> Tensor:
-        images, _ = draw_shapes(
-            INDICES["test"], size, shapes=shapes, amplitude=amplitude, shift=shift
-        )
-        parts = (part.float() / 255 for part in images.split(BATCH))
+    def predict(name: str) -> Tensor:
+        parts = (part.float() / 255 for part in images[name].split(BATCH))
         return torch.cat([compute_logits(model, part).argmax(1) for part in parts])
 
     model.eval()
     labels = torch.tensor(INDICES["test"]) % len(NAMES)
-    exchanged = predict(shift=SHIFT)
+    exchanged = predict("exchanged")
     found = [
-        predict() == labels, predict(amplitude=0.0) == labels, predict(shapes=False) == labels,
+        *(predict(name) == labels for name in ("both", "shape", "grating")),
         exchanged == labels, exchanged == (labels + SHIFT) % len(NAMES),
     ]  # fmt: skip
     return {name: right.double().numpy() for name, right in zip(Cues._fields, found, strict=True)}
@@ -69,10 +85,13 @@ def average(outcomes: Outcomes) -> Cues:
     return Cues(**{name: float(np.mean(right)) for name, right in outcomes.items()})
 
 
-def follow_all(folders: Mapping[str, Path], size: int) -> dict[str, Outcomes]:
+def follow_all(
+    folders: Mapping[str, Path], size: int, amplitude: float = AMPLITUDE
+) -> dict[str, Outcomes]:
     """Call `follow_cues` for the checkpoints of these training folders, by name."""
+    images = draw_cues(size, amplitude)
     return {
-        name: follow_cues(restore_model(load_checkpoint(folder / "last.pt")), size)
+        name: follow_cues(restore_model(load_checkpoint(folder / "last.pt")), images)
         for name, folder in folders.items()
     }
 

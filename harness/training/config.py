@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.checkpoints import load_checkpoint, load_weights
 from harness.cli import number, option, parse_options
+from harness.cnn import CONVOLUTIONS
 from harness.devices import resolve_device
 from harness.errors import UserError
 from harness.images.cache import default_cache_dir
@@ -76,8 +77,9 @@ class TrainConfig:
     cache_dir: str = option(str(default_cache_dir()), "where decoded folders are kept, and CIFAR",
         metavar="DIR", may_change=True)
 
-    arch: str = option("resnet50", "a torchvision classifier, timm:NAME, or your own as"
-        " module:callable, which runs its code", group="model", flags=("-a", "--model"))
+    arch: str = option("resnet50", "a torchvision classifier, timm:NAME, a small network of"
+        f" harness/cnn.py ({', '.join(CONVOLUTIONS)}), or your own as module:callable, which runs"
+        " its code", group="model", flags=("-a", "--model"))
     weights: str | None = option(None, "start from a checkpoint, which also gives the default of"
         " --arch; from a state dict in a .pt, .pth or .safetensors file; or from weights of"
         " that name in torchvision or timm (downloaded; DEFAULT: the best, and all of timm's); the"

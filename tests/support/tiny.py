@@ -19,15 +19,6 @@ def convnet(num_classes: int) -> nn.Module:
     )  # fmt: skip
 
 
-def detector(num_classes: int) -> nn.Module:
-    """Return a network that learns the embedded set in a minute."""
-    layers: list[nn.Module] = []
-    for channels, out in ((3, 16), (16, 32), (32, 64)):
-        conv = nn.Conv2d(channels, out, 3, padding=1, bias=False)
-        layers += [conv, nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
-
-
 class Wrapped(nn.Module):
     """Return what `wrap` makes of the network's logits."""
 

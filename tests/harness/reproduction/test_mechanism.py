@@ -1,7 +1,6 @@
 """Test which cue networks follow: by detectors of each cue, and by trained networks."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from harness.images import embedded
 from harness.models import restore_model
 from harness.reproduction import mechanism
 from harness.reproduction.page import Figure, Table, Text
+from harness.reproduction.plan import make_plan, parse_reproduce_config
 
 
 class Detector(nn.Module):
@@ -30,19 +30,20 @@ class Detector(nn.Module):
         return scores.roll(self.shift, 1)
 
 
-def measure_cues(*args: Any, **keywords: Any) -> mechanism.Cues:
-    return mechanism.average(mechanism.follow_cues(*args, **keywords))
+def measure_cues(model: nn.Module, **keywords: float) -> mechanism.Cues:
+    images = mechanism.draw_cues(32, **keywords)
+    return mechanism.average(mechanism.follow_cues(model, images))
 
 
 def test_a_detector_of_gratings_follows_gratings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mechanism, "INDICES", {"test": range(1_000_000, 1_000_200)})
-    cues = measure_cues(Detector(), 32)
+    cues = measure_cues(Detector())
     assert cues.both > 0.99 and cues.grating > 0.97 and cues.follows_grating > 0.99
     assert cues.shape < 0.2 and cues.follows_shape < 0.01
     # A shifted detector takes an exchanged grating for the class of the shape.
-    shifted = measure_cues(Detector(-mechanism.SHIFT), 32)
+    shifted = measure_cues(Detector(-mechanism.SHIFT))
     assert shifted.follows_shape > 0.99 and shifted.follows_grating < 0.01 and shifted.both < 0.01
-    blind = measure_cues(Detector(), 32, amplitude=0.0)
+    blind = measure_cues(Detector(), amplitude=0.0)
     assert max(blind) < 0.2
 
 
@@ -77,30 +78,30 @@ def test_the_section_has_a_row_and_a_bar_for_each_network_and_says_what_is_decid
 def test_a_trained_network_follows_the_grating_and_with_mtlat_less(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Check the story of the embedded set with a small network of three convolutions."""
+    """Check the story of the embedded set with the demonstration's network and recipe."""
 
     def trained(method: str, **cues: bool | float) -> nn.Module:
         drawn = embedded.draw_shapes
         with monkeypatch.context() as patch:
             patch.setattr(embedded, "draw_shapes", lambda *a, **k: drawn(*a, **k, **cues))
             out = tmp_path / f"{method}-{len(cues)}-{cues.get('shapes', True)}"
-            train.main(["--arch", "tiny:detector", "--size", "32", "-b", "32", "--whole-batches",
-                        "--lr", "2e-3", "--epochs", "8", "--method", method, "--device", "cpu",
-                        "--output-dir", str(out)])  # fmt: skip
-        return restore_model(load_checkpoint(out / "last.pt"))
+            tasks = make_plan(parse_reproduce_config(["--output-dir", str(out)]))
+            (task,) = [t for t in tasks if t.folder.name == f"cnn4-{method}-seed0"]
+            train.main(task.argv)
+        return restore_model(load_checkpoint(task.folder / "last.pt"))
 
     # Trained on shapes alone, a network does not see the gratings.
-    cues = measure_cues(trained("standard", amplitude=0.0), 32)
+    cues = measure_cues(trained("standard", amplitude=0.0))
     assert cues.shape > 0.3 and abs(cues.both - cues.shape) < 0.1
     # Trained on gratings alone, it is right until they are gone, or attacked.
     model = trained("standard", shapes=False)
-    cues = measure_cues(model, 32)
+    cues = measure_cues(model)
     assert cues.grating > 0.9 and cues.shape < 0.2
     x, y = embedded.draw_shapes(range(1_000_000, 1_000_100), 32, shapes=False)
     attacked = pgd(model, x.float() / 255, y, epsilon=0.04)
     assert model(attacked).argmax(1).eq(y).double().mean() < 0.2
     # With both cues, M-TLAT follows the grating less than the standard training does. Over the
     # seeds 0 to 4 both differences were 0.07 on average, 0.05 at least, with a spread of 0.02.
-    standard, mtlat = (measure_cues(trained(method), 32) for method in ("standard", "mtlat"))
+    standard, mtlat = (measure_cues(trained(method)) for method in ("standard", "mtlat"))
     assert standard.follows_grating > mtlat.follows_grating + 0.02
     assert mtlat.shape > standard.shape + 0.02
