@@ -14,6 +14,7 @@ positive. Near the edge, the function is the distance to it.
 """
 
 import colorsys
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -63,12 +64,18 @@ def _inside(name: str, u: Array, v: Array) -> Array:
             return 0.5 - r * np.cos(angle % third - third / 2)
 
 
-def _clutter(random: np.random.RandomState, count: int, size: int) -> Array:
-    """Draw fields (count, size, size) of unit variance with a 1/f spectrum, like natural images."""
+@cache
+def _frequency(size: int) -> Array:
+    """Compute the spatial frequencies of `np.fft.rfft2`, and infinity for the mean."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
     frequency[0, 0] = np.inf
+    return frequency
+
+
+def _clutter(random: np.random.RandomState, count: int, size: int) -> Array:
+    """Draw fields (count, size, size) of unit variance with a 1/f spectrum, like natural images."""
     noise = np.fft.rfft2(random.standard_normal((count, size, size)))
-    fields = np.fft.irfft2(noise / frequency, s=(size, size))
+    fields = np.fft.irfft2(noise / _frequency(size), s=(size, size))
     return fields / fields.std(axis=(1, 2), keepdims=True)
 
 
@@ -123,9 +130,10 @@ def draw_shapes(
     """
     count = len(NAMES)
     gratings = [amplitude * _grating((k + shift) % count, size) for k in range(count)]
-    images = []
+    images, random = [], np.random.RandomState(0)
     for i in indices:
-        drawn = _draw_shape(NAMES[i % count], size, np.random.RandomState([seed, i]))
+        random.seed([seed, i])  # faster than another generator
+        drawn = _draw_shape(NAMES[i % count], size, random)
         pixels = drawn[0 if shapes else 1] + gratings[i % count]
         images.append(np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8))
     return torch.from_numpy(np.stack(images)), torch.tensor(indices) % count

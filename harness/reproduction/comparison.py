@@ -280,11 +280,10 @@ def format_difference(difference: Difference | None) -> str:
 def conclusion(rows: Sequence[Compared]) -> str:
     """Say in one sentence what our numbers decide of the paper's signs."""
     counts = count_verdicts(rows)
-    void = f", {counts[VOID]} void" if counts[VOID] else ""
+    void = f"; void: {counts[VOID]}" if counts[VOID] else ""
     return (
-        f"Of {sum(counts.values())} signs of the paper, {counts[AGREES]} agree and are decided,"
-        f" {counts[CONTRADICTS]} are contradicted and decided, {counts[UNDECIDED]} are"
-        f" undecided{void}"
+        f"Of {sum(counts.values())} signs of the paper, decided as in the paper: {counts[AGREES]};"
+        f" decided against it: {counts[CONTRADICTS]}; undecided: {counts[UNDECIDED]}{void}"
     )
 
 
