@@ -271,7 +271,7 @@ def test_killed_and_started_again(bench: Bench) -> None:
     The cells must be bit-identical to those of a run without interruption, and none may be measured
     twice.
     """
-    options = ["--only", "noise", "white-box", "--dump-images", "0", "--limit", "24"]
+    options = ["--only", "noise", "pgd_0.04", "--dump-images", "0", "--limit", "24"]
     options += ["--skip", "checks"]  # the process would use more images for them
     whole = bench.run(*options, out="whole")
     script = str(Path(evaluate.__file__))

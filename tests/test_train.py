@@ -598,7 +598,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes(go, tmp_path):
 
 def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeypatch, capsys):
     """Check SIGKILL at a random moment of a real run. tests/faults does this many times."""
-    argv = ["--epochs", "30", "-b", "6", "--resume", "auto"]
+    argv = ["--epochs", "12", "-b", "6", "--resume", "auto"]
     go(*argv, out="straight")
     assert "clean accuracy" in capsys.readouterr().out
     command = [
@@ -618,7 +618,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeyp
     assert process.returncode == 0 and "clean accuracy" in process.stdout
     straight, killed = comparable(tmp_path / "straight"), comparable(tmp_path / "killed")
     assert all(map(states_equal, straight, killed))
-    assert len(straight[2]) == 30
+    assert len(straight[2]) == 12
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(go, tmp_path, monkeypatch):
