@@ -36,7 +36,6 @@ from harness.images.datasets import Dataset, load_dataset
 from harness.images.loader import BatchLoader, to_device
 from harness.images.preprocess import CROPS
 from harness.models import MeanStd, check_logits, count_correct, create_model, restore_model
-from harness.skip_padding import skip_padding
 from harness.training.augment import flip_crop
 from harness.training.config import (
     TrainConfig,
@@ -149,7 +148,6 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
         model.to(memory_format=torch.channels_last)
     if config.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    skip_padding(model)
     loaders = BatchLoader(data.train, device), BatchLoader(data.test, device)
     if checkpoint is None:  # a forward pass changes what some layers remember: not after resuming
         rows = torch.arange(config.minibatch_size)[distributed.shard_rows(config.minibatch_size)]

@@ -31,7 +31,6 @@ from torch.nn.functional import one_hot
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.errors import retain_freed_memory
-from harness.skip_padding import skip_padding
 from harness.training.methods import METHODS, Method
 from mtlat import (
     ALPHA,
@@ -166,7 +165,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     model = torchvision.models.get_model(args.arch, num_classes=args.classes).to(args.device)
-    skip_padding(model)  # as train.py does
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     names = list(dict.fromkeys(["standard", *args.only]))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from harness.models import compute_logits
-from harness.skip_padding import skip_padding
 
 
 def fuse_for_inference(model: nn.Module, x: Tensor) -> nn.Module:
@@ -36,7 +35,7 @@ def fuse_for_inference(model: nn.Module, x: Tensor) -> nn.Module:
                 fused = transform(model)
                 if torch.allclose(compute_logits(fused, x), logits, 1e-4, 1e-4):
                     model = fused.requires_grad_(False)
-    return skip_padding(model)
+    return model
 
 
 def _store_channels_last(model: nn.Module) -> nn.Module:

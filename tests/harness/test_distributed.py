@@ -291,9 +291,9 @@ def test_many_processes_score_what_one_scores(jobs, folder, tmp_path, monkeypatc
                 "--output-dir", str(tmp_path / "run")])  # fmt: skip
     argv = [
         str(tmp_path / "run" / "last.pt"), "tiny:linear", "--surrogate", "tiny:smooth",
-        "--only", "gaussian_noise", "contrast", "pgd_0.04", "cw2", "mi_fgsm_0.08", "--skip",
-        "checks", "supplement", "--imagenet-c", str(tmp_path / "c"), "--cache-dir", cache, "--device", "cpu",
-        "--batch-size", "4", "--limit", "25", "--output-dir",
+        "--only", "gaussian_noise", "contrast", "pgd_0.04", "cw2", "mi_fgsm_0.08",
+        "--skip", "checks", "supplement", "--imagenet-c", str(tmp_path / "c"), "--cache-dir", cache,
+        "--device", "cpu", "--batch-size", "4", "--limit", "25", "--output-dir",
     ]  # fmt: skip
     measured([*argv, str(tmp_path / "1")])
     one = scores(tmp_path / "1")
