@@ -47,6 +47,16 @@ def test_a_detector_of_gratings_follows_gratings(monkeypatch: pytest.MonkeyPatch
     assert max(blind) < 0.2
 
 
+def test_each_set_lacks_what_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mechanism, "INDICES", {"test": range(1_000_000, 1_000_020)})
+    sets = {name: images.int() for name, images in mechanism.draw_cues(32).items()}
+    wave = abs(sets["both"] - sets["shape"])
+    assert 5 < wave.max() <= 9 and abs(sets["exchanged"] - sets["shape"]).max() <= 9  # 0.03 of 255
+    colored = abs(sets["both"] - sets["grating"]).amax(1) > 0  # where the shape was
+    assert 0.1 < colored.float().mean() < 0.5
+    assert abs(sets["both"] - sets["grating"]).flatten(1).amax(1).min() > 20
+
+
 def outcomes(**hits: int) -> mechanism.Outcomes:
     """Return outcomes of 100 images, of which the first ones are hits."""
     return {name: (np.arange(100) < count).astype(float) for name, count in hits.items()}
