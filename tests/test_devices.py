@@ -68,7 +68,7 @@ def test_an_epoch_asks_for_no_value_but_the_losses_that_are_printed(monkeypatch,
     config = replace(
         parse_train_config([*argv, *flags.split()])[0], device="mps"
     )  # without fused Adam
-    images = ImageSet(torch.zeros(40, 3, 8, 8, dtype=torch.uint8), torch.zeros(40).long())
+    images = ImageSet(torch.zeros(16, 3, 8, 8, dtype=torch.uint8), torch.zeros(16).long())
     loader, model = BatchLoader(images, META), convnet(3).to(META)
     training = train.Training(
         Dataset(images, images, list("abc"), [], "", "", ""), loader, loader, model, None,
@@ -83,7 +83,7 @@ def test_an_epoch_asks_for_no_value_but_the_losses_that_are_printed(monkeypatch,
     monkeypatch.setattr(train, "mean_losses", reading)
     with NoFloat64():
         train.train_one_epoch(config, training, 0)
-    steps = 40 // config.minibatch_size
+    steps = 16 // config.minibatch_size
     assert steps > 1 and len(read) == -(-steps // config.print_freq)
     assert {tensor.device for tensor in read} == {META}
     assert {p.grad.device for p in model.parameters()} == {META}
