@@ -1,6 +1,6 @@
-r"""Train with gratings of several amplitudes, and measure which cue the networks follow.
+"""Train with gratings of several amplitudes, and measure which cue the networks follow.
 
-    python benchmarks/sweep_gratings.py FOLDER                          # the table of results/
+    python benchmarks/sweep_gratings.py FOLDER                  # all methods, three seeds: hours
     python benchmarks/sweep_gratings.py FOLDER --amplitudes 0.03 --seeds 5
 
 Everything else is as in the demonstration. Images, checkpoints and results stay in FOLDER; the same

@@ -291,13 +291,13 @@ def test_many_processes_score_what_one_scores(jobs, folder, tmp_path, monkeypatc
                 "--output-dir", str(tmp_path / "run")])  # fmt: skip
     argv = [
         str(tmp_path / "run" / "last.pt"), "tiny:linear", "--surrogate", "tiny:smooth",
-        "--only", "gaussian_noise", "contrast", "pgd_0.04", "cw2", "mi_fgsm_0.08",
-        "--skip", "checks", "supplement", "--imagenet-c", str(tmp_path / "c"), "--cache-dir", cache,
-        "--device", "cpu", "--batch-size", "4", "--limit", "25", "--output-dir",
+        "--only", "gaussian_noise", "contrast", "white-box", "mi_fgsm_0.08", "--skip", "checks",
+        "--imagenet-c", str(tmp_path / "c"), "--cache-dir", cache, "--device", "cpu",
+        "--batch-size", "4", "--limit", "25", "--output-dir",
     ]  # fmt: skip
     measured([*argv, str(tmp_path / "1")])
     one = scores(tmp_path / "1")
-    assert len(one) == 2 * 14 and all("hits" in line for line in one)
+    assert len(one) == 2 * 16 and all("hits" in line for line in one)
     for world, job in jobs.items():
         assert job(measured, [*argv, str(tmp_path / f"{world}")]) == [None] * world
         assert scores(tmp_path / f"{world}") == one

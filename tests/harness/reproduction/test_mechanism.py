@@ -110,8 +110,8 @@ def test_a_trained_network_follows_the_grating_and_with_mtlat_less(
     x, y = embedded.draw_shapes(range(1_000_000, 1_000_100), 32, shapes=False)
     attacked = pgd(model, x.float() / 255, y, epsilon=0.04)
     assert model(attacked).argmax(1).eq(y).double().mean() < 0.2
-    # With both cues, M-TLAT follows the grating less than the standard training does. Over the
-    # seeds 0 to 4 both differences were 0.07 on average, 0.05 at least, with a spread of 0.02.
+    # With both cues, M-TLAT follows the grating less than the standard training does. With the
+    # seeds 0, 1 and 2 the first difference was 0.20, 0.14 and 0.36, the second 0.14, 0.16 and 0.23.
     standard, mtlat = (measure_cues(trained(method)) for method in ("standard", "mtlat"))
-    assert standard.follows_grating > mtlat.follows_grating + 0.02
-    assert mtlat.shape > standard.shape + 0.02
+    assert standard.follows_grating > mtlat.follows_grating + 0.05
+    assert mtlat.shape > standard.shape + 0.05
