@@ -55,6 +55,7 @@ def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -
         model = _create_timm(arch, num_classes=num_classes)
     elif library == "torchvision":
         known = torchvision.models.list_models(module=torchvision.models)
+        known += [] if ":" in arch else CONVOLUTIONS
         _require_known(arch, name, known, "; for your own use --arch module:callable")
         # These two would return several outputs in training.
         several = name in ("googlenet", "inception_v3")

@@ -65,6 +65,7 @@ TRAIN_CASES = [
     ("--batch 26", "unrecognized arguments: --batch"), ("--verbose", "unrecognized arguments"),
     ("more", "unrecognized arguments: more"),
     ("--arch resnet", "torchvision has no such classifier; close names: resnet"),
+    ("--arch cnn5", "close names: cnn6, cnn4"),
     ("--arch nowhere:net", "No module named 'nowhere'"), ("--arch tiny:", "--arch tiny:"),
     ("--arch :net", "--arch :net"), ("--arch tiny:nothing", "has no attribute 'nothing'"),
     ("--arch argparse:Namespace", "made a Namespace; give a torch.nn.Module"),
