@@ -2,10 +2,15 @@
 
 import os
 import signal
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+import train
+from harness import checkpoints
+from tests.support.tiny import image_folder
 
 # The default profile is `dev`; HYPOTHESIS_PROFILE or --hypothesis-profile selects another one.
 # There is no deadline, because the first call of torch takes seconds.
@@ -39,3 +44,27 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return image_folder(tmp_path / "set")
+
+
+@pytest.fixture
+def go(folder: Path, tmp_path: Path):
+    """Return a function that runs train.py in this process.
+
+    There are 27 training images, 3 test images and two steps per epoch.
+    """
+
+    def run(*flags: str, out: str = "out", method: str = "mtlat") -> dict:
+        argv = [
+            "--arch", "tiny:convnet", "--data", str(folder), "--size", "12", "--epochs", "2",
+            "--batch-size", "26", "--cache-dir", str(tmp_path / "cache"), "--device", "cpu",
+            "--method", method, "--output-dir", str(tmp_path / out), *flags,
+        ]  # fmt: skip
+        train.main(argv)
+        return checkpoints.load_checkpoint(tmp_path / out / "last.pt")
+
+    return run

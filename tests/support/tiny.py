@@ -1,5 +1,6 @@
 """Provide small networks and image folders for the tests."""
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,3 +91,8 @@ def states_equal(one: object, other: object) -> bool:
             and all(map(states_equal, one, other))
         )
     return one == other
+
+
+def read_log(out: Path) -> list[dict[str, str]]:
+    """Read the log.csv of a training."""
+    return list(csv.DictReader((out / "log.csv").read_text().splitlines()))

@@ -1,0 +1,301 @@
+"""Test how train.py resumes, and its messages for wrong usage."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from harness import checkpoints, errors
+from harness.cli import build_parser
+from harness.errors import UserError
+from harness.images import datasets
+from harness.training.config import EARLIER, TrainConfig, parse_train_config
+from tests.support.tiny import image_folder, read_log, states_equal
+
+ROOT = Path(train.__file__).parent
+
+
+# ---------------------------------------------------------------- resume
+
+
+def comparable(out: Path) -> tuple:
+    """Return the results that must not depend on an interruption: everything except times."""
+    times = {"images_per_second", "seconds_left"}
+    found = [checkpoints.load_checkpoint(out / name) for name in ("last.pt", "best.pt")]
+    for checkpoint in found:
+        del checkpoint["settings"]
+        checkpoint["log"] = [{k: row[k] for k in row.keys() - times} for row in checkpoint["log"]]
+    return *found, [{k: row[k] for k in row.keys() - times} for row in read_log(out)]
+
+
+RECIPE = "--augment flip-crop --schedule cosine --warmup-epochs 1 --clip-grad 0.5 --ema 0.8"
+
+
+@pytest.mark.parametrize("flags", ["", RECIPE])
+def test_resume_restores_everything(go, tmp_path, monkeypatch, flags):
+    flags = ["--epochs", "4", *flags.split()]
+    go(*flags, out="straight")
+    calls = []
+    train_one_epoch = train.train_one_epoch
+
+    def stop_before_the_third(config, training, epoch):
+        calls.append(epoch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train_one_epoch(config, training, epoch)
+
+    monkeypatch.setattr(train, "train_one_epoch", stop_before_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        go(*flags)
+    train.main(["--resume", str(tmp_path / "out" / "last.pt")])
+    assert calls == [0, 1, 2, 2, 3]
+    straight, resumed = comparable(tmp_path / "straight"), comparable(tmp_path / "out")
+    assert all(map(states_equal, straight, resumed))
+    assert not states_equal(straight[0]["model"], go("--epochs", "3", out="three")["model"])
+    train.main(["--resume", "auto", "--output-dir", str(tmp_path / "out")])  # the run is finished
+    assert len(calls) == 8
+
+
+def test_a_finished_run_is_extended_by_the_new_schedule(go, tmp_path, monkeypatch, capsys):
+    first = go("--epochs", "3", "--lr", "0.01")
+    capsys.readouterr()
+    seen, train_one_epoch = [], train.train_one_epoch
+
+    def observe(config, training, epoch):
+        if not seen:
+            state, optimizer = training.model.state_dict(), training.optimizer.state_dict()
+            assert states_equal(dict(state), dict(first["model"]))
+            assert states_equal(optimizer["state"], first["optimizer"]["state"])
+        seen.append(epoch)
+        return train_one_epoch(config, training, epoch)
+
+    monkeypatch.setattr(train, "train_one_epoch", observe)
+    train.main(["--resume", "auto", "--epochs", "6", "--output-dir", str(tmp_path / "out")])
+    line = (
+        "from epoch 4 on, the learning rate (1.0e-03) follows --milestones 2 4 5.33333 of 6 epochs"
+    )
+    assert f"{line} (before: --milestones 1 2 2.66667 of 3)\n" in capsys.readouterr().out
+    last = checkpoints.load_checkpoint(tmp_path / "out" / "last.pt")
+    saved = json.loads((tmp_path / "out" / "args.json").read_text())
+    for settings in (last["settings"], saved):
+        assert settings["epochs"] == 6 and settings["milestones"] == pytest.approx([2, 4, 16 / 3])
+    assert seen == [3, 4, 5]
+    rates = [row["lr"] for row in last["log"]]
+    assert rates == pytest.approx([1e-2, 1e-3, 1e-4, 1e-3, 1e-4, 1e-5])
+    train.main(["--resume", str(tmp_path / "out" / "last.pt"), "--epochs", "6"])
+    assert "from epoch" not in capsys.readouterr().out and len(seen) == 3
+
+
+def test_a_cosine_is_named_where_a_run_is_extended(go, tmp_path, capsys):
+    go("--epochs", "1", "--schedule", "cosine")
+    train.main(["--resume", str(tmp_path / "out" / "last.pt"), "--epochs", "2"])
+    line = "follows a cosine of 2 epochs (before: a cosine of 1)\n"
+    assert line in capsys.readouterr().out
+
+
+def test_milestones_that_were_chosen_stay_when_a_run_is_extended(go, tmp_path, capsys):
+    go("--epochs", "1", "--milestones", "1", "--lr", "0.01")
+    last = str(tmp_path / "out" / "last.pt")
+    assert parse_train_config(["--resume", last, "--epochs", "5"])[0].milestones == [1]
+    own = parse_train_config(["--resume", last, "--epochs", "5", "--milestones", "3"])[0]
+    assert own.milestones == [3] and own.learning_rate(1) == 0.01
+    train.main(["--resume", last, "--epochs", "3"])
+    with pytest.raises(
+        UserError, match=r"--epochs 2 is fewer than the 3 that .*last\.pt has: raise"
+    ):
+        parse_train_config(["--resume", last, "--epochs", "2"])
+
+
+def test_a_run_that_was_to_be_longer_is_that_longer_run(go, tmp_path):
+    """Check that more --epochs before the first milestone give the bits of a run of that length."""
+    go("--epochs", "6", out="straight")
+    log = train.log_csv
+
+    def stop_after_the_first(rows):
+        if len(rows) > 1:
+            raise KeyboardInterrupt
+        return log(rows)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "log_csv", stop_after_the_first)
+        go("--epochs", "3")
+    go("--resume", "auto", "--epochs", "6")
+    straight, extended = comparable(tmp_path / "straight"), comparable(tmp_path / "out")
+    assert all(map(states_equal, straight, extended))
+
+
+def test_a_run_whose_first_epoch_was_interrupted_keeps_its_settings(go, tmp_path):
+    straight = go("--epochs", "3", "--lr", "0.01", "--alpha", "0.7", out="straight")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_one_epoch", lambda *_: signal.default_int_handler(2, None))
+        go("--epochs", "3", "--lr", "0.01", "--alpha", "0.7")
+    out, auto = tmp_path / "out", ["--resume", "auto", "--output-dir", str(tmp_path / "out")]
+    assert not (out / "last.pt").exists()
+    before = (out / "args.json").read_text()
+    assert parse_train_config(auto)[0].alpha == 0.7
+    with pytest.raises(
+        UserError, match=r"^--lr is 3\.0, but the run in .*out was begun with 0\.01:"
+    ):
+        train.main([*auto, "--lr", "3"])
+    assert (out / "args.json").read_text() == before
+    assert parse_train_config([*auto, "--epochs", "6"])[0].milestones == pytest.approx(
+        [2, 4, 16 / 3]
+    )
+    train.main([*auto, "--lr", "0.01"])
+    resumed = checkpoints.load_checkpoint(out / "last.pt")
+    assert states_equal(resumed["model"], straight["model"]) and resumed["settings"]["alpha"] == 0.7
+    (out / "last.pt").unlink()
+    for content, message in (("{", "is damaged: remove it"), ("[1]", "is damaged: remove it"),
+                             ("{}", "args.json has no setting alpha")):  # fmt: skip
+        (out / "args.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            parse_train_config(auto)
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(go, tmp_path):
+    content, last = go("--epochs", "1"), tmp_path / "out" / "last.pt"
+    for name in (*EARLIER, "held_out", "test_fingerprint"):
+        content["settings"].pop(name)
+    checkpoints.save_checkpoint([last], **content)
+    args, _ = parse_train_config(["--resume", str(last)])
+    new, _ = parse_train_config(["--output-dir", "new"])
+    assert all(getattr(args, name) == getattr(new, name) for name in EARLIER)
+    assert args.preprocess == "squash" and args.mix_at == ["input"]
+    with pytest.raises(UserError, match=r"--preprocess is center-crop, but .* with squash"):
+        parse_train_config(["--resume", str(last), "--preprocess", "center-crop"])
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeypatch, capsys):
+    """Check SIGKILL at a random moment of a real run. tests/faults does this many times."""
+    argv = ["--epochs", "12", "-b", "6", "--resume", "auto"]
+    go(*argv, out="straight")
+    assert "clean accuracy" in capsys.readouterr().out
+    command = [
+        sys.executable, str(ROOT / "train.py"), "--arch", "tiny:convnet", "--data", str(folder),
+        "--size", "12", *argv, "--cache-dir", str(tmp_path / "cache"), "--device", "cpu",
+        "--output-dir", str(tmp_path / "killed"),
+    ]  # fmt: skip
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # as in this process
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT / "tests" / "support", **pipes)
+    next(line for line in process.stdout if line.startswith("epoch"))
+    time.sleep(random.Random(1).uniform(0, 0.05))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    process = subprocess.run(command, cwd=ROOT / "tests" / "support", check=False, **pipes)
+    assert process.returncode == 0 and "clean accuracy" in process.stdout
+    straight, killed = comparable(tmp_path / "straight"), comparable(tmp_path / "killed")
+    assert all(map(states_equal, straight, killed))
+    assert len(straight[2]) == 12
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(go, tmp_path, monkeypatch):
+    train_one_epoch = train.train_one_epoch
+
+    def explode(config, training, epoch):
+        return train_one_epoch(replace(config, lr=1e30) if epoch else config, training, epoch)
+
+    monkeypatch.setattr(train, "train_one_epoch", explode)
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) in epoch 2 .*: lower --lr"):
+        go("--opt", "sgd")
+    kept = checkpoints.load_checkpoint(tmp_path / "out" / "last.pt")
+    assert len(kept["log"]) == 1
+    assert all(value.isfinite().all() for value in kept["model"].values())
+
+
+# ---------------------------------------------------------------- wrong usage
+
+
+def test_mistakes_end_in_one_line(go, folder, tmp_path, capfd):
+    go()
+    last = str(tmp_path / "out" / "last.pt")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    torch.save({"format": checkpoints.FORMAT, "x": Path("x")}, tmp_path / "pickle.pt")
+    cases = {
+        "holds an earlier run: add --resume auto": [],
+        "close names: resnet50": ["--arch", "resnet5O", "--output-dir", str(tmp_path / "new")],
+        "no such classifier": ["--arch", "", "--output-dir", str(tmp_path / "new")],
+        "tiny:nothing": ["--arch", "tiny:nothing", "--output-dir", str(tmp_path / "new")],
+        "No module named": ["--arch", "nowhere:net", "--output-dir", str(tmp_path / "new")],
+        "--batch-size 200 makes minibatches of 100, and there are 27": [
+            "-b", "200", "--output-dir", str(tmp_path / "new")],
+        "--batch-size 1 makes minibatches of 0": ["-b", "1", "--output-dir", str(tmp_path / "new")],
+        "--data nowhere: no such folder": [
+            "--data", "nowhere", "--output-dir", str(tmp_path / "new")],
+        "--classes 4: the dataset has 3": ["--classes", "4", "--output-dir", str(tmp_path / "new")],
+        "--lr is 3.0, but": ["--resume", last, "--lr", "3"],
+        "--arch is tiny:linear, but": ["--resume", last, "--arch", "tiny:linear"],
+        "differs from the dataset that": ["--resume", last, "--data", str(folder.parent / "other")],
+        "not a checkpoint of train.py, or is damaged": ["--resume", str(tmp_path / "junk.pt")],
+        "not a checkpoint of this version": ["--resume", str(tmp_path / "foreign.pt")],
+        "or is damaged (Weights only": ["--resume", str(tmp_path / "pickle.pt")],
+        "No such file": ["--resume", str(tmp_path / "none.pt")],
+        "--weights nothing: no such file": ["--weights", "nothing", "--arch", "resnet18",
+                                            "--output-dir", str(tmp_path / "new")],
+        "'x' is not of type int": ["--epochs", "x"],
+        "argument --lr/--learning-rate: 0 is out of range: above 0": ["--lr", "0"],
+        "nan is out of range": ["--alpha", "nan"],
+        "1.5 is out of range: from 0 to 1": ["--epsilon-max", "1.5"],
+        "invalid choice: 'mlat'": ["--method", "mlat"],
+        "unrecognized arguments: --lrr": ["--lrr", "1"],
+        "--device tpu9": ["--device", "tpu9", "--output-dir", str(tmp_path / "new")],
+        "File exists": ["--output-dir", str(tmp_path / "junk.pt")],
+    }  # fmt: skip
+    image_folder(folder.parent / "other", each=11)
+    for message, flags in cases.items():
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            errors.run_script(lambda flags=flags: go(*flags))
+        printed = capfd.readouterr().err
+        assert exit_info.value.code == 2, message
+        assert message in printed and printed.startswith("error: "), printed
+        assert printed.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(go, tmp_path, monkeypatch, capsys):
+    go()
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+
+    def full(path: Path, content: bytes) -> int:
+        with open(path, "wb") as file:
+            file.write(content[:10])
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SystemExit) as exit_info:
+        errors.run_script(
+            lambda: checkpoints.save_checkpoint([tmp_path / "out" / "last.pt"], model={})
+        )
+    assert exit_info.value.code == 2
+    assert "No space left on device; free some space: what was finished" in capsys.readouterr().err
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+    assert not list((tmp_path / "out").glob(".*.unfinished"))
+
+
+@pytest.mark.slow
+def test_the_plain_command_as_a_process(tmp_path):
+    """Run the command of the README with small images, one epoch and a small network."""
+    command = [sys.executable, str(ROOT / "train.py"), "--arch", "resnet18", "--size", "16"]
+    command += ["--epochs", "1", "-b", "200", "--classes", "3", "--output-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "3 classes: " in done.stdout
+    assert f"checkpoint: {tmp_path / 'last.pt'}\nnext: python evaluate.py" in done.stdout
+    wrong = subprocess.run([*command, "--alpha", "0"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: argument --alpha: 0 is out")
+
+
+def test_all_data_names_are_offered():
+    assert all(name in build_parser(TrainConfig).format_help() for name in datasets.SIZES)
