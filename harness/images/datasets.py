@@ -25,7 +25,7 @@ from harness.images.folders import Listing, choose_classes, list_folder
 from harness.images.loader import ImageSet
 from harness.images.preprocess import Crop, resize_side, resize_to_square
 
-SIZES = {"shapes": 64, "cifar10": 32, "cifar100": 32}  # default sides; folders: the paper's 224
+SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32}  # default sides; folders: the paper's 224
 MAX_SIDE = 4096  # above it nothing trains, and memory runs out
 
 
@@ -59,7 +59,7 @@ def load_dataset(
 
     Args:
         source: "shapes" (the embedded set), "cifar10", "cifar100", or a folder of images.
-        size: side of the square in pixels; default 64 for shapes, 32 for CIFAR, 224 for folders.
+        size: side of the square in pixels; default 32 for shapes and CIFAR, 224 for folders.
         crop: preprocessing of a folder's images; default squash.
         num_classes: keep that many classes, drawn with `seed`; default all.
         seed: of the classes, of the shapes, and of the test part of a folder without val/.

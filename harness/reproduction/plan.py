@@ -12,7 +12,9 @@ from harness.benchmark.store import read_cells
 from harness.cli import number, option, parse_options
 from harness.devices import resolve_device
 from harness.errors import UserError
+from harness.images.datasets import SIZES
 from harness.reproduction.paper import BASELINE, methods_of_table
+from harness.training.config import SHAPES_RECIPE
 from harness.training.methods import METHODS
 
 # What each scale runs. None leaves a setting to train.py, whose defaults for folders are the
@@ -22,11 +24,11 @@ from harness.training.methods import METHODS
 # paper does not say how its VGG was trained.
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
-        "data": "shapes", "classes": None, "size": 32,
+        "data": "shapes", "classes": None, "size": SIZES["shapes"],
         # A ResNet or a VGG needs many more updates than there is time for. With these networks and
         # epochs, the standard training reaches 98 % with each of three seeds.
-        "archs": ["cnn4"], "epochs": 8, "batch_size": 32, "lr": 2e-3,
-        "surrogate": "cnn6", "surrogate_epochs": None, "surrogate_lr": 2e-3,
+        "archs": ["cnn4"], **{name: SHAPES_RECIPE[name] for name in ("epochs", "batch_size", "lr")},
+        "surrogate": "cnn6", "surrogate_epochs": None, "surrogate_lr": SHAPES_RECIPE["lr"],
         "limit": 0, "tables": [1], "methods": ["standard", "mtlat"],
         "train_flags": "--whole-batches --channels-last",
     },
