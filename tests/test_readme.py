@@ -32,13 +32,17 @@ ADDED: dict[str, str | None] = {
     "python train.py --arch cnn4": "--epochs 1 -b 12",
     "python reproduce.py --scale paper --data IMAGENET --dry-run": RECIPE,
     "python reproduce.py --scale small --data IMAGES --tables 1 2 --seeds 3": RECIPE + " --seeds 1",
-    "python train.py --data IMAGES --size 224 --amp bf16 --channels-last": TRAINING
-    + " --output-dir runs/own",
-    "python train.py --method standard --arch vgg11_bn --lr 1e-4 --output-dir runs/vgg": TRAINING
-    + " --data IMAGES",
+    "python train.py --data IMAGES --amp bf16 --channels-last": TRAINING + " --output-dir runs/own",
+    "python train.py --data IMAGES --amp bf16 --channels-last --method standard": TRAINING
+    + " --output-dir runs/base",
+    "python train.py --data IMAGES --method standard --arch vgg11_bn --lr 1e-4"
+    " --output-dir runs/vgg": TRAINING,
     # test_evaluate_cli.py: test_torchvisions_models_with_their_weights
     "python evaluate.py torchvision:resnet50 --weights DEFAULT --data IMAGENET"
     " --imagenet-c IMAGENET_C": None,
+    "python evaluate.py runs/resnet50-standard/last.pt runs/resnet50-mtlat/last.pt": (
+        "--limit 6 --device cpu --only fog --output-dir runs/first"
+    ),
     "python evaluate.py runs/resnet50-standard/last.pt runs/resnet50-mtlat/last.pt"
     " --surrogate runs/vgg/last.pt": EVALUATION,
     "python evaluate.py package.module:make_model --mean .5 .5 .5 --std .2 .2 .2 --data IMAGES": (
