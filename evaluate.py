@@ -102,15 +102,15 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
     require_same_on_all_ranks(facts, [subject.digest for subject in subjects.values()])
     device = torch.device(config.device)
     run = Evaluation(
-        config, data.classes, data.paths, BatchLoader(data.test, device),
+        config, data, BatchLoader(data.test, device),
         choose_images(data.test.labels, config.limit, config.seed),
         [subjects[spec] for spec in config.models],
-        subjects[config.surrogate] if config.surrogate else None, facts, data.fingerprint,
+        subjects[config.surrogate] if config.surrogate else None, facts,
         {"total": count, "origin": data.origin, "device": device.type,
          "versions": environment_info(config.device)},
     )  # fmt: skip
     x, y = run.loader(run.sample(16))
-    warnings = [w for s in subjects.values() for w in inspect_subject(s, x, y, len(run.classes))]
+    warnings = [w for s in subjects.values() for w in inspect_subject(s, x, y, len(data.classes))]
     run.models = [fuse_subject(model, x) for model in run.models]
     if run.surrogate:
         run.surrogate = fuse_subject(run.surrogate, x)
@@ -214,10 +214,10 @@ def list_images(run: Evaluation) -> str:
 
     Cells of fewer images, the attack checks, take the lines that end with "sample".
     """
-    labels, sample = run.loader.labels.tolist(), set(run.sample(registry.SAMPLE).tolist())
-    lines = []
+    data, sample = run.data, set(run.sample(registry.SAMPLE).tolist())
+    labels, lines = data.test.labels.tolist(), []
     for i in run.chosen.tolist():
-        fields = [run.paths[i], run.classes[labels[i]], *(["sample"] if i in sample else [])]
+        fields = [data.paths[i], data.classes[labels[i]], *(["sample"] if i in sample else [])]
         lines.append("\t".join(map(escape_unprintable, fields)) + "\n")
     return "".join(lines)
 
@@ -242,8 +242,8 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     results = aggregate(cells, models, run.config.baseline, run.config.supplement)
     notes = [f"preprocessing: {run.facts['preprocess']}", *results.notes, *warnings]
     results = results._replace(notes=notes)
-    head = {"format": 1, "command": " ".join(sys.argv), "classes": run.classes, "weights": models,
-            **run.facts, **run.setup}  # fmt: skip
+    head = {"format": 1, "command": " ".join(sys.argv), "classes": run.data.classes,
+            "weights": models, **run.facts, **run.setup}  # fmt: skip
     content = {**head, **tables.to_plain(results)}
     # R alone, as before the rows had intervals: these are in each model's "supplement".
     content["supplementary"] = [[row[0], *row[1::2]] for row in tables.supplementary_cells(results)]
@@ -281,8 +281,8 @@ def contact_sheets(run: Evaluation) -> list[list[plots.Tile]]:
         predictions = compute_logits(model.module, images).argmax(1)
         title = f"{COLUMNS.get(name, name)} {severity or ''}".strip()
         for sheet, image, k, y in zip(sheets, images, predictions, batch[2], strict=True):
-            title = f"clean: {run.classes[y]}" if name == "clean" else title
-            sheet.append(plots.Tile(title, image.cpu(), run.classes[k], bool(k == y)))
+            title = f"clean: {run.data.classes[y]}" if name == "clean" else title
+            sheet.append(plots.Tile(title, image.cpu(), run.data.classes[k], bool(k == y)))
     return sheets
 
 

@@ -53,14 +53,12 @@ def reproduce(config: ReproduceConfig) -> None:
         list_tasks(config, tasks, progress, data)
         return
     for task in tasks:
-        if isinstance(task, TrainTask) and is_finished(progress[task.folder]):
+        done, settings = progress.get(task.folder, (0, None))
+        if settings and done == settings.epochs:
             print(f"finished: {task.folder}")
         else:
             run_task(task)
-    found = [
-        read_evaluation(task.folder, task.arch, task.seed, task.tables, task.models)
-        for task in evaluations
-    ]
+    found = [read_evaluation(task) for task in evaluations]
     commands, folders = [command(task, ROOT) for task in tasks], [t.folder for t in trainings]
     write_report(config, commands, folders, found, data)
 
@@ -82,12 +80,6 @@ def read_progress(task: TrainTask, data: Dataset) -> Progress:
             " --output-dir"
         )
     return len(checkpoint["log"]) if checkpoint else 0, config
-
-
-def is_finished(progress: Progress) -> bool:
-    """Return whether all epochs of a training are finished."""
-    done, config = progress
-    return done == config.epochs
 
 
 def run_task(task: TrainTask | EvalTask) -> None:

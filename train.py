@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ from harness.training.config import (
     TrainConfig,
     parse_train_config,
     refuse_overwriting,
-    saved_settings,
     schedule_change,
 )
 from harness.training.log import header, log_csv, log_line
@@ -171,11 +170,10 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
 def train(config: TrainConfig, training: Training) -> None:
     """Train the epochs that are left, and save a checkpoint after each."""
     data, log, out = training.data, training.log, Path(config.output_dir)
-    settings = saved_settings(
-        config, **environment_info(config.device), processes=distributed.world_size(),
-        command=" ".join(sys.argv), held_out=data.held_out,
-        test_fingerprint=data.test_fingerprint,
-    )  # fmt: skip
+    settings = asdict(config) | environment_info(config.device) | {
+        "processes": distributed.world_size(), "command": " ".join(sys.argv),
+        "held_out": data.held_out, "test_fingerprint": data.test_fingerprint,
+    }  # fmt: skip
     if distributed.rank() == 0:
         atomic_write(out / "args.json", json.dumps(settings, indent=2) + "\n")
         if log:

@@ -182,9 +182,8 @@ def draw_sheet(args: argparse.Namespace) -> None:
     sheet = torch.cat(rows, dim=2)[0].permute(1, 2, 0).numpy()
     height, width = (side / args.size for side in sheet.shape[:2])  # in tiles
     figure = Figure((1.5 * width + 1.5, 1.5 * height + 0.3), dpi=150)
-    axes = figure.add_axes((0, 0, 1, 1))
     left, top = 1.5 / figure.get_figwidth(), 1 - 0.3 / figure.get_figheight()
-    axes.set_position((left, 0, 1 - left, top))
+    axes = figure.add_axes((left, 0, 1 - left, top))
     axes.imshow(sheet, aspect="auto")
     middles = [args.size * (tile + 0.5) for tile in range(max(len(rows), 6))]
     axes.set_yticks(middles[: len(rows)], args.only)
@@ -212,9 +211,9 @@ def write_tree(args: argparse.Namespace) -> None:
                 for severity in SEVERITIES:
                     folder = args.out / name / str(severity)
                     missing = [i for i in batch if not (folder / targets[i]).exists()]
-                    if missing and images is None:
-                        images = torch.stack([load(paths[i], args.size) for i in batch])
-                    if missing and images is not None:
+                    if missing:
+                        if images is None:
+                            images = torch.stack([load(paths[i], args.size) for i in batch])
                         chosen = images[torch.tensor(missing) - start]
                         corrupted = apply(args, chosen, name, severity, missing)
                         for i, image in zip(missing, corrupted, strict=True):

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.fft import next_fast_len
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from corruptions.rng import Stream
+from corruptions.rng import Fields, Size, Stream
 
 # Radius of the disk in px, and standard deviation in px of the Gaussian that smooths its edge.
 DEFOCUS_BLUR = {
@@ -41,13 +42,8 @@ def _disk(radius: float, sigma: float) -> np.ndarray:
     axis = np.arange(-reach, reach + 1)
     disk = (axis[:, None] ** 2 + axis**2 <= radius**2).astype(np.float64)
     disk /= disk.sum()
-    half = 1 if radius <= 8 else 2
-    taps = np.exp(-(np.arange(-half, half + 1) ** 2) / (2 * sigma**2))
-    taps /= taps.sum()
-    for _ in range(2):  # along rows, then along columns by transposing
-        padded = np.pad(disk, ((half, half), (0, 0)), mode="reflect")
-        disk = sum(tap * padded[i : i + len(disk)] for i, tap in enumerate(taps)).T
-    return disk.astype(np.float32)
+    smooth: np.ndarray = gaussian_filter(disk, sigma, mode="mirror", radius=1 + (radius > 8))
+    return smooth.astype(np.float32)
 
 
 def _correlate(planes: Tensor, kernels: Tensor, border: str) -> Tensor:
@@ -80,9 +76,7 @@ GLASS_BLUR = {
 }
 
 
-def draw_glass_blur(
-    stream: Stream, severity: int, size: tuple[int, int], profile: int
-) -> tuple[Tensor, ...]:
+def draw_glass_blur(stream: Stream, severity: int, size: Size, profile: int) -> Fields:
     """Draw the offset of the source of each pixel.
 
     Returns:
@@ -182,9 +176,7 @@ MOTION_BLUR = {
 }
 
 
-def draw_motion_blur(
-    stream: Stream, severity: int, size: tuple[int, int], profile: int
-) -> tuple[Tensor, ...]:
+def draw_motion_blur(stream: Stream, severity: int, size: Size, profile: int) -> Fields:
     """Draw the direction of the motion.
 
     Returns:

@@ -11,12 +11,13 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 from torchvision.transforms.v2.functional import jpeg
 
 from corruptions.blur import interleave
 from corruptions.jpeg import round_trip
-from corruptions.rng import Stream
+from corruptions.rng import Fields, Size, Stream
 
 # Share of the contrast that remains.
 CONTRAST = {
@@ -61,9 +62,7 @@ ELASTIC_TRANSFORM = {
 }
 
 
-def draw_elastic_transform(
-    stream: Stream, severity: int, size: tuple[int, int], profile: int
-) -> tuple[Tensor, ...]:
+def draw_elastic_transform(stream: Stream, severity: int, size: Size, profile: int) -> Fields:
     """Draw the affine jitter and the displacements before smoothing.
 
     Returns:
@@ -149,15 +148,7 @@ def _sample(images: Tensor, x: Tensor, y: Tensor, *, align_corners: bool) -> Ten
 @cache
 def _smoothing(size: int, sigma: float) -> Tensor:
     """Build the float32 (size, size) matrix of a Gaussian cut at 3 sigma with mirrored borders."""
-    radius = int(3 * sigma + 0.5)
-    offsets = np.arange(-radius, radius + 1)
-    taps = np.exp(-0.5 * (offsets / sigma) ** 2)
-    taps /= taps.sum()
-    rows = np.arange(size)[:, None]
-    source = (rows + offsets) % (2 * size)
-    source = np.minimum(source, 2 * size - 1 - source)
-    matrix = np.zeros((size, size))
-    np.add.at(matrix, (rows, source), taps)
+    matrix = gaussian_filter1d(np.eye(size), sigma, axis=0, mode="reflect", truncate=3)
     return torch.from_numpy(matrix).float()
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corruptions.blur import take_pixels, wide_float
-from corruptions.rng import Stream
+from corruptions.rng import Fields, Size, Stream
 
 Bounds = tuple[float, float]  # low and high end of a range
 
@@ -43,7 +43,7 @@ def _whole(stream: Stream, severity: int | None, bounds: Bounds, largest: int) -
     return _amount(stream, severity, (low, high), largest).add_(0.5).int()
 
 
-def _length(stream: Stream, severity: int | None, bounds: Bounds, size: tuple[int, int]) -> Tensor:
+def _length(stream: Stream, severity: int | None, bounds: Bounds, size: Size) -> Tensor:
     """Draw lengths in px, int32 (B,), from `bounds` in px at a side of 224."""
     side = min(size)
     low, high = bounds
@@ -62,12 +62,12 @@ OCCLUSION: Bounds = (60, 127)
 def draw_occlusion(
     stream: Stream,
     severity: int | None,
-    size: tuple[int, int],
+    size: Size,
     profile: int,
     *,
     bounds: Bounds = OCCLUSION,
     grey: float | None = None,
-) -> tuple[Tensor, ...]:
+) -> Fields:
     """Draw a square inside the image. All positions are equally likely.
 
     Args:
@@ -111,11 +111,11 @@ COLOR_DISTORTION: Bounds = (0.08, 0.30)
 def draw_color_distortion(
     stream: Stream,
     severity: int | None,
-    size: tuple[int, int],
+    size: Size,
     profile: int,
     *,
     bounds: Bounds = COLOR_DISTORTION,
-) -> tuple[Tensor, ...]:
+) -> Fields:
     """Draw the channel and the amount.
 
     Returns:
@@ -143,13 +143,8 @@ TRANSLATION: Bounds = (15, 62)
 
 
 def draw_translation(
-    stream: Stream,
-    severity: int | None,
-    size: tuple[int, int],
-    profile: int,
-    *,
-    bounds: Bounds = TRANSLATION,
-) -> tuple[Tensor, ...]:
+    stream: Stream, severity: int | None, size: Size, profile: int, *, bounds: Bounds = TRANSLATION
+) -> Fields:
     """Draw the shifts with independent lengths and signs.
 
     Returns:
@@ -176,13 +171,8 @@ ROTATION: Bounds = (8, 40)
 
 
 def draw_rotation(
-    stream: Stream,
-    severity: int | None,
-    size: tuple[int, int],
-    profile: int,
-    *,
-    bounds: Bounds = ROTATION,
-) -> tuple[Tensor, ...]:
+    stream: Stream, severity: int | None, size: Size, profile: int, *, bounds: Bounds = ROTATION
+) -> Fields:
     """Draw the angle with a random sign.
 
     Returns:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corruptions.rng import Stream
+from corruptions.rng import Fields, Size, Stream
 
 # Standard deviation of the noise, as a share of full scale.
 GAUSSIAN_NOISE = {
@@ -21,9 +21,7 @@ GAUSSIAN_NOISE = {
 }
 
 
-def draw_gaussian_noise(
-    stream: Stream, severity: int, size: tuple[int, int], profile: int
-) -> tuple[Tensor, ...]:
+def draw_gaussian_noise(stream: Stream, severity: int, size: Size, profile: int) -> Fields:
     """Draw `noise`: standard normal, float32 (B, 3, H, W)."""
     return (stream.normal(3, *size),)
 
@@ -43,8 +41,8 @@ SHOT_NOISE = {
 
 
 def draw_shot_noise(
-    stream: Stream, severity: int, size: tuple[int, int], profile: int, *, images: Tensor
-) -> tuple[Tensor, ...]:
+    stream: Stream, severity: int, size: Size, profile: int, *, images: Tensor
+) -> Fields:
     """Draw Poisson-distributed photon counts for the pixels of `images`.
 
     The rate of a pixel x is x / 255 times the photons at full scale. One 32-bit word per value is
@@ -114,9 +112,7 @@ IMPULSE_NOISE = {
 }
 
 
-def draw_impulse_noise(
-    stream: Stream, severity: int, size: tuple[int, int], profile: int
-) -> tuple[Tensor, ...]:
+def draw_impulse_noise(stream: Stream, severity: int, size: Size, profile: int) -> Fields:
     """Draw `flip` and `salt`: uniform in [0, 1), float32 (B, 3, H, W)."""
     return stream.uniform(3, *size), stream.uniform(3, *size)
 

@@ -18,6 +18,9 @@ import struct
 import torch
 from torch import Tensor
 
+Size = tuple[int, int]  # height and width in px
+Fields = tuple[Tensor, ...]  # what a corruption draws, (B, ...) each
+
 _GOLDEN = -1640531527  # 0x9e3779b9 as a signed word, to spread neighboring positions
 _ROUND_1 = 0x21F0AAAD
 _ROUND_2 = 0xD35A2D97 - 2**32

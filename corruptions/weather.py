@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corruptions.blur import interleave, magick_motion_blur, zoom_axis
 from corruptions.frost import frost_textures
-from corruptions.rng import Stream
+from corruptions.rng import Fields, Size, Stream
 
 # Mean and standard deviation of the flake noise, its zoom factor, the threshold below which it is
 # set to 0, radius and standard deviation of the motion blur in px, share of the original colors.
@@ -40,9 +40,7 @@ SNOW = {
 }
 
 
-def draw_snow(
-    stream: Stream, severity: int, size: tuple[int, int], profile: int
-) -> tuple[Tensor, ...]:
+def draw_snow(stream: Stream, severity: int, size: Size, profile: int) -> Fields:
     """Draw the flakes and their direction.
 
     Returns:
@@ -100,11 +98,11 @@ FROST = {
 def draw_frost(
     stream: Stream,
     severity: int,
-    size: tuple[int, int],
+    size: Size,
     profile: int,
     *,
     frost_dir: str | PathLike[str] | None = None,
-) -> tuple[Tensor, ...]:
+) -> Fields:
     """Draw the texture and the position of the crop.
 
     As in the original, the last row and column of a texture are never used.
@@ -157,9 +155,7 @@ FOG = {
 }
 
 
-def draw_fog(
-    stream: Stream, severity: int, size: tuple[int, int], profile: int
-) -> tuple[Tensor, ...]:
+def draw_fog(stream: Stream, severity: int, size: Size, profile: int) -> Fields:
     """Draw the displacements of the plasma fractal.
 
     Returns:

@@ -28,7 +28,8 @@ from harness.benchmark.paired import pack
 from harness.benchmark.store import Cell
 from harness.benchmark.subjects import Subject
 from harness.errors import UserError
-from harness.images.corrupted import CleanImages, open_corrupted
+from harness.images.corrupted import open_corrupted
+from harness.images.datasets import Dataset
 from harness.images.loader import BatchLoader
 from harness.models import compute_logits
 
@@ -41,14 +42,12 @@ class Evaluation:
     """Everything that the cells are measured with."""
 
     config: EvalConfig
-    classes: list[str]
-    paths: list[str]  # of the test images, relative to the folder of their classes
+    data: Dataset
     loader: BatchLoader
     chosen: Tensor  # indices of the test images that count
     models: list[Subject]
     surrogate: Subject | None
     facts: dict[str, Any]  # what decides every number
-    fingerprint: str  # of both parts of the dataset: what earlier versions stored as "data"
     setup: dict[str, Any]  # what else every record says
     least_likely: dict[str, Tensor] = field(default_factory=dict)  # by model, of every test image
 
@@ -82,7 +81,7 @@ class Evaluation:
 
     def sample(self, count: int) -> Tensor:
         """Return the indices of `count` of the chosen images, as many of each class."""
-        labels = self.loader.labels.cpu()[self.chosen]
+        labels = self.data.test.labels[self.chosen]
         return self.chosen[choose_images(labels, count, self.config.seed)]
 
 
@@ -119,9 +118,8 @@ def clean_batches(run: Evaluation, name: str, severity: int | None) -> Iterator[
         for indices, (x, y) in zip(mine, run.loader.prefetch(mine), strict=True):
             yield indices.to(run.loader.device), x, y
         return
-    labels, device = run.loader.labels.cpu(), run.loader.device
-    test = CleanImages(run.paths, run.classes, labels)
-    read = open_corrupted(place, severity, test, chosen.tolist(), run.facts["size"])
+    labels, device = run.data.test.labels, run.loader.device
+    read = open_corrupted(place, severity, run.data, chosen.tolist(), run.facts["size"])
     images = read(i for indices in mine for i in indices.tolist())
     for indices in mine:
         x = torch.stack(list(islice(images, len(indices)))).to(device).float().div_(255)
@@ -280,8 +278,8 @@ def refuse_other_runs(run: Evaluation, path: Path, cells: list[Cell]) -> None:
             continue  # of an --attack or --epsilon that this run does not have
         wanted = run.decided_by(cell["perturbation"])
         wanted["n"] = len(run.images_of(cell["perturbation"]))
-        if cell.get("data") == run.fingerprint:
-            wanted["data"] = run.fingerprint
+        if cell.get("data") == run.data.fingerprint:  # which earlier versions stored
+            wanted["data"] = run.data.fingerprint
         found = {k: cell.get(k, EARLIER.get(k)) for k in wanted}
         other = [f"{k}: {found[k]}, now {v}" for k, v in wanted.items() if found[k] != v]
         if cell["model"] not in digests:

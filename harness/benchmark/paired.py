@@ -56,12 +56,11 @@ def unpack(text: str, n: int) -> Array:
 
 def robustness_interval(a: Array, c: Array) -> tuple[float, float]:
     """Compute the 95 % interval of R = mean(a) / mean(c); NaN where that does not exist."""
-    if len(a) < 2 or not c.any():
+    if not c.any():
         return math.nan, math.nan
     if _few(a, c):
         return _bootstrap(a, c)[:2]
-    half = _quantile() * _standard_error(_influence(a, c))
-    return float(a.mean() / c.mean() - half), float(a.mean() / c.mean() + half)
+    return _normal(float(a.mean() / c.mean()), _influence(a, c))[1:3]
 
 
 def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | None:
@@ -78,7 +77,7 @@ def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | N
         return None
     value = float(a.mean() / c.mean() - b.mean() / d.mean())
     influence = _influence(a, c) - _influence(b, d)
-    if len(a) > 1 and (_few(a, c) or _few(b, d)):
+    if _few(a, c) or _few(b, d):
         return Difference(value, *_bootstrap(a, c, b, d), influence)
     return _normal(value, influence)
 
@@ -117,8 +116,11 @@ def combine_seeds(differences: Sequence[Difference]) -> Difference:
     return _normal(mean, influence, error, freedom)
 
 
-def subtract(first: Difference | None, second: Difference) -> Difference:
+def subtract(first: Difference | None, second: Difference | None) -> Difference:
     """Compare two models by their differences to a third one; None is the third one itself."""
+    if first and not second:
+        return first
+    assert second
     value = (first.value if first else 0.0) - second.value
     influence = (first.influence if first else 0.0) - second.influence
     return _normal(value, np.asarray(influence))
@@ -153,10 +155,6 @@ def _standard_error(influence: Array) -> float:
     return float(influence.std(ddof=1) / math.sqrt(len(influence))) if len(influence) > 1 else 0.0
 
 
-def _quantile(freedom: float = math.inf) -> float:
-    return float(stats.t.ppf(0.975, freedom))
-
-
 def _normal(
     value: float, influence: Array, error: float | None = None, freedom: float = math.inf
 ) -> Difference:
@@ -164,14 +162,14 @@ def _normal(
     error = _standard_error(influence) if error is None else error
     if len(influence) < 2 and error == 0:
         return Difference(value, math.nan, math.nan, math.nan, influence)
-    half = _quantile(freedom) * error
+    half = float(stats.t.ppf(0.975, freedom)) * error
     p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error else float(value == 0)
     return Difference(value, value - half, value + half, p, influence)
 
 
 def _few(a: Array, c: Array) -> bool:
     """Return whether R is so near 0 or 1 that its distribution is not normal."""
-    return float(min(a.sum(), np.abs(c - a).sum())) < FEW
+    return len(a) > 1 and float(min(a.sum(), np.abs(c - a).sum())) < FEW
 
 
 def _bootstrap(a: Array, c: Array, *other: Array) -> tuple[float, float, float]:

@@ -14,8 +14,6 @@ SUPPLEMENT = "cw2_0"  # CW2 at confidence 0: the smallest adversarial step
 SUPPLEMENT_ROUNDS = 4  # of its bisection, which finds a step of about the smallest length
 SAMPLE = 200  # images that the attack checks and the supplement take
 
-_CW2 = ATTACKS["cw2"]
-
 
 class Perturbation(NamedTuple):
     """A row of the registry."""
@@ -49,12 +47,10 @@ def _register() -> dict[str, Perturbation]:
             # For an accuracy it need not search the nearest image: one round tells what it reaches.
             attack = attack._replace(keywords=attack.keywords | {"rounds": 1})
         rows[name] = Perturbation(attack.box, column=attack.column, attack=attack)
-    broken = Attack(broken_gradients, {}, "clean images with their gradients")
-    for name, attack in {"clean": broken, **CHECKS}.items():
+    for name, attack in {"clean": Attack(broken_gradients, {}), **CHECKS}.items():
         rows[CHECK + name] = Perturbation("checks", attack=attack, sampled=True)
-    smallest = _CW2._replace(
-        keywords=_CW2.keywords | {"confidence": 0.0, "rounds": SUPPLEMENT_ROUNDS}
-    )
+    settings = ATTACKS["cw2"].keywords | {"confidence": 0.0, "rounds": SUPPLEMENT_ROUNDS}
+    smallest = ATTACKS["cw2"]._replace(keywords=settings)
     rows[SUPPLEMENT] = Perturbation("supplement", attack=smallest, sampled=True)
     return rows
 

@@ -8,7 +8,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -30,43 +30,44 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtlat"
 
 
-def decode_cached(
-    root: Path,
-    files: list[File],
-    size: int,
-    *,
-    resize: int | None,
-    skip_bad_images: bool,
-    cache_dir: Path,
-    title: str,
-) -> tuple[ImageSet, list[File], int]:
+class Files(NamedTuple):
+    """Image files of a dataset, and what else decides their pixels."""
+
+    root: Path  # the dataset's folder
+    files: list[File]  # paths relative to it
+    size: int  # side of the square in pixels
+    resize: int | None  # as in `make_square`
+    skip_bad_images: bool  # leave out unreadable files instead of raising
+    cache_dir: Path  # where the pixels are kept
+
+    def pixels(self) -> Path:
+        """Name the cache file by a hash of everything that decides the pixels."""
+        facts = [VERSION, str(self.root.resolve()), self.size, self.skip_bad_images]
+        facts += [self.resize] if self.resize else []  # squashed ones are named as before
+        facts += [(*file, *_stamp(self.root / file.path)) for file in self.files]
+        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        return self.cache_dir / f"{name}.u8"
+
+
+def decode_cached(source: Files, title: str) -> tuple[ImageSet, list[File], int]:
     """Return image files as a memory-mapped image set, decoded now or by an earlier run.
 
     The cache file is named by a hash of everything that decides its pixels, so that a change of
     any file or setting makes a new one. Its manifest is written last: a file without a manifest, or
     with a wrong checksum, is decoded again.
 
-    Args:
-        root: the dataset's folder.
-        files: paths relative to it.
-        size: side of the square in pixels.
-        resize: as in `make_square`.
-        skip_bad_images: leave out unreadable files instead of raising.
-        cache_dir: where the pixels are kept.
-        title: of the progress bar.
-
     Returns:
         The image set, its files without those that were left out, and the checksum of its pixels
         and labels.
     """
-    pixels = _pixels_path(root, files, size, resize, skip_bad_images, cache_dir)
+    pixels = source.pixels()
     manifest = pixels.with_suffix(".json")
     if (found := _read_cache(pixels, manifest)) is None:
-        with lock_folder(cache_dir, wait=True):
+        with lock_folder(source.cache_dir, wait=True):
             if _read_cache(pixels, manifest) is None:  # no other run made it meanwhile
-                record = _write_pixels(pixels, root, files, size, resize, skip_bad_images, title)
-                if pixels != _pixels_path(root, files, size, resize, skip_bad_images, cache_dir):
-                    raise UserError(f"{root} changed while it was read; start again")
+                record = _write_pixels(pixels, source, title)
+                if pixels != source.pixels():
+                    raise UserError(f"{source.root} changed while it was read; start again")
                 atomic_write(manifest, json.dumps(record))
             found = _read_cache(pixels, manifest)
         if found is None:
@@ -75,38 +76,19 @@ def decode_cached(
     skipped = set(record["skipped"])
     if skipped:
         tqdm.write(f"{title}: {len(skipped)} bad images skipped, listed in {manifest}")
-    return images, [file for file in files if file.path not in skipped], record["crc"]
+    return images, [file for file in source.files if file.path not in skipped], record["crc"]
 
 
-def cached_checksum(
-    root: Path,
-    files: list[File],
-    size: int,
-    *,
-    resize: int | None,
-    skip_bad_images: bool,
-    cache_dir: Path,
-) -> int | None:
+def cached_checksum(source: Files) -> int | None:
     """Return the checksum that `decode_cached` returned in an earlier run, or None.
 
     Nothing is decoded, and the cached pixels are not read.
     """
-    pixels = _pixels_path(root, files, size, resize, skip_bad_images, cache_dir)
     try:
-        crc: int = json.loads(pixels.with_suffix(".json").read_bytes())["crc"]
+        crc: int = json.loads(source.pixels().with_suffix(".json").read_bytes())["crc"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return crc
-
-
-def _pixels_path(
-    root: Path, files: list[File], size: int, resize: int | None, skip_bad: bool, cache_dir: Path
-) -> Path:
-    """Name the cache file by a hash of everything that decides the pixels."""
-    facts = [VERSION, str(root.resolve()), size, skip_bad]
-    facts += [resize] if resize else []  # squashed images have the names of earlier versions
-    facts += [(*file, *_stamp(root / file.path)) for file in files]
-    return cache_dir / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.u8"
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -118,34 +100,26 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _write_pixels(
-    pixels: Path,
-    root: Path,
-    files: list[File],
-    size: int,
-    resize: int | None,
-    skip_bad: bool,
-    title: str,
-) -> dict[str, Any]:
+def _write_pixels(pixels: Path, source: Files, title: str) -> dict[str, Any]:
     """Decode the files into one file. Returns the manifest, whose checksum covers both."""
+    root, files, size, resize, skip_bad_images, _ = source
     labels: list[int] = []
     skipped: list[str] = []
     crc = 0
     with atomic_path(pixels) as temporary, open(temporary, "wb") as sink:
-        for file, image in tqdm(
-            decode_all(root, files, size, resize), title, len(files), unit="img", disable=None
-        ):
-            if isinstance(image, str):
-                if not skip_bad:
-                    raise UserError(
-                        f"{root / file.path}: {image}; repair or remove the file, or add"
-                        " --skip-bad-images"
-                    )
-                skipped.append(file.path)
-            else:
+        decoded = decode_all(root, files, size, resize)
+        for file, image in tqdm(decoded, title, len(files), unit="img", disable=None):
+            if not isinstance(image, str):
                 sink.write(image)
                 crc = zlib.crc32(image, crc)
                 labels.append(file.label)
+            elif skip_bad_images:
+                skipped.append(file.path)
+            else:
+                raise UserError(
+                    f"{root / file.path}: {image}; repair or remove the file, or add"
+                    " --skip-bad-images"
+                )
     record = {"shape": [len(labels), 3, size, size], "labels": labels, "skipped": skipped}
     return {**record, "crc": checksum(record, crc)}
 

@@ -5,31 +5,24 @@ CIFAR-10-C, CIFAR-100-C: DIR/NAME.npy, uint8 (50000, 32, 32, 3), and DIR/labels.
 test images in order, at severity 1, then at severity 2, and so on
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
+from os.path import splitext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
 from corruptions import SEVERITIES
 from harness.errors import UserError
 from harness.images.cache import decode_all
+from harness.images.datasets import Dataset
 from harness.images.folders import File, list_classes
-from harness.images.preprocess import resize_to_square
 
 LABELS = "labels.npy"
 ARRAYS = ("cifar10", "cifar100")  # values of --data whose corrupted images are published as arrays
-
-
-class CleanImages(NamedTuple):
-    """The clean test images that corrupted ones are found by."""
-
-    paths: list[str]  # relative to the folder of their classes; of CIFAR, source/index
-    classes: list[str]
-    labels: Tensor  # class indices (N,)
 
 
 def find_corruption(root: Path, name: str, family: str) -> Path | None:
@@ -40,14 +33,14 @@ def find_corruption(root: Path, name: str, family: str) -> Path | None:
 
 
 def open_corrupted(
-    place: Path, severity: int, test: CleanImages, chosen: list[int], size: int
+    place: Path, severity: int, data: Dataset, chosen: list[int], size: int
 ) -> Callable[[Iterable[int]], Iterator[Tensor]]:
     """Find the corrupted images of the chosen test images.
 
     Args:
         place: what `find_corruption` returns.
         severity: 1 to 5.
-        test: all test images.
+        data: the clean images.
         chosen: indices of those that count.
         size: side of the images in pixels.
 
@@ -59,12 +52,14 @@ def open_corrupted(
     """
     if place.suffix != ".npy":
         folder = place / str(severity)
-        files = _find_files(folder, test, chosen)
+        files = _find_files(folder, data, chosen)
         return lambda indices: _decode(folder, [files[i] for i in indices], size)
-    images, numbers = _map_array(place, test)
+    images, numbers = _map_array(place, data)
     start = (severity - 1) * (len(images) // len(SEVERITIES))
+    rows = start + np.array(numbers)
     return lambda indices: (
-        resize_to_square(_copy(images[start + numbers[i]]), size) for i in indices
+        resize(torch.from_numpy(images[rows[i]].transpose(2, 0, 1).copy()), [size, size])
+        for i in indices
     )
 
 
@@ -76,7 +71,7 @@ def _decode(folder: Path, files: list[File], size: int) -> Iterator[Tensor]:
         yield torch.from_numpy(image)
 
 
-def _find_files(folder: Path, test: CleanImages, chosen: list[int]) -> dict[int, File]:
+def _find_files(folder: Path, data: Dataset, chosen: list[int]) -> dict[int, File]:
     """Find the file of each chosen test image in FOLDER/class/, by the image's index.
 
     Files are found by the names of the test images without their suffixes, so that a tree that also
@@ -84,12 +79,12 @@ def _find_files(folder: Path, test: CleanImages, chosen: list[int]) -> dict[int,
     """
     found = list_classes(folder) if folder.is_dir() else {}
     there = {
-        _stem(relative): File(relative, label)
-        for label, name in enumerate(test.classes)
+        splitext(relative)[0]: File(relative, label)
+        for label, name in enumerate(data.classes)
         for path in found.get(name, [])
         for relative in [Path(path).relative_to(folder).as_posix()]
     }
-    names = {i: _stem(test.paths[i]) for i in chosen}
+    names = {i: splitext(data.paths[i])[0] for i in chosen}
     if missing := [name for name in names.values() if name not in there]:
         raise UserError(
             f"--imagenet-c: {folder} lacks {len(missing)} of the {len(names)} test images, such as"
@@ -103,18 +98,14 @@ def _find_files(folder: Path, test: CleanImages, chosen: list[int]) -> dict[int,
     return {i: there[name] for i, name in names.items()}
 
 
-def _stem(path: str) -> str:
-    return os.path.splitext(path)[0]
-
-
-def _map_array(place: Path, test: CleanImages) -> tuple[Any, list[int]]:
+def _map_array(place: Path, data: Dataset) -> tuple[Any, list[int]]:
     """Map an array into memory, and check that its labels are those of the test images.
 
     Returns:
         The array, and the number of each test image in a block of one severity. The test images
         are fewer than those of a block if only some classes are kept.
     """
-    sources, numbers = zip(*(path.split("/", 1) for path in test.paths), strict=True)
+    sources, numbers = zip(*(path.split("/", 1) for path in data.paths), strict=True)
     if not set(sources) <= set(ARRAYS):
         raise UserError(f"--imagenet-c: {place} is scored with --data {' or '.join(ARRAYS)}")
     images, labels = (_load_array(path) for path in (place, place.with_name(LABELS)))
@@ -125,17 +116,12 @@ def _map_array(place: Path, test: CleanImages) -> tuple[Any, list[int]]:
             f" of {LABELS} it must be uint8 {(len(labels), 32, 32, 3)}"
         )
     rows = [int(number) for number in numbers]
-    if not _same_labels(labels, count, rows, test.labels.tolist()):
+    if not _same_labels(labels, count, rows, data.test.labels.tolist()):
         raise UserError(
             f"--imagenet-c: {place.with_name(LABELS)} are not {len(SEVERITIES)} times the labels of"
             f" the test images of --data {sources[0]}: name the folder that belongs to it"
         )
     return images, rows
-
-
-def _copy(image: Any) -> Tensor:
-    """Copy an image of the file, (H, W, 3), to a tensor (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _load_array(path: Path) -> Any:

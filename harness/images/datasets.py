@@ -17,13 +17,14 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor
+from torchvision.transforms import v2
 
 from harness.errors import UserError, downloading
 from harness.images import embedded
-from harness.images.cache import cached_checksum, decode_cached, default_cache_dir
+from harness.images.cache import Files, cached_checksum, decode_cached, default_cache_dir
 from harness.images.folders import Listing, choose_classes, list_folder
 from harness.images.loader import ImageSet
-from harness.images.preprocess import Crop, resize_side, resize_to_square
+from harness.images.preprocess import Crop, resize_side
 
 SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32}  # default sides; folders: the paper's 224
 MAX_SIDE = 4096  # above it nothing trains, and memory runs out
@@ -83,8 +84,10 @@ def load_dataset(
     if source in ("cifar10", "cifar100"):
         return _load_cifar(source, size, num_classes, seed, download, cache)
     listing = list_folder(Path(source), num_classes, seed, test_only=test_only, hold_out=hold_out)
-    options = {"resize": resize_side(crop, size), "skip_bad_images": skip_bad_images}
-    return _load_folder(Path(source), listing, size, {**options, "cache_dir": cache}, test_only)
+    side = resize_side(crop, size)
+    return _load_folder(
+        listing, Files(Path(source), [], size, side, skip_bad_images, cache), test_only
+    )
 
 
 def _select_classes(images: Tensor, labels: Tensor, names: list[str], kept: list[str]) -> ImageSet:
@@ -111,19 +114,19 @@ def _load_shapes(size: int, num_classes: int | None, seed: int) -> Dataset:
 def _load_cifar(
     source: str, size: int, num_classes: int | None, seed: int, download: bool, root: Path
 ) -> Dataset:
-    datasets = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+    kind = getattr(torchvision.datasets, source.upper())
     parts: dict[str, ImageSet] = {}
     for part in ("train", "test"):
         try:
             with downloading("--download", source, root):
-                raw = datasets[source](root, train=part == "train", download=download)
+                raw = kind(root, train=part == "train", download=download)
         except RuntimeError:
             raise UserError(
                 f"{source} is not in {root}: name its folder with --cache-dir, or download it by"
                 f" train.py --data {source} --download"
             ) from None
         images = torch.from_numpy(np.ascontiguousarray(raw.data.transpose(0, 3, 1, 2)))
-        images = resize_to_square(images, size)
+        images = v2.functional.resize(images, [size, size])
         kept = choose_classes(sorted(raw.classes), num_classes, seed)
         parts[part] = _select_classes(images, torch.tensor(raw.targets), raw.classes, kept)
     digest = hashlib.sha256(b"".join(parts[p].labels.numpy().tobytes() for p in parts))
@@ -133,19 +136,17 @@ def _load_cifar(
     return Dataset(parts["train"], parts["test"], kept, paths, fingerprint, fingerprint, source)
 
 
-def _load_folder(
-    root: Path, listing: Listing, size: int, options: dict[str, Any], test_only: bool
-) -> Dataset:
+def _load_folder(listing: Listing, source: Files, test_only: bool) -> Dataset:
+    root, size = source.root, source.size
     nothing = torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
     sets = {"train": ImageSet(*nothing)}
     facts: dict[str, list[Any]] = {}
     for part, files in listing.parts.items():
+        source = source._replace(files=files)
         if part == "train" and test_only:
-            content = cached_checksum(root, files, size, **options)
+            content = cached_checksum(source)
         else:
-            sets[part], kept, content = decode_cached(
-                root, files, size, title=f"decoding {part}", **options
-            )
+            sets[part], kept, content = decode_cached(source, f"decoding {part}")
             if not len(sets[part].labels):
                 raise UserError(
                     f"{root}: no readable image in the {part} part; see --data in --help"

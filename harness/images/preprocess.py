@@ -11,9 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
-from torch import Tensor
 from torchvision.transforms import functional as F
-from torchvision.transforms import v2
 
 from harness.errors import UserError
 from harness.images.folders import SUFFIXES
@@ -40,14 +38,6 @@ def make_square(image: Image.Image, size: int, resize: int | None) -> Image.Imag
         return image.resize((size, size), Image.Resampling.BILINEAR)
     cut: Image.Image = F.center_crop(F.resize(image, [resize]), [size, size])
     return cut
-
-
-def resize_to_square(images: Tensor, size: int) -> Tensor:
-    """Resize images uint8 (..., 3, H, W) in memory to `size`, bilinear and antialiased."""
-    if images.shape[-2:] == (size, size):
-        return images
-    resized: Tensor = v2.functional.resize(images, [size, size])
-    return resized
 
 
 def kind(crop: Crop) -> str:

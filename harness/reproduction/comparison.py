@@ -11,7 +11,7 @@ the opposite one ("contradicts"), it is "undecided", or the score is "void".
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -188,12 +188,8 @@ def orders(rows: Sequence[Compared]) -> list[Order]:
 
 def _subtract_seeds(first: list[Difference], second: list[Difference]) -> Difference | None:
     """Compare two methods by their differences to the baseline, which has none to itself."""
-    if first and second and len(first) == len(second):
-        pairs = zip(first, second, strict=True)
-        return uncorrected(combine_seeds([subtract(a, b) for a, b in pairs]))
-    if first:
-        return uncorrected(combine_seeds(first))
-    return uncorrected(combine_seeds([subtract(None, b) for b in second])) if second else None
+    pairs = [subtract(a, b) for a, b in zip_longest(first, second)]
+    return uncorrected(combine_seeds(pairs)) if pairs else None
 
 
 # ---------------------------------------------------------------------------- text
@@ -205,7 +201,9 @@ def comparison_table(rows: Sequence[Compared]) -> list[list[str]]:
     The columns of a method are ours, the paper's, and the verdict. The baseline has the first two.
     """
     header, names = [""], [n for n in HEADINGS if any(n in row.entries for row in rows)]
-    lines = [[_heading(rows, name)] for name in names]
+    void = any(e.verdict == VOID for row in rows for e in row.entries.values())
+    titles = HEADINGS | ({ATTACKS_TITLE: "mean of 4, without CW2"} if void else {})
+    lines = [[titles[name]] for name in names]
     for row in rows:
         signed = any(entry.verdict for entry in row.entries.values())
         header += [row.method, "paper", "verdict"] if signed else [row.method, "paper"]
@@ -214,12 +212,6 @@ def comparison_table(rows: Sequence[Compared]) -> list[list[str]]:
             line += [format_entry(name, entry), _format_paper(name, entry)]
             line += [(entry.verdict if entry else "") or MISSING] if signed else []
     return [header, *lines]
-
-
-def _heading(rows: Sequence[Compared], name: str) -> str:
-    """Name a line of a table; the mean of the attacks says how many it averages."""
-    void = any(e.verdict == VOID for row in rows for e in row.entries.values())
-    return "mean of 4, without CW2" if void and name == ATTACKS_TITLE else HEADINGS[name]
 
 
 def comparison_caption(rows: Sequence[Compared]) -> str:

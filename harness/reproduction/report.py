@@ -43,7 +43,7 @@ from harness.reproduction.comparison import (
 from harness.reproduction.mechanism import average, follow_all, mechanism_section
 from harness.reproduction.page import Block, Code, Figure, Section, Table, Text, render_page
 from harness.reproduction.paper import BASELINE, methods_of_table
-from harness.reproduction.plan import ReproduceConfig
+from harness.reproduction.plan import EvalTask, ReproduceConfig
 from harness.training.config import TrainConfig
 from harness.training.methods import METHODS
 
@@ -84,17 +84,9 @@ class Evaluated(NamedTuple):
     minutes: float
 
 
-def read_evaluation(
-    folder: Path, arch: str, seed: int, tables: list[int], models: dict[str, Path]
-) -> Evaluated:
-    """Read the results of evaluate.py.
-
-    Args:
-        folder: its output folder.
-        arch, seed: of the networks.
-        tables: the paper's tables that the results are for.
-        models: the trainings' folders by method.
-    """
+def read_evaluation(task: EvalTask) -> Evaluated:
+    """Read the results of evaluate.py."""
+    folder, _, arch, seed, tables, models, _ = task
     known = json.loads((folder / "results.json").read_text())["weights"]
     digests = {method: known[path.name] for method, path in models.items()}
     cells = read_cells(folder / "cells.jsonl")

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -307,8 +307,3 @@ def refuse_overwriting(output_dir: str, resumed: str | None) -> None:
             f"{output_dir} holds an earlier run: add --resume auto to continue it, or choose"
             " another --output-dir"
         )
-
-
-def saved_settings(config: TrainConfig, **facts: Any) -> dict[str, Any]:
-    """Return the configuration and further facts as the plain values that a checkpoint stores."""
-    return {**asdict(config), **facts}

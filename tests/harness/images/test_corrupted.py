@@ -14,7 +14,9 @@ import evaluate
 from harness.benchmark.store import read_cells
 from harness.errors import UserError
 from harness.images import corrupted
-from harness.images.corrupted import CleanImages, find_corruption, open_corrupted
+from harness.images.corrupted import find_corruption, open_corrupted
+from harness.images.datasets import Dataset
+from harness.images.loader import ImageSet
 from tests.support.tiny import image_folder
 
 CLASSES = ["zebra", "ant", "mouse"]  # not sorted, so that labels of arrays differ from ours
@@ -44,12 +46,13 @@ def published(tmp_path: Path) -> Path:
     return folder
 
 
-def clean(kept: list[str]) -> CleanImages:
-    """List the test images of some classes, as datasets.py does."""
+def clean(kept: list[str]) -> Dataset:
+    """Make a dataset of the test images of some classes, as datasets.py does."""
     targets = Cifar(Path(), False, False).targets
     rows = [i for i, k in enumerate(targets) if CLASSES[k] in kept]
     labels = torch.tensor([sorted(kept).index(CLASSES[targets[i]]) for i in rows])
-    return CleanImages([f"cifar10/{i}" for i in rows], sorted(kept), labels)
+    test = ImageSet(torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8), labels)
+    return Dataset(test, test, sorted(kept), [f"cifar10/{i}" for i in rows], "", "", "test")
 
 
 @pytest.mark.parametrize("kept", [CLASSES, ["ant", "zebra"]])
