@@ -142,7 +142,7 @@ def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
 
 def check_corruptions(config: EvalConfig, side: int) -> None:
     """Raise `UserError` if images of this size cannot be corrupted, or frost has no textures."""
-    if side < MIN_SIDE:
+    if side < MIN_SIDE and ALL_CORRUPTIONS.keys() & set(config.perturbations):
         raise UserError(f"--size {side}: the corruptions need images of {MIN_SIDE} px or more")
     try:
         if "frost" in config.perturbations:
@@ -188,7 +188,8 @@ def measure_all(run: Evaluation, warnings: list[str]) -> None:
     """Measure and store cell after cell, then write the tables and figures."""
     out = run.output_dir
     path = out / "cells.jsonl"
-    (cells, *_) = distributed.all_gather(read_cells(path) if distributed.rank() == 0 else [])
+    found = read_cells(path, repair=True) if distributed.rank() == 0 else []
+    (cells, *_) = distributed.all_gather(found)
     refuse_other_runs(run, path, cells)
     if distributed.rank() == 0:
         atomic_write(out / "images.txt", list_images(run))

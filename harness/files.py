@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,11 @@ try:
     import fcntl
 except ImportError:  # Windows: folders are not locked there
     fcntl = None  # type: ignore[assignment]
+
+
+def file_name(text: str) -> str:
+    """Make a name like timm:hf-hub:ORG/NAME part of a file's name."""
+    return re.sub("[:/]", "-", text)
 
 
 @contextmanager

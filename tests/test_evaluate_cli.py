@@ -23,6 +23,7 @@ from harness.benchmark.checks import CHECKS
 from harness.benchmark.config import EvalConfig
 from harness.benchmark.fusion import fuse_for_inference
 from harness.benchmark.paired import unpack
+from harness.benchmark.store import read_cells
 from harness.cli import build_parser
 from harness.errors import UserError
 from harness.models import find_weights
@@ -578,3 +579,10 @@ def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     for name, value in vars(args).items():
         if isinstance(value, int | str) and name != "cache_dir":
             assert f"(default: {value})" in " ".join(text.split()), name
+
+
+def test_images_too_small_for_corruptions_are_scored_clean(go: Any, tmp_path: Path) -> None:
+    go("--epochs", "1")  # on images of 12 px
+    argv = [str(tmp_path / "out" / "last.pt"), "--output-dir", str(tmp_path / "scores")]
+    evaluate.main([*argv, "--device", "cpu", "--only", "clean"])
+    assert [cell["n"] for cell in read_cells(tmp_path / "scores" / "cells.jsonl")] == [3]

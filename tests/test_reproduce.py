@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,14 @@ def test_the_passes_are_those_that_the_attacks_say() -> None:
     }  # fmt: skip
     assert {name: estimate.count_passes(name) for name in expected} == expected
     assert estimate.count_passes("cw2") == 40
+
+
+def test_names_with_slashes_make_no_folders(images: Path) -> None:
+    config = plan.parse_reproduce_config(argv(images))
+    config = replace(config, archs=["timm:hf-hub:ORG/NAME"])
+    tasks = list(plan.make_plan(config))
+    assert {task.folder.parent for task in tasks} == {Path(config.output_dir)}
+    assert any("timm-hf-hub-ORG-NAME" in task.folder.name for task in tasks)
 
 
 def test_estimates_are_the_measured_passes_times_their_number(

@@ -213,7 +213,9 @@ def _void(cells: Cells, baseline: str) -> frozenset[str]:
     CW2 at confidence 50 then measures the scale of the baseline's logits, and not its robustness.
     """
     cell = cells.get((baseline, "cw2", None))
-    return frozenset({"cw2"} if cell and cell["reached"] <= VOID_SHARE * cell["right"] else ())
+    return frozenset(
+        {"cw2"} if cell and cell.get("reached", 0) <= VOID_SHARE * cell["right"] else ()
+    )
 
 
 def _accuracies(scores: Mapping[str, Score]) -> dict[str, float]:

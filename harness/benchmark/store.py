@@ -15,8 +15,13 @@ from harness.files import checksum
 Cell = dict[str, Any]
 
 
-def read_cells(path: Path) -> list[Cell]:
-    """Read the finished cells. Truncates a last line that a crash left unfinished.
+def read_cells(path: Path, *, repair: bool = False) -> list[Cell]:
+    """Read the finished cells. Leaves out a last line that is unfinished.
+
+    Args:
+        path: the file; without one there are no cells.
+        repair: cut off the unfinished line, which a crash left. Others may be writing it: only the
+            run that has locked the folder may do this.
 
     Raises:
         UserError: a line is damaged.
@@ -25,7 +30,7 @@ def read_cells(path: Path) -> list[Cell]:
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
+    if repair and len(whole) < len(content):
         os.truncate(path, len(whole))
     cells = []
     for i, text in enumerate(whole.splitlines(), 1):

@@ -12,6 +12,7 @@ from harness.benchmark.store import read_cells
 from harness.cli import number, option, parse_options
 from harness.devices import resolve_device
 from harness.errors import UserError
+from harness.files import file_name
 from harness.images.datasets import SIZES
 from harness.reproduction.paper import BASELINE, methods_of_table
 from harness.training.config import SHAPES_RECIPE
@@ -177,7 +178,7 @@ def _methods(config: ReproduceConfig, table: int) -> list[str]:
 
 
 def _folder(config: ReproduceConfig, arch: str, method: str, seed: int) -> Path:
-    return Path(config.output_dir, f"{arch.replace(':', '-')}-{method}-seed{seed}")
+    return Path(config.output_dir, f"{file_name(arch)}-{method}-seed{seed}")
 
 
 def _train_task(config: ReproduceConfig, arch: str, method: str, seed: int) -> TrainTask:
@@ -203,7 +204,7 @@ def _eval_task(
     """
     kind = "evaluation" if surrogate else "clean"
     methods = {method for table in tables for method in _methods(config, table)}
-    folder = Path(config.output_dir, f"{kind}-{arch.replace(':', '-')}-seed{seed}")
+    folder = Path(config.output_dir, f"{kind}-{file_name(arch)}-seed{seed}")
     there = {cell["label"] for cell in read_cells(folder / "cells.jsonl")}
     folders = {method: _folder(config, arch, method, seed) for method in METHODS}
     models = {m: path for m, path in folders.items() if m in methods or path.name in there}

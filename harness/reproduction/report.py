@@ -23,7 +23,7 @@ from harness.benchmark.tables import (
     to_plain,
 )
 from harness.checkpoints import load_checkpoint
-from harness.files import atomic_write
+from harness.files import atomic_write, file_name
 from harness.images import embedded
 from harness.images.datasets import Dataset
 from harness.images.loader import BatchLoader
@@ -220,7 +220,7 @@ def _make_sections(
     curves: list[Block] = []
     for arch in config.archs:
         folders = {m: path for one in first if one.arch == arch for m, path in one.models.items()}
-        path = out / f"curves-{arch.replace(':', '-')}.png"
+        path = out / f"curves-{file_name(arch)}.png"
         plots.plot_curves({m: trained[folder.name].log for m, folder in folders.items()}, path)
         curves.append(Figure(path, f"{arch}, seed 0: losses and clean accuracy by epoch"))
     return [
@@ -247,13 +247,13 @@ def _answer_figures(tables: list[list[Compared]], out: Path) -> Iterator[Block]:
             for m, row in rows.items() if m != BASELINE
         }  # fmt: skip
         if table[0].table < 3 and any(map(any, (d.values() for d in compared.values()))):
-            arch = table[0].arch.replace(":", "-")
+            arch = file_name(table[0].arch)
             path = out / f"differences-{arch}-table{table[0].table}.png"
-            plots.plot_differences(compared, BASELINE, path, paper_differences(rows))
-            yield Figure(
-                path, f"{table[0].arch}: R minus the R of the standard training, with paired 95 %"
-                " intervals; diamonds: the paper's M-TLAT",
-            )  # fmt: skip
+            papers = paper_differences(rows)
+            plots.plot_differences(compared, BASELINE, path, papers)
+            caption = f"{table[0].arch}: R minus the R of the standard training, with paired 95 %"
+            caption += " intervals" + ("; diamonds: the paper's M-TLAT" if papers else "")
+            yield Figure(path, caption)
 
 
 def paper_differences(rows: Mapping[str, Compared]) -> dict[str, float]:
@@ -280,7 +280,7 @@ def _measured(one: Evaluated, out: Path) -> Iterator[Block]:
         )  # fmt: skip
     if one.results.notes:
         yield Text("\n\n".join(one.results.notes))
-    arch = one.arch.replace(":", "-")
+    arch = file_name(one.arch)
     bars, lines = out / f"robustness-{arch}.png", out / f"severities-{arch}.png"
     plots.plot_robustness(one.results, bars)
     yield Figure(bars, "Robustness with 95 % intervals")

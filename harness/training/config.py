@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from harness.cli import number, option, parse_options
 from harness.cnn import CONVOLUTIONS
 from harness.devices import resolve_device
 from harness.errors import UserError
+from harness.files import file_name
 from harness.images.cache import default_cache_dir
 from harness.images.datasets import MAX_SIDE, SIZES
 from harness.images.preprocess import CROPS
@@ -181,8 +181,7 @@ def parse_train_config(
                 f"--weights {values['weights']} is a plain state dict: name its architecture with"
                 " --arch"
             )
-    name = re.sub("[:/]", "-", f"{values['arch']}-{values['method']}")
-    folder = values["output_dir"] or f"runs/{name}"
+    folder = values["output_dir"] or f"runs/{file_name(values['arch'])}-{values['method']}"
     path = Path(folder, "last.pt") if values["resume"] == "auto" else Path(values["resume"] or "")
     begun, checkpoint = Path(folder, "args.json"), None
     if values["resume"] and (values["resume"] != "auto" or path.exists()):

@@ -105,6 +105,7 @@ def test_finished_cells(tmp_path: Path, damage: list[Any]) -> None:
     path.write_bytes(damaged(path.read_bytes(), damage))
     try:
         found = store.read_cells(path)
+        assert store.read_cells(path, repair=True) == found
     except UserError as error:
         told(error, path)
         assert " is damaged; delete it and start again" in str(error)

@@ -214,6 +214,12 @@ def test_paired_outcomes_decide_signs() -> None:
     assert flat["beta", "fog", "1"]["decided"] == flat["alpha", "fog", "mean"]["decided"] == ""
 
 
+def test_a_model_that_is_never_right_has_no_cw2() -> None:
+    lines = [line(m, "clean", 0) for m in (A, B)]
+    lines += [line(m, "cw2", 0, right=0) for m in (A, B)]  # and so no "reached"
+    assert make(lines).rows[0].void == {"cw2"} and "CW2" in tables.to_text(make(lines))
+
+
 def test_cw2_is_void_where_it_gives_up_on_the_baseline() -> None:
     others = [line(m, name, 40) for m in (A, B) for name in ATTACKS if name != "cw2"]
     clean = [line(A, "clean", 80), line(B, "clean", 80)]
