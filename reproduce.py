@@ -53,8 +53,7 @@ def reproduce(config: ReproduceConfig) -> None:
         list_tasks(config, tasks, progress, data)
         return
     for task in tasks:
-        done, settings = progress.get(task.folder, (0, None))
-        if settings and done == settings.epochs:
+        if isinstance(task, TrainTask) and is_finished(progress[task.folder]):
             print(f"finished: {task.folder}")
         else:
             run_task(task)
@@ -80,6 +79,12 @@ def read_progress(task: TrainTask, data: Dataset) -> Progress:
             " --output-dir"
         )
     return len(checkpoint["log"]) if checkpoint else 0, config
+
+
+def is_finished(progress: Progress) -> bool:
+    """Return whether all epochs of a training are finished."""
+    done, config = progress
+    return done == config.epochs
 
 
 def run_task(task: TrainTask | EvalTask) -> None:

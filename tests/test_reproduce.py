@@ -192,7 +192,9 @@ def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
     assert CALLS == [trained[2], evaluation] and (out / "tables.json").read_bytes() == before
 
     # More tables add rows. Fewer tables do not change the other results in the folder.
+    marks = (out / "report.html").read_text().count("diamonds")
     reproduce.main(argv(images, "tlat", "--tables", "all"))
+    assert (out / "report.html").read_text().count("diamonds") == marks > 0  # in Table 1 alone
     both = [(row["table"], row["method"]) for row in tables(images)["rows"]]
     assert both == [(1, "standard"), (1, "mtlat"), (2, "standard"), (2, "tlat"),
                     (3, "standard"), (3, "tlat")]  # fmt: skip

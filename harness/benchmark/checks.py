@@ -9,6 +9,7 @@ weak. The checks follow Carlini et al. 2019, "On Evaluating Adversarial Robustne
 
 from collections.abc import Mapping
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -68,14 +69,14 @@ def pgd_longer(
 
 # Costs 84 forward and 82 backward passes per image, and 91 and 90 more where PGD does not fool the
 # model: for a few hundred images.
-CHECKS: Mapping[str, Attack] = {
+CHECKS: Mapping[str, Attack] = MappingProxyType({
     "pgd_0": Attack(pgd, {"epsilon": 0.0, "steps": 1}),
     "sign_noise_0.04": Attack(sign_noise, {"epsilon": 0.04}),
     "fgsm_0.04": Attack(pgd, {"epsilon": 0.04, "steps": 1, "random_start": False}, random=False),
     **{f"pgd_{e}": Attack(pgd, {"epsilon": e}) for e in EPSILONS},
     "pgd_0.04_50_steps": Attack(pgd_longer, {"epsilon": 0.04, "steps": 50}),
     "pgd_0.04_5_restarts": Attack(pgd, {"epsilon": 0.04, "restarts": 5}),
-}
+})  # fmt: skip
 
 # (A, B, slack, what it means if accuracy under A exceeds accuracy under B by more than the slack)
 _RULES = (

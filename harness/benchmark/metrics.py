@@ -5,6 +5,7 @@ results = aggregate(cells, {"standard": digest, "mtlat": digest}, baseline="stan
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -63,7 +64,7 @@ class ModelScores(NamedTuple):
     void: frozenset[str] = frozenset()  # perturbations whose scores mean nothing here
     corrupted_accuracy: float = math.nan  # mean over ImageNet-C's fifteen, NaN if one is missing
     mce: float = math.nan  # in percent of AlexNet's published errors
-    supplement: Mapping[str, Score] = {}  # of attacks beside the paper's
+    supplement: Mapping[str, Score] = MappingProxyType({})  # of attacks beside the paper's
 
 
 class Results(NamedTuple):

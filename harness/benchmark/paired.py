@@ -116,11 +116,8 @@ def combine_seeds(differences: Sequence[Difference]) -> Difference:
     return _normal(mean, influence, error, freedom)
 
 
-def subtract(first: Difference | None, second: Difference | None) -> Difference:
+def subtract(first: Difference | None, second: Difference) -> Difference:
     """Compare two models by their differences to a third one; None is the third one itself."""
-    if first and not second:
-        return first
-    assert second
     value = (first.value if first else 0.0) - second.value
     influence = (first.influence if first else 0.0) - second.influence
     return _normal(value, np.asarray(influence))

@@ -179,12 +179,17 @@ def plot_step(
 
     Args:
         model: attacked in the mode that it is in.
-        x: images (B, 3, S, S) in [0, 1].
+        x: images (B, 3, S, S) in [0, 1], B at least 4.
         y: class indices (B,) int64.
         classes: the class names.
         path: the PNG file to write.
         seed: of lambda, epsilon and the targets.
+
+    Raises:
+        ValueError: fewer than 4 images.
     """
+    if len(x) < 4:
+        raise ValueError(f"{len(x)} images; the couple that is shown is chosen from 4 or more")
     draws = draw(len(x), len(classes), alpha=ALPHA, epsilon_max=EPSILON_MAX,
                  generator=torch.Generator().manual_seed(seed), device=x.device)  # fmt: skip
     x4, y4 = x.roll(1, 0), y.roll(1, 0)

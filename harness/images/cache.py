@@ -40,7 +40,7 @@ class Files(NamedTuple):
     skip_bad_images: bool  # leave out unreadable files instead of raising
     cache_dir: Path  # where the pixels are kept
 
-    def pixels(self) -> Path:
+    def pixels_path(self) -> Path:
         """Name the cache file by a hash of everything that decides the pixels."""
         facts = [VERSION, str(self.root.resolve()), self.size, self.skip_bad_images]
         facts += [self.resize] if self.resize else []  # squashed ones are named as before
@@ -60,13 +60,13 @@ def decode_cached(source: Files, title: str) -> tuple[ImageSet, list[File], int]
         The image set, its files without those that were left out, and the checksum of its pixels
         and labels.
     """
-    pixels = source.pixels()
+    pixels = source.pixels_path()
     manifest = pixels.with_suffix(".json")
     if (found := _read_cache(pixels, manifest)) is None:
         with lock_folder(source.cache_dir, wait=True):
             if _read_cache(pixels, manifest) is None:  # no other run made it meanwhile
                 record = _write_pixels(pixels, source, title)
-                if pixels != source.pixels():
+                if pixels != source.pixels_path():
                     raise UserError(f"{source.root} changed while it was read; start again")
                 atomic_write(manifest, json.dumps(record))
             found = _read_cache(pixels, manifest)
@@ -85,7 +85,7 @@ def cached_checksum(source: Files) -> int | None:
     Nothing is decoded, and the cached pixels are not read.
     """
     try:
-        crc: int = json.loads(source.pixels().with_suffix(".json").read_bytes())["crc"]
+        crc: int = json.loads(source.pixels_path().with_suffix(".json").read_bytes())["crc"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return crc

@@ -11,7 +11,7 @@ the opposite one ("contradicts"), it is "undecided", or the score is "void".
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -188,8 +188,12 @@ def orders(rows: Sequence[Compared]) -> list[Order]:
 
 def _subtract_seeds(first: list[Difference], second: list[Difference]) -> Difference | None:
     """Compare two methods by their differences to the baseline, which has none to itself."""
-    pairs = [subtract(a, b) for a, b in zip_longest(first, second)]
-    return uncorrected(combine_seeds(pairs)) if pairs else None
+    if first and second and len(first) == len(second):
+        pairs = zip(first, second, strict=True)
+        return uncorrected(combine_seeds([subtract(a, b) for a, b in pairs]))
+    if first:
+        return uncorrected(combine_seeds(first))
+    return uncorrected(combine_seeds([subtract(None, b) for b in second])) if second else None
 
 
 # ---------------------------------------------------------------------------- text

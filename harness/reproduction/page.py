@@ -6,13 +6,13 @@ template shows.
 
 import base64
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
-from PIL import Image
 
 from harness.benchmark.plots import DPI
 
@@ -22,10 +22,17 @@ NUMBER = re.compile(r"[-+±%!.,:/()\s\d]*( to [-+\d.]+\)?)?|not run")
 
 
 class Part(NamedTuple):
-    """A heading of a table, or a piece of a cell, with its CSS classes."""
+    """A piece of a table cell with the CSS classes that color it."""
 
     text: str
     css: str = ""
+
+
+class Column(NamedTuple):
+    """A table's column: its heading, and the CSS class that aligns it."""
+
+    heading: str
+    css: str
 
 
 @dataclass
@@ -33,7 +40,8 @@ class Figure:
     """A PNG file, embedded. The caption is its text alternative too.
 
     Raises:
-        OSError: the file cannot be read, or is not a PNG file.
+        OSError: the file cannot be read.
+        ValueError: it is not a PNG file.
     """
 
     path: Path
@@ -41,10 +49,12 @@ class Figure:
     kind: str = field(default="figure", init=False)
 
     def __post_init__(self) -> None:
-        with Image.open(self.path, formats=["PNG"]) as image:
-            self.width, self.height = image.size
+        data = self.path.read_bytes()
+        if data[:8] != b"\x89PNG\r\n\x1a\n":
+            raise ValueError(f"{self.path} is not a PNG file: give a figure that savefig wrote")
+        self.width, self.height = struct.unpack(">II", data[16:24])
         self.inches = self.width / DPI
-        self.base64 = base64.b64encode(self.path.read_bytes()).decode()
+        self.base64 = base64.b64encode(data).decode()
 
 
 @dataclass
@@ -64,7 +74,7 @@ class Table:
     def __post_init__(self) -> None:
         header, *rows = self.rows
         contents = zip(header, *rows, strict=True)
-        self.columns = [Part(heading, _column_class(cells)) for heading, *cells in contents]
+        self.columns = [Column(heading, _column_class(cells)) for heading, *cells in contents]
         self.body = [[[Part(name)], *map(_split_signs, cells)] for name, *cells in rows]
 
 

@@ -86,14 +86,15 @@ class Evaluated(NamedTuple):
 
 def read_evaluation(task: EvalTask) -> Evaluated:
     """Read the results of evaluate.py."""
-    folder, _, arch, seed, tables, models, _ = task
-    known = json.loads((folder / "results.json").read_text())["weights"]
-    digests = {method: known[path.name] for method, path in models.items()}
-    cells = read_cells(folder / "cells.jsonl")
+    known = json.loads((task.folder / "results.json").read_text())["weights"]
+    digests = {method: known[path.name] for method, path in task.models.items()}
+    cells = read_cells(task.folder / "cells.jsonl")
     results = aggregate(cells, digests, BASELINE)
     making = {(c["perturbation"], c["severity"]): c["seconds_making"] for c in cells}
     seconds = sum(making.values()) + sum(cell["seconds"] for cell in cells)
-    return Evaluated(folder, arch, seed, tables, models, digests, results, seconds / 60)
+    return Evaluated(
+        task.folder, task.arch, task.seed, task.tables, task.models, digests, results, seconds / 60
+    )
 
 
 def compare_all(found: Sequence[Evaluated]) -> list[list[Compared]]:

@@ -135,7 +135,7 @@ def test_signs_are_marked_and_numbers_aligned() -> None:
 
 def test_what_is_no_figure_or_no_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"<svg>")
-    with pytest.raises(OSError, match=r"cannot identify image file .*a\.png"):
+    with pytest.raises(ValueError, match=r"a\.png is not a PNG file"):
         render_page("t", "l", [Section("s", [Figure(tmp_path / "a.png", "c")])])
     with pytest.raises(ValueError):
         render_page("t", "l", [Section("s", [Table("c", [["a", "b"], ["c"]])])])
@@ -190,6 +190,8 @@ def test_the_picture_of_a_step_shows_a_step(tmp_path: Path, drawn: list[Any]) ->
         plots.plot_step(model, x, y, classes, tmp_path / name, seed)
     a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
     assert a == b != c
+    with pytest.raises(ValueError, match="3 images"):
+        plots.plot_step(model, x[:3], y[:3], classes, tmp_path / "none.png")
 
 
 def test_curves_are_those_of_the_logs(tmp_path: Path, drawn: list[Any]) -> None:
