@@ -20,7 +20,7 @@ from harness.benchmark.tables import measured_tables
 from harness.errors import escape_unprintable
 from harness.files import atomic_path
 from harness.models import compute_logits
-from mtlat import ALPHA, EPSILON_MAX, draw, frozen, mixup, target_labels, targeted_fgsm
+from mtlat import ALPHA, EPSILON_MAX, Draws, draw, frozen, mixup, target_labels, targeted_fgsm
 
 DPI = 150  # of the figures: the report shows them at their size in inches
 GRAY = "#9aa0a6"
@@ -204,8 +204,7 @@ def plot_step(
             for images in (x_mix2, x_mtlat)
         )
     couples = list(zip(y.tolist(), y4.tolist(), draws.target.tolist(), strict=True))
-    visible = (torch.minimum(draws.lam2, 1 - draws.lam2) * draws.epsilon).tolist()
-    i = max(range(len(x)), key=lambda i: (len(set(couples[i])), visible[i]))
+    i = _most_visible(couples, draws)
     lam, epsilon = float(draws.lam2[i]), float(draws.epsilon[i])
     first, second, target = (_short(classes[k], 18) for k in couples[i])
     enlarged = (x_mtlat - x_mix2)[i] / (2 * epsilon) + 0.5
@@ -233,13 +232,27 @@ def _plot_tiles(
         axes.set_title(name, fontsize=9)
         axes.axis("off")
     last.set_title(title, fontsize=9)
-    last.barh(range(len(label)), list(label.values()), 0.35, color=PALETTE[: len(label)])
-    for place, (name, share) in enumerate(label.items()):
-        last.text(0, place - 0.26, f"{share:.4f}  {_short(name, 26)}", fontsize=9)
-    last.set(xlim=(0, 1), ylim=(2.6, -0.8), yticks=[], box_aspect=1)
-    last.tick_params(labelsize=8)
-    last.spines[["top", "right"]].set_visible(False)
+    _plot_label(last, label)
     _finish(figure, path)
+
+
+def _most_visible(couples: list[tuple[int, int, int]], draws: Draws) -> int:
+    """Choose a couple of three different classes with an even mix and a large epsilon."""
+    visible = torch.minimum(draws.lam2, 1 - draws.lam2) * draws.epsilon
+    return max(range(len(couples)), key=lambda i: (len(set(couples[i])), float(visible[i])))
+
+
+def _plot_label(axes: Any, shares: Mapping[str, float]) -> None:
+    """Plot a soft label as bars, each below the name of its class."""
+    axes.barh(range(len(shares)), list(shares.values()), 0.35, color=PALETTE[: len(shares)])
+    for place, (name, share) in enumerate(shares.items()):
+        axes.text(0, place - 0.26, f"{share:.4f}  {_short(name, 26)}", fontsize=9)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(2.6, -0.8)
+    axes.set_box_aspect(1)
+    axes.set_yticks([])
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot_images(sheets: Sequence[Sequence[Tile]], path: Path) -> None:
