@@ -89,7 +89,8 @@ def pgd_ll(
 ) -> Tensor:
     """Attack towards the least likely class (Kurakin et al., ICLR 2017; paper: "PGD LL").
 
-    `target` is the clean image's, (B,) int64; computed by one more F if None. The rest is `pgd`'s.
+    `target`, (B,) int64, is the clean image's least likely class; None takes one more F. The rest
+    is `pgd`'s.
     """
     if target is None:
         with attack_mode(model, x, y) as (bare, clean, labels), torch.no_grad():
@@ -326,13 +327,14 @@ def _check_steps(epsilon: float, steps: int, step_size: float | None, reach: flo
     check_number("epsilon", epsilon, 0, "it is a share of the pixels' range (paper: 0.04)", 1)
     check_number("steps", steps, 1, "paper: 10", whole=True)
     step = reach * epsilon / steps if step_size is None else step_size
-    check_number("step_size", step, 0, "the direction is the attack's, or `target`'s")
+    check_number("step_size", step, 0, "`target` decides the direction")
     return step
 
 
 def check_number(
     name: str, value: float, low: float, fix: str, high: float = math.inf, whole: bool = False
 ) -> None:
+    """Raise unless the value is a number from low to high; `fix` ends the message."""
     if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
         kind = "an int" if whole else "a float"
         raise TypeError(f"{name} is {value!r}; rule: {kind} from {low:g} to {high:g}; {fix}")

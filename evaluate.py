@@ -61,8 +61,7 @@ def load_data(
     """Load the test images of --data, or those of the set that the first checkpoint was trained on.
 
     Of a folder CLASS/* alone, the checkpoint's training held out ten percent, and these are tested.
-    A model that is not from a checkpoint, or was trained with another layout, has not seen any of
-    its images: all are tested. Also returns the preprocessing of all images.
+    For other models all images are tested. Also returns the preprocessing of all images.
     """
     trained = first.get("settings", {})
     if not (config.data or trained.get("data")):

@@ -222,7 +222,7 @@ class Normalize(nn.Module):
 
 
 def attack_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Compute a scalar whose gradient is a positive multiple of that of the batch's summed L.
+    """Compute a scalar whose gradient is that of the batch's summed L times a positive number.
 
     Cross-entropy's own gradient vanishes in float32 where p_y rounds to 1; that of the log-odds
     does not. Each image's log-odds are weighted by 1 - p_y, because BatchNorm in training mode lets
@@ -252,7 +252,7 @@ def logits_of(output: Any, y: Tensor) -> Tensor:
     if len(made) != 2 or made[1] < 2:
         raise ValueError(f"the model returns shape {made}; logits are ({len(y)}, N), N above 1")
     if y.shape not in {made, made[:1]}:
-        raise ValueError(f"labels {tuple(y.shape)}, logits {made}; the model's N must be yours")
+        raise ValueError(f"labels {tuple(y.shape)}, logits {made}; both must have the same N")
     if y.ndim == 1:
         check_values("class indices in labels", y, 0, made[1] - 1, "from 0, with the model's N")
     return logits

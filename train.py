@@ -302,7 +302,7 @@ def average_running_statistics(model: nn.Module) -> None:
 
 
 def save(config: TrainConfig, training: Training, settings: dict[str, Any]) -> None:
-    """Write log.csv, best.pt, last.pt. A crash before last.pt, the last one, redoes the epoch."""
+    """Write log.csv, best.pt, last.pt. After a crash before last.pt, the epoch is repeated."""
     out, log = Path(config.output_dir), training.log
     atomic_write(out / "log.csv", log_csv(log))
     scores = [row["clean_accuracy"] for row in log]

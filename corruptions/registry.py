@@ -7,8 +7,8 @@ original scripts (Hendrycks and Dietterich, ICLR 2019).
 A corruption NAME is two functions. `draw_NAME(stream, severity, size, profile)` draws the random
 fields of B images of `size` (H, W), in the order in which NAME takes them.
 `NAME(images, severity, *fields, profile=)` applies them to uint8 (B, 3, H, W) images, and returns
-the raw result of the same shape: uint8, or float32 in [0, 255], which `corrupt` truncates. It also
-validates and draws.
+the raw result of the same shape: uint8, or float32 in [0, 255], which `corrupt` truncates.
+`corrupt` also validates and draws.
 """
 
 import sys

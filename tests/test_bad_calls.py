@@ -106,7 +106,7 @@ FUNCTION_CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (partial(drawn, epsilon_max=2), ValueError, "epsilon_max is 2"),
     (partial(drawn, epsilon_max=NAN), ValueError, "epsilon_max is nan"),
     (partial(loss, num_classes=2), ValueError, "class indices: 0 to 2"),
-    (partial(loss, num_classes=5), ValueError, r"logits \(4, 3\); the model's N must be yours"),
+    (partial(loss, num_classes=5), ValueError, r"logits \(4, 3\); both must have the same N"),
     (partial(loss, x=X[:0], y=Y[:0]), ValueError, "at least one image"),
     (partial(loss, step=1), TypeError, "unexpected keyword argument 'step'"),
     (partial(loss, y=SOFT[:3]), ValueError, r"labels have shape \(3, 3\)"),

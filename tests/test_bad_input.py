@@ -112,7 +112,8 @@ TRAIN_CASES = [
 ]  # fmt: skip
 
 EVALUATE_CASES = [
-    ("run/last.pt", "a model is named twice"), ("nowhere.pt", "nowhere.pt: No such file"),
+    ("run/last.pt", "run/last.pt is named twice: name each model once"),
+    ("nowhere.pt", "nowhere.pt: No such file"),
     ("set", "set: Is a directory"), ("file", "file is not a checkpoint"),
     ("nowhere:net", "No module named 'nowhere'"), ("argparse:Namespace", "give a torch.nn.Module"),
     ("torchvision:resnet18", "need each other"),

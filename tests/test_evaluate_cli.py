@@ -99,7 +99,7 @@ def test_a_limited_run_scores_the_same_images_as_the_whole(bench: Bench) -> None
         assert few.tolist() == whole[chosen].tolist()
         assert x["correct"] == few.sum()
     for file in ("results.json", "results.md", "results.tex"):
-        assert "12 images, as many of each class" in (bench.root / "few" / file).read_text()
+        assert "12 images, equally many of each class" in (bench.root / "few" / file).read_text()
     assert bench.run(*options, "--limit", "30", out="whole")[0]["limit"] is None
 
 
@@ -295,7 +295,7 @@ def test_a_model_of_more_classes_is_restricted_to_those_of_the_images(
     bench.run(*options, *attacks, *known, models="tinynets:Many", out="many")
     (one,), (other,) = (bench.results(out)["rows"] for out in ("few", "many"))
     assert same_scores(one, other)
-    said = "tinynets:Many has 5 outputs, and those of the 3 classes count"
+    said = "tinynets:Many has 5 outputs; only those of the 3 classes count"
     assert said in capsys.readouterr().err and said in bench.results("many")["notes"]
     # Weights alone, and a surrogate.
     torch.save(bench.networks()[0].state_dict(), bench.root / "three.pt")
@@ -537,7 +537,7 @@ def test_wrong_usage_ends_in_one_line(bench: Bench, options: list[str], message:
 
 
 def test_more_wrong_usage(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="a model is named twice"):
+    with pytest.raises(UserError, match="is named twice: name each model once"):
         bench.run(models="standard standard")
     with pytest.raises(UserError, match="--data is missing"):
         bench.run(models="tinynets:net")

@@ -41,8 +41,8 @@ class EvalConfig:
         " train.py")
     weights: str | None = option(None, "weights of torchvision:ARCH or timm:NAME, downloaded;"
         " DEFAULT: the best, and all of timm's", metavar="NAME")
-    mean: list[float] | None = option(None, "of a module:callable or a state dict that expects"
-        " normalized input, with --std", type=number(float, 0, 1), nargs=3, metavar="M")
+    mean: list[float] | None = option(None, "normalize the input of a module:callable or a state"
+        " dict by this mean and --std", type=number(float, 0, 1), nargs=3, metavar="M")
     std: list[float] | None = option(None, "see --mean", type=number(float, 0, above=True), nargs=3,
         metavar="S")
     imagenet_classes: Path | None = option(None, "names of the outputs of models that are not"
@@ -59,11 +59,11 @@ class EvalConfig:
         " images of --imagenet-c; otherwise the models' own)", choices=tuple(CROPS))
     cache_dir: str = option(str(default_cache_dir()), "where decoded folders are kept, and CIFAR",
         metavar="DIR")
-    limit: int | None = option(None, "test on N images, as many of each class, drawn with --seed"
-        " (default: all)", type=number(int, 1), metavar="N")
+    limit: int | None = option(None, "test on N images, equally many of each class, drawn"
+        " with --seed (default: all)", type=number(int, 1), metavar="N")
     imagenet_c: Path | None = option(None, "read the corruptions that are there as"
-        " DIR/corruption/severity/class/file or DIR/family/corruption/..., as ImageNet-C and"
-        " Tiny-ImageNet-C, or as DIR/corruption.npy, as CIFAR-10-C, instead of computing them",
+        " DIR/corruption/severity/class/file or DIR/family/corruption/..., like ImageNet-C and"
+        " Tiny-ImageNet-C, or as DIR/corruption.npy, like CIFAR-10-C, instead of computing them",
         type=Path, metavar="DIR")
 
     only: list[str] = option(None, "measure these, by name or by group:"
@@ -80,7 +80,7 @@ class EvalConfig:
     seed: int = option(0, "seed of all draws", type=number(int, 0, 2**32 - 1))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     output_dir: str | None = option(None, "for the finished cells, from which an interrupted run"
-        " continues, tables and figures (default: runs/evaluate/LABELS-DIGEST: the models and a"
+        " continues, tables and figures (default: runs/evaluate/MODELS-DIGEST: the models and a"
         " digest of their weights, the images and the seed, so that another --only goes on there)",
         metavar="DIR")
     dump_images: int = option(4, "draw N images under every perturbation, with the first model's"
@@ -134,8 +134,9 @@ def parse_eval_config(argv: list[str] | None = None, description: str | None = N
     values |= {name: values[name] or [] for name in ("only", "skip", "attack", "epsilon")}
     config = EvalConfig(**values)
     config.perturbations  # noqa: B018  # raises for unknown names
-    if len(set(config.models)) < len(config.models):
-        raise UserError("a model is named twice")
+    for model in config.models:
+        if config.models.count(model) > 1:
+            raise UserError(f"{model} is named twice: name each model once")
     labels = config.labels
     baseline = labels.get(config.baseline or config.models[0], config.baseline)
     if baseline not in labels.values():

@@ -80,7 +80,7 @@ class Evaluation:
         return self.sample(registry.SAMPLE) if self.config.registry[name].sampled else self.chosen
 
     def sample(self, count: int) -> Tensor:
-        """Return the indices of `count` of the chosen images, as many of each class."""
+        """Return the indices of `count` of the chosen images, equally many of each class."""
         labels = self.data.test.labels[self.chosen]
         return self.chosen[choose_images(labels, count, self.config.seed)]
 
@@ -89,7 +89,7 @@ class Evaluation:
 
 
 def choose_images(labels: Tensor, limit: int | None, seed: int) -> Tensor:
-    """Draw `limit` images, as many of each class as possible.
+    """Draw `limit` images, equally many of each class if possible.
 
     Args:
         labels: class indices (N,).
@@ -230,7 +230,7 @@ def _make_cell(
     run: Evaluation, name: str, severity: int | None, model: Subject,
     batches: list[dict[str, Tensor]], seconds: tuple[float, float],
 ) -> Cell:  # fmt: skip
-    """Summarize what was found of each image, and keep what later cells need of single images."""
+    """Build the record of a cell, and keep each image's least likely class for PGD LL."""
     keys = dict.fromkeys(key for about in batches for key in about)
     values = {key: torch.cat([b[key] for b in batches if key in b]) for key in keys}
     right, least_likely = values.pop("hit"), values.pop("least_likely")

@@ -263,7 +263,7 @@ def _findings(cells: Mapping[str, Cell]) -> dict[str, list[str]]:
         gave_up, wrong = 1 - cell["reached"] / right, cell["misclassified"] / right
         found["cw2"] = [
             f"the attack gave up on {100 * gave_up:.1f} % of the images that the model gets right,"
-            " and these count as right; it fooled the model by less than its confidence on"
+            " and these count as right; by whatever margin, it fooled the model on"
             f" {100 * wrong:.1f} % (median margin {cell['margin']:.1f})"
         ]
     return found
@@ -325,7 +325,8 @@ def _notes(rows: Sequence[ModelScores], baseline: str, cells: Sequence[Cell]) ->
         )
     if limits := {(cell["limit"], cell["seed"]) for cell in cells if cell.get("limit")}:
         limit, seed = min(limits)
-        notes.append(f"tested on {limit} images, as many of each class, drawn with seed {seed}")
+        each = "equally many of each class"
+        notes.append(f"tested on {limit} images, {each}, drawn with seed {seed}")
     if len({str((cell.get("device"), cell.get("versions"))) for cell in cells}) > 1:
         notes.append("the cells come from several devices or versions: see cells.jsonl")
     return notes

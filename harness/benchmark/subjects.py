@@ -29,7 +29,7 @@ class Subject(NamedTuple):
 
 
 class Restricted(nn.Module):
-    """A model whose logits are those of some of its outputs, in the order of the classes."""
+    """A model restricted to some of its outputs, in the order of the classes."""
 
     rows: Tensor
 
@@ -211,7 +211,7 @@ def inspect_subject(subject: Subject, x: Tensor, y: Tensor, num_classes: int) ->
     warnings = []
     if isinstance(module, Restricted):
         warnings.append(
-            f"{label} has {module.count} outputs, and those of the {num_classes} classes count"
+            f"{label} has {module.count} outputs; only those of the {num_classes} classes count"
         )
     if first.min() >= 0 and torch.allclose(first.sum(1), first.new_ones(len(x))):
         warnings.append(f"{label} returns probabilities, not logits: attacks on it are too weak")

@@ -127,7 +127,7 @@ def _find_parts(root: Path, test_only: bool) -> dict[str, Path]:
 
 
 def _are_folders(path: Path) -> Iterator[bool]:
-    """Yield of each visible entry whether it is a folder; nothing if `path` is not a folder."""
+    """Yield for each visible entry whether it is a folder; nothing if `path` is not a folder."""
     if path.is_dir():
         with os.scandir(path) as entries:
             yield from (os.path.isdir(entry.path) for entry in entries if entry.name[0] != ".")

@@ -228,7 +228,7 @@ def comparison_caption(rows: Sequence[Compared]) -> str:
     what = "clean accuracy" if first.table == 3 else "clean accuracy, then R"
     return (
         f"Table {first.table}, {first.arch} beside the paper's {first.paper_arch}: {what}"
-        f"{spread}; in parentheses where undecided{mark}"
+        f"{spread}; + and - against standard, in parentheses where undecided{mark}"
     )
 
 

@@ -134,7 +134,7 @@ def mechanism_section(
             " orientation of a faint grating. The paper (section 5.4) argues that training with"
             " targeted attacks makes networks rely less on brittle cues. Here this can be measured:"
             " what remains of the accuracy without the grating or without the shape, and what a"
-            " network says of an image whose grating is another class's."
+            " network predicts for an image whose grating is another class's."
         ),
         *map(Text, compare_gratings(outcomes, baselines)),
         Text(

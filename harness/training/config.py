@@ -127,12 +127,13 @@ class TrainConfig:
     amp: str = option("no", "mixed precision", choices=("no", "bf16", "fp16"))
     compile: bool = option(False, "compile the model with torch.compile")
     channels_last: bool = option(False, "memory layout of images and weights")
-    sync_bn: bool = option(False, "let BatchNorm see the images of all processes (on CUDA; default:"
-        " each process sees its own)")
+    sync_bn: bool = option(False, "let BatchNorm see the images of all processes, not only its own"
+        " (on CUDA)")
     resume: str | None = option(None, "continue from this checkpoint; auto: from last.pt of"
-        " --output-dir, if there is one, and otherwise with the settings of its args.json",
+        " --output-dir; without one, from the start, with its args.json if there is one",
         metavar="PATH", may_change=True)
-    output_dir: str = option(None, "(default: runs/ARCH-METHOD)", metavar="DIR", may_change=True)
+    output_dir: str = option(None, "for log and checkpoints (default: runs/ARCH-METHOD)",
+        metavar="DIR", may_change=True)
     print_freq: int = option(10, "how often the losses are read and shown", flags=("-p",),
         type=number(int, 1), metavar="STEPS", may_change=True)
     # fmt: on

@@ -84,7 +84,7 @@ alpha     80.0  71 to 87     0.00    0.10  1.00!             -             -    
 beta   50.0(-)  40 to 60  0.10(+)       -      -             -             -     -  \
           -         -   -
 ! alpha, CW2: the attack gave up on 80.0 % of the images that the model gets right, and these \
-count as right; it fooled the model by less than its confidence on 90.0 % (median margin 12.2)
+count as right; by whatever margin, it fooled the model on 90.0 % (median margin 12.2)
 
 note: unpaired: some cells have no per-image outcomes, so nothing is decided there
 
@@ -268,7 +268,7 @@ def test_findings_stand_beside_the_score() -> None:
 def test_notes_on_a_subset_and_on_mixed_versions() -> None:
     part = [x | {"total": 5000, "limit": 100, "seed": 4} for x in CELLS]
     assert "n = 100 of 5000 test images" in tables.to_text(make(part))
-    assert "100 images, as many of each class, drawn with seed 4" in tables.to_text(make(part))
+    assert "100 images, equally many of each class, drawn with seed 4" in tables.to_text(make(part))
     last = tables.to_latex(make(part)).split(r"\begin{table}")[-1]
     assert tables.to_latex(make(part)).count("drawn with seed 4") == last.count("with seed 4") == 1
     assert "versions" not in tables.to_text(make())

@@ -181,7 +181,8 @@ def test_seeds_are_averaged_and_signs_are_those_of_the_means() -> None:
     assert table[2] == ["Fog", "0.41 ± 0.01", "0.48", "0.55 ± 0.07(+)!", "0.59+", "undecided"]
     assert comparison.comparison_caption([base, row]) == (
         "Table 1, tiny beside the paper's resnet50: clean accuracy, then R; mean ± sample standard"
-        " deviation of 2 seeds; in parentheses where undecided; !: an attack check failed"
+        " deviation of 2 seeds; + and - against standard, in parentheses where undecided;"
+        " !: an attack check failed"
     )
 
 
@@ -227,7 +228,8 @@ def test_void_scores_have_no_part_in_means_and_verdicts() -> None:
 def test_one_seed_has_no_spread() -> None:
     (row,) = comparison.compare(1, "resnet50", {"standard": STANDARD[:1]})
     assert comparison.format_entry("clean", row.entries["clean"]) == "80.0"
-    assert comparison.comparison_caption([row]).endswith("then R; in parentheses where undecided")
+    caption = comparison.comparison_caption([row])
+    assert caption.endswith("then R; + and - against standard, in parentheses where undecided")
     assert tables.to_plain(row.entries["clean"])["spread"] is None
 
 
