@@ -56,17 +56,19 @@ SHEET_SEVERITY = 3  # of the corruptions in the contact sheet
 
 
 def load_data(
-    config: EvalConfig, first: dict[str, Any], expected: dict[str, tuple[int, Crop]]
+    config: EvalConfig, checkpoints: dict[str, Any], expected: dict[str, tuple[int, Crop]]
 ) -> tuple[Dataset, Crop]:
     """Load the test images of --data, or those of the set that the first checkpoint was trained on.
 
-    Of a folder CLASS/* alone, the checkpoint's training held out ten percent, and these are tested.
-    For other models all images are tested. Also returns the preprocessing of all images.
+    Of a folder CLASS/* alone, the training of a checkpoint held out ten percent, and these are
+    tested. For other models all images are tested. Also returns the preprocessing of all images.
     """
-    trained = first.get("settings", {})
-    if not (config.data or trained.get("data")):
+    known: list[dict[str, Any]] = [content["settings"] for content in checkpoints.values()]
+    holding = [settings for settings in known if settings.get("held_out", True)]
+    first, trained = [*known, {}][0], [*holding, *known, {}][0]
+    if not (config.data or first.get("data")):
         raise UserError("--data is missing: only a checkpoint of train.py knows its images")
-    source, sizes = config.data or trained["data"], (size for size, _ in expected.values())
+    source, sizes = config.data or first["data"], (size for size, _ in expected.values())
     own, tree = {spec: crop for spec, (_, crop) in expected.items()}, config.imagenet_c
     own, tree = ({}, None) if source in SIZES else (own, tree)  # whose images are squares
     crop = choose_crop(config.preprocess, tree, own)
@@ -75,7 +77,7 @@ def load_data(
             source, size=config.size or next(sizes, None), crop=crop,
             num_classes=trained.get("classes"), seed=trained.get("data_seed", config.seed),
             cache_dir=config.cache_dir, skip_bad_images=trained.get("skip_bad_images", False),
-            test_only=True, hold_out=bool(first) and trained.get("held_out", True),
+            test_only=True, hold_out=bool(holding),
         )  # fmt: skip
     return data, crop
 
@@ -89,7 +91,7 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
     if config.imagenet_classes and len(checkpoints) == len(config.specs):
         raise UserError("--imagenet-classes: checkpoints of train.py know theirs, leave it out")
     expected = expected_images(config, checkpoints)
-    data, crop = load_data(config, next(iter(checkpoints.values()), {}), expected)
+    data, crop = load_data(config, checkpoints, expected)
     side, count = data.test.images.shape[-1], len(data.test.labels)
     check_corruptions(config, side)
     subjects = load_subjects(config, data.classes, files)
@@ -254,7 +256,7 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     atomic_write(out / "results.tex", tables.to_latex(results))
     compared = {row.model: score_differences(row) for row in results.rows}
     del compared[results.baseline]
-    if any(compared.values()):
+    if any(COLUMNS.keys() & differences.keys() for differences in compared.values()):
         plots.plot_differences(compared, results.baseline, out / "differences.png")
     measured = tables.measured_tables(results)
     if tables.CLEAN not in measured:

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
@@ -131,8 +132,16 @@ def load(path: str | Path, size: int) -> Tensor:
             256 (bilinear) and the center is cropped. Other sizes prepare it as for
             Tiny-ImageNet-C: it is resized to the square.
     """
-    with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file).convert("RGB")
+    try:
+        with Image.open(path) as file:
+            picture: Image.Image = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I;16"):  # gray, which convert() would cut off at 255
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            picture = picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # of a broken file, without its name
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise ValueError(f"{path}: {error}") from None
     if size == 224:
         picture = F.center_crop(F.resize(picture, [256]), [224, 224])
     pixels: Tensor = F.pil_to_tensor(F.resize(picture, [size, size]))
@@ -197,7 +206,10 @@ def write_tree(args: argparse.Namespace) -> None:
     """Write out/name/severity/class/file for all images. Existing files are skipped."""
     if not any(entry.is_dir() for entry in args.source.iterdir()):
         raise ValueError(f"{args.source} has no class folders; the layout is DIR/class/file")
-    paths = [Path(path) for path, _ in ImageFolder(args.source).samples]
+    names = sorted(entry.name for entry in args.source.iterdir() if entry.is_dir())
+    classes = {name: i for i, name in enumerate(n for n in names if not n.startswith("."))}
+    found = make_dataset(args.source, classes, extensions=(*IMG_EXTENSIONS, ".gif"))
+    paths = [Path(path) for path, _ in found]
     suffix = ".png" if args.png else ".JPEG"
     targets = [path.relative_to(args.source).with_suffix(suffix) for path in paths]
     if len(set(targets)) < len(targets):

@@ -98,8 +98,9 @@ def _describe(error: Exception, how_to_resume: str) -> str:
         )
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return "out of memory: lower --batch-size or --size, or try --amp bf16"
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "out of memory: lower --batch-size or --size"
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest
         return f"the output pipe was closed; what was finished is kept, {how_to_resume}"

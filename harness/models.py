@@ -223,7 +223,7 @@ def create_model(
                 f"{weights} does not fit --arch {arch} with the dataset's {len(names)}"
                 f" classes: its {key} is {here}, and must be {there}"
             )
-        network.load_state_dict({k: own[k] if k in head else v for k, v in state.items()})
+        network.load_state_dict({**state, **{key: own[key] for key in head}})
         if new_head:
             new = f"; new: {', '.join(sorted(head))}" if head else ""
             raw = normalize is None and "normalize" not in content

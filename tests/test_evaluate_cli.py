@@ -115,7 +115,8 @@ def test_a_folder_is_tested_whole_unless_a_checkpoint_held_out_a_part(
         (bench.root / f"only-{part}" / part).symlink_to(whole)
     cases = {
         "tinynets:net": (whole, 30, "all"), "part": (whole, 3, "a tenth, held out,"),
-        "split": (whole, 30, "all"), "tinynets:four": (bench.root / "only-val", 30, "all"),
+        "split": (whole, 30, "all"), "split part": (whole, 3, "a tenth, held out,"),
+        "tinynets:four": (bench.root / "only-val", 30, "all"),
         "tinynets:net ": (bench.root / "only-test", 30, "all"),
     }  # fmt: skip
     for i, (models, (data, n, share)) in enumerate(cases.items()):
@@ -321,6 +322,31 @@ def test_a_model_of_more_classes_is_restricted_to_those_of_the_images(
         bench.run(*options, "--imagenet-classes", "nowhere.txt", models="tinynets:Many")
     with pytest.raises(UserError, match=r"checkpoints of train.py know theirs"):
         bench.run(*known, models="standard")
+
+
+def test_a_folder_behind_a_link_has_the_name_of_the_link(bench: Bench) -> None:
+    (bench.root / "alias").symlink_to(bench.root / "standard")
+    bench.run("--only", "clean", models="alias mtlat")
+    assert [row["model"] for row in bench.results()["rows"]] == ["alias", "mtlat"]
+
+
+def test_equal_layers_and_weights_of_other_code_are_another_model(bench: Bench) -> None:
+    fixed = ["--data", str(bench.root / "images"), "--size", "16", "--only", "clean"]
+    up, down = bench.run(*fixed, models="tinynets:up tinynets:down")
+    assert up["model"] != down["model"] and up["correct"] > 20 > 10 > down["correct"]
+
+
+def test_the_findings_of_the_checks_are_printed_without_the_attacks(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = ["--data", str(bench.root / "images"), "--size", "16"]
+    bench.run(*fixed, "--only", "checks", models="tinynets:Flat")
+    finding = "! tinynets:Flat, PGD: the gradient is zero or NaN for 6 of 6 images"
+    assert finding in capsys.readouterr().out
+    for file in ("results.md", "results.tex"):
+        assert "the gradient is zero" in (bench.root / "out" / file).read_text()
+    bench.run(*fixed, "--only", "clean", models="tinynets:net tinynets:four", out="clean")
+    assert not (bench.root / "clean" / "differences.png").exists()
 
 
 def test_outputs_are_named_by_wnid_by_line_or_by_the_weights(tmp_path: Path) -> None:

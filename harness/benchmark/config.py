@@ -95,7 +95,7 @@ class EvalConfig:
     @property
     def labels(self) -> dict[str, str]:
         """The name of each model in the report: a checkpoint's folder, if that tells them apart."""
-        names = [Path(s).resolve().parent.name if is_file(s) else s for s in self.models]
+        names = [Path(os.path.abspath(s)).parent.name if is_file(s) else s for s in self.models]
         names = names if len(set(names)) == len(names) else self.models
         return dict(zip(self.models, map(escape_unprintable, names), strict=True))
 

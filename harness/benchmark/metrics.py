@@ -293,7 +293,8 @@ def _describe_cw2(cells: Mapping[str, Cell]) -> dict[str, float]:
 def _notes(rows: Sequence[ModelScores], baseline: str, cells: Sequence[Cell]) -> list[str]:
     """Collect the remarks that hold for all tables."""
     notes = []
-    compared = [s for row in rows if row.model != baseline for s in row.scores.values()]
+    others = [row for row in rows if row.model != baseline]
+    compared = [s for row in others for name, s in row.scores.items() if name not in row.void]
     if any(score.difference is None for score in compared if score.sign):
         notes.append("unpaired: some cells have no per-image outcomes, so nothing is decided there")
     if any(row.void for row in rows):

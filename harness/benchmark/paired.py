@@ -78,7 +78,8 @@ def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | N
     value = float(a.mean() / c.mean() - b.mean() / d.mean())
     influence = _influence(a, c) - _influence(b, d)
     if _few(a, c) or _few(b, d):
-        return Difference(value, *_bootstrap(a, c, b, d), influence)
+        low, high, p = _bootstrap(a, c, b, d)
+        return Difference(value, low, high, max(p, _least_p(len(a))), influence)
     return _normal(value, influence)
 
 
@@ -160,8 +161,16 @@ def _normal(
     if len(influence) < 2 and error == 0:
         return Difference(value, math.nan, math.nan, math.nan, influence)
     half = float(stats.t.ppf(0.975, freedom)) * error
-    p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error else float(value == 0)
+    if error:
+        p = 2 * float(stats.t.sf(abs(value) / error, freedom))
+    else:
+        p = _least_p(len(influence)) if value else 1.0
     return Difference(value, value - half, value + half, p, influence)
+
+
+def _least_p(n: int) -> float:
+    """Return the p-value of a sign test in which all of n images agree."""
+    return float(2.0 ** (1 - n))
 
 
 def _few(a: Array, c: Array) -> bool:

@@ -54,7 +54,7 @@ def plot_robustness(results: Results, path: Path) -> None:
         y = [s.robustness for _, s in bars]
         low = [max(0.0, s.robustness - s.r_low) for _, s in bars]
         high = [max(0.0, s.r_high - s.robustness) for _, s in bars]
-        axes.bar(x, y, width, color=colors[row.model], label=row.model,
+        axes.bar(x, y, width, color=colors[row.model], label=_legend(row.model),
                  yerr=(low, high), error_kw={"lw": 0.6, "ecolor": "#444444"})  # fmt: skip
         zeros = [place for place, s in bars if not s.accuracy]
         axes.plot(zeros, [0] * len(zeros), ls="", marker="o", ms=4, color=colors[row.model],
@@ -87,7 +87,7 @@ def plot_differences(
     for i, (model, differences) in enumerate(compared.items()):
         shift = (i - (len(compared) - 1) / 2) * 0.5 / len(compared)
         style: dict[str, Any] = {"color": colors[model], "marker": "o", "ms": 5, "ls": ""}
-        axes.plot([], [], **style, label=model)  # the legend's mark is a filled one
+        axes.plot([], [], **style, label=_legend(model))  # the legend's mark is a filled one
         for y, name in enumerate(names):
             if found := differences.get(name):
                 axes.plot([found.low, found.high], [y + shift] * 2, color=colors[model], lw=1.6)
@@ -113,7 +113,7 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path) -> None:
     axes = figure.subplots()
     for i, (model, values) in enumerate(shares.items()):
         x = [place + (i - (len(shares) - 1) / 2) * width for place in range(len(groups))]
-        bars = axes.bar(x, list(values.values()), width, color=colors[model], label=model)
+        bars = axes.bar(x, list(values.values()), width, color=colors[model], label=_legend(model))
         axes.bar_label(bars, fmt="{:.0%}", fontsize=8)
     axes.set_xticks(range(len(groups)), groups, fontsize=9)
     axes.set_ylim(0, 1.08)
@@ -139,7 +139,7 @@ def plot_severities(results: Results, path: Path) -> None:
                 y = [row.scores["clean"].accuracy, *score.by_severity]
                 low, high = zip(*(wilson(share * score.n, score.n) for share in y), strict=True)
                 color = colors[row.model]
-                axes.plot(range(len(y)), y, color=color, marker="o", ms=3, label=row.model)
+                axes.plot(range(len(y)), y, color=color, marker="o", ms=3, label=_legend(row.model))
                 axes.fill_between(range(len(y)), low, high, color=color, alpha=0.15, lw=0)
         axes.set_ylim(0, 1.04)  # shows a marker at 1 as a whole
         axes.set_xticks(range(6), ["0", *"12345"])
@@ -158,7 +158,9 @@ def plot_curves(logs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
         style: dict[str, Any] = {"color": colors[name], "marker": "o", "ms": 3 * (len(log) < 30)}
         losses.plot(epochs, [row["loss1"] for row in log], **style)
         losses.plot(epochs, [row["loss2"] for row in log], ls="--", **style)
-        accuracy.plot(epochs, [100 * row["clean_accuracy"] for row in log], label=name, **style)
+        accuracy.plot(
+            epochs, [100 * row["clean_accuracy"] for row in log], label=_legend(name), **style
+        )
     losses.set_ylabel("loss1, and loss2 (dashed)")
     accuracy.set_ylabel("clean accuracy, %")
     for axes in (losses, accuracy):
@@ -294,6 +296,11 @@ def _colors(names: Sequence[str], baseline: str | None = None) -> dict[str, str]
 def _short(name: str, most: int) -> str:
     name = escape_unprintable(name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _legend(name: str) -> str:
+    """Return a label for the legend, from which Matplotlib drops those that begin with "_"."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _finish(figure: Figure, path: Path) -> None:

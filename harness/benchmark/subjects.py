@@ -149,13 +149,22 @@ def load_subjects(
     subjects = {}
     for spec in config.specs:
         module = _load_module(config, spec, classes, files.get(spec)).to(config.device).eval()
-        digest = hashlib.sha256(repr(module).encode())
+        digest = hashlib.sha256((_own_code(config, spec, files.get(spec)) + repr(module)).encode())
         for name, value in module.state_dict().items():
             digest.update(name.encode())
             digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
         label = config.labels.get(spec, spec)
         subjects[spec] = Subject(label, module, digest.hexdigest()[:16])
     return subjects
+
+
+def _own_code(config: EvalConfig, spec: str, content: dict[str, Any] | None) -> str:
+    """Return the module:callable that makes a model; "" for the models of libraries.
+
+    Two functions may make the same layers and weights, and compute with them differently.
+    """
+    arch = spec if content is None else content.get("arch") or config.arch or ""
+    return arch if ":" in arch and not arch.startswith(LIBRARIES) else ""
 
 
 def _load_module(

@@ -164,11 +164,18 @@ def answers(results: Results) -> list[str]:
 
 
 def table_notes(results: Results, title: str) -> list[str]:
-    """List the warnings that qualify a table's scores."""
+    """List the warnings that qualify a table's scores.
+
+    Those of a table that is left out, because nothing but its checks was measured, stand below the
+    first one.
+    """
+    measured = measured_tables(results)
+    left_out = TABLES.keys() - set(measured) if title == measured[0] else set()
+    names = [name for t in TABLES if t == title or t in left_out for name in TABLES[t]]
     return [
         f"! {row.model}, {COLUMNS[name]}: {finding}"
         for row in results.rows
-        for name in TABLES.get(title, [])
+        for name in names
         for finding in row.findings.get(name, [])
     ]
 
@@ -187,7 +194,7 @@ def align_columns(table: list[list[str]]) -> list[str]:
 
 def markdown_rows(table: list[list[str]]) -> list[str]:
     """Format a table's lines in Markdown."""
-    header, *rows = table
+    header, *rows = ([cell.replace("|", r"\|") for cell in row] for row in table)
     rule = ["---", *["---:"] * (len(header) - 1)]
     return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
 
@@ -234,7 +241,8 @@ def to_latex(results: Results) -> str:
 
 
 def _escape(content: str) -> str:
-    return re.sub(r"([%_&#$])", r"\\\1", content)
+    marks = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return re.sub(r"[\\~^%_&#${}]", lambda m: marks.get(m[0], f"\\{m[0]}"), content)
 
 
 def to_csv(results: Results) -> str:

@@ -177,6 +177,8 @@ def decode(path: Path, size: int, resize: int | None = None) -> Array | str:
                 return f"has {image.width} x {image.height} pixels, too many to be safe: shrink it"
             ImageOps.exif_transpose(image, in_place=True)
             upright: Image.Image = image
+            if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() < 256):
+                return "has 32 bits per pixel, of an unknown range: save it with 8 or 16"
             if image.mode.startswith("I"):  # 16-bit gray, which convert() would cut off at 255
                 upright = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if upright.mode != "RGB":  # convert() copies even to the image's own mode

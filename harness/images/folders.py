@@ -51,7 +51,7 @@ def list_classes(root: Path) -> dict[str, list[str]]:
     return {
         name: sorted(
             os.path.join(folder, file)
-            for folder, _, files in os.walk(root / name)
+            for folder, _, files in os.walk(root / name, followlinks=True)
             for file in files
             if os.path.splitext(file)[1].lower() in SUFFIXES
         )

@@ -34,7 +34,7 @@ def map_images(path: Path, labels: list[int], size: int) -> ImageSet:
         size: side of the images in pixels.
     """
     shape, mapping = (len(labels), 3, size, size), None
-    images = np.empty(shape, np.uint8)
+    images = np.empty((0, *shape[1:]), np.uint8)
     if labels:  # an empty file cannot be mapped
         with open(path, "rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

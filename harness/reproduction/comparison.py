@@ -54,6 +54,7 @@ class Compared(NamedTuple):
     paper_arch: str
     method: str
     entries: dict[str, Entry]
+    void: frozenset[str]  # see `ModelScores`
 
 
 class Order(NamedTuple):
@@ -92,7 +93,7 @@ def compare(table: int, arch: str, measured: Mapping[str, Sequence[ModelScores]]
             if None not in [_number(row, name) for row in (*seeds, *base)]
         }
         entries = _decide(entries, void)
-        compared.append(Compared(table, arch, paper_arch, method, entries))
+        compared.append(Compared(table, arch, paper_arch, method, entries, void))
     return compared
 
 
@@ -180,20 +181,26 @@ def orders(rows: Sequence[Compared]) -> list[Order]:
             ours = {r.method: r.entries for r in rows if (r.table, r.arch) == (table, arch)}
             entries = {m: ours[m][name] for m in (better, worse) if name in ours.get(m, {})}
             if len(entries) == 2:
-                difference = _subtract_seeds(entries[better].by_seed, entries[worse].by_seed)
+                lists = [None if m == BASELINE else entries[m].by_seed for m in (better, worse)]
+                difference = _subtract_seeds(*lists)
                 verdict = _verdict(difference, "+")
                 found.append(Order(text, arch, name, entries, difference, verdict))
     return found
 
 
-def _subtract_seeds(first: list[Difference], second: list[Difference]) -> Difference | None:
-    """Compare two methods by their differences to the baseline, which has none to itself."""
-    if first and second and len(first) == len(second):
-        pairs = zip(first, second, strict=True)
-        return uncorrected(combine_seeds([subtract(a, b) for a, b in pairs]))
-    if first:
-        return uncorrected(combine_seeds(first))
-    return uncorrected(combine_seeds([subtract(None, b) for b in second])) if second else None
+def _subtract_seeds(
+    first: list[Difference] | None, second: list[Difference] | None
+) -> Difference | None:
+    """Compare two methods by their differences to the baseline; None is the baseline itself."""
+    if second is None:
+        found = first
+    elif first is None:
+        found = [subtract(None, b) for b in second]
+    elif len(first) == len(second):
+        found = [subtract(a, b) for a, b in zip(first, second, strict=True)]
+    else:
+        found = None
+    return uncorrected(combine_seeds(found)) if found else None
 
 
 # ---------------------------------------------------------------------------- text
@@ -205,7 +212,7 @@ def comparison_table(rows: Sequence[Compared]) -> list[list[str]]:
     The columns of a method are ours, the paper's, and the verdict. The baseline has the first two.
     """
     header, names = [""], [n for n in HEADINGS if any(n in row.entries for row in rows)]
-    void = any(e.verdict == VOID for row in rows for e in row.entries.values())
+    void = any(row.void for row in rows)
     titles = HEADINGS | ({ATTACKS_TITLE: "mean of 4, without CW2"} if void else {})
     lines = [[titles[name]] for name in names]
     for row in rows:

@@ -111,8 +111,8 @@ def parse_reproduce_config(
     """Parse the command line of reproduce.py, and fill in the recipe of its scale."""
     values, _ = parse_options(ReproduceConfig, argv, description)
     scale, recipe = values["scale"], dict(RECIPES[values["scale"]])
-    if values["methods"]:
-        recipe["tables"] = [1, 2, 3]
+    if others := set(values["methods"] or ()) - {BASELINE}:
+        recipe["tables"] = [t for t in (1, 2, 3) if others & set(methods_of_table(t))]
     if values["tables"]:
         recipe["methods"] = None
         every = "all" in values["tables"]
@@ -156,7 +156,8 @@ def make_plan(config: ReproduceConfig) -> Iterator[TrainTask | EvalTask]:
     Tables 2 and 3 use the first architecture, as the paper's use ResNet-50 alone.
     """
     surrogate = _train_task(config, config.surrogate, BASELINE, 0)
-    yield surrogate
+    if set(config.tables) != {3}:
+        yield surrogate
     for seed in range(config.seeds):
         for arch in config.archs:
             first = arch == config.archs[0]

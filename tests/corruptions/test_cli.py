@@ -42,6 +42,26 @@ def test_sheet_has_a_tile_for_every_setting(source: Path, tmp_path: Path) -> Non
         assert np.abs(tiles[row, 5] - tiles[row, 0]).mean() > 10
 
 
+def test_images_are_read_as_train_reads_them(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gray = np.linspace(0, 255, 32 * 32).reshape(32, 32).astype(np.uint8)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "gray16.png")
+    eight, sixteen = (__main__.load(tmp_path / f"{n}.png", 32) for n in ("gray", "gray16"))
+    assert torch.equal(eight, sixteen)
+    (source / ".hidden").mkdir()
+    Image.fromarray(gray).save(source / "dog" / "d.gif")
+    out = tmp_path / "out"
+    __main__.main([str(source), "--out", str(out), "--size", "32", "--only", "fog"])
+    assert (out / "fog" / "1" / "dog" / "d.JPEG").exists() and not list(out.rglob(".hidden"))
+    broken = source / "dog" / "e.png"
+    broken.write_bytes((tmp_path / "gray.png").read_bytes()[:40])
+    with pytest.raises(SystemExit):
+        __main__.main([str(source), "--out", str(tmp_path / "new"), "--size", "32"])
+    assert f"{broken}: " in capsys.readouterr().err
+
+
 def test_tree_holds_what_corrupt_gives(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [str(source), "--out", str(out), "--size", "32", "--seed", "7", "--png", *ONLY]

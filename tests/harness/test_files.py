@@ -1,5 +1,6 @@
 """Test file locking and error messages that the tests of the scripts do not cover."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ def test_a_lock_keeps_others_out_and_clears_up(tmp_path: Path) -> None:
             unfinished.touch()
     with lock_folder(out):
         assert sorted(path.name for path in out.iterdir()) == [".lock", "last.pt", "mine.tmp"]
+
+
+@pytest.mark.parametrize("cause", [lambda: torch.empty(10**15), lambda: bytearray(2**62)])
+def test_too_little_memory_is_said_in_a_line(
+    cause: Callable[[], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: cause() and None)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: out of memory: lower --batch-size or --size\n"
 
 
 def test_what_pytorch_cannot_repeat_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:

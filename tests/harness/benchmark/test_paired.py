@@ -173,6 +173,11 @@ def test_degenerate_cases_have_no_interval_or_an_undecided_one():
     assert all(map(math.isnan, paired.robustness_interval(zero, zero)))
     assert all(map(math.isnan, paired.robustness_interval(one[:1], one[:1])))
     assert paired.compare_accuracy(one[:1], zero[:1]).value == 1
+    for n in (2, 3, 5, 50):  # no fewer images decide than in a sign test
+        opposed = paired.compare_robustness(zero[:n], one[:n], one[:n], one[:n])
+        assert opposed.value == -1 and opposed.p >= 2 ** (1 - n)
+        assert paired.combine_seeds([opposed, opposed]).p == pytest.approx(2 ** (1 - n))
+    assert paired.holm([opposed])[0].decided
 
 
 @given(st.integers(0, 100), st.integers(1, 300))

@@ -232,7 +232,7 @@ def test_cw2_is_void_where_it_gives_up_on_the_baseline() -> None:
     assert alpha.void == beta.void == {"cw2"} and beta.scores["cw2"].difference is None
     assert (alpha.means["Adversarial attacks"], beta.means["Adversarial attacks"]) == (0.5, 0.5)
     text = tables.to_text(make(paired(clean + others + hopeless + mtlat)))
-    assert "CW2 is void" in text and "of 4 perturbations" in text
+    assert "CW2 is void" in text and "of 4 perturbations" in text and "unpaired" not in text
     assert tables.margin_table(make(paired(clean + others + fair + mtlat))) == []
     deciles = [5.0 * i for i in range(11)]  # the margins are uniform from 0 to 50
     fair[0]["margin_deciles"] = deciles
@@ -263,6 +263,27 @@ def test_findings_stand_beside_the_score() -> None:
     marked = tables.table_cells(made, "Adversarial attacks")[1:]
     assert [row[3] for row in marked] == ["0.00!", "0.10(+)!"]
     assert marked[0][-3:] == ["80 %", "0.25", "0.12"] and marked[1][-3:] == ["-"] * 3
+
+
+def test_names_of_models_may_have_any_character(tmp_path: Path) -> None:
+    names = {"alpha": A, r"r|x_^~{1\n": B}
+    made = metrics.aggregate(CELLS, names, "alpha")
+    rows = [row for row in tables.to_markdown(made).splitlines() if row.startswith("|")]
+    assert all(row.replace(r"\|", "").count("|") == rows[0].count("|") for row in rows[:4])
+    escaped = r"r|x\_\textasciicircum{}\textasciitilde{}\{1\textbackslash{}n"
+    assert escaped in tables.to_latex(made)
+    hidden = metrics.aggregate(CELLS, {"alpha": A, "_beta": B}, "alpha")
+    shown = metrics.aggregate(CELLS, {"alpha": A, "beta": B}, "alpha")
+    for name, results in (("hidden", hidden), ("shown", shown)):
+        plots.plot_robustness(results, tmp_path / f"{name}.png")
+    widths = [np.ptp(np.nonzero(dark_columns(tmp_path / f"{n}.png"))) for n in ("hidden", "shown")]
+    assert widths[0] >= widths[1]  # of the legend
+
+
+def dark_columns(path: Path) -> np.ndarray:
+    """Return which columns of a figure's top, where its legend stands, are not white."""
+    pixels = np.asarray(Image.open(path).convert("L"))
+    return (pixels[: len(pixels) // 12] < 200).any(0)
 
 
 def test_notes_on_a_subset_and_on_mixed_versions() -> None:

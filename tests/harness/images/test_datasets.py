@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from harness.errors import UserError
 from harness.images import cache, datasets, embedded
-from harness.images.loader import BatchLoader, ImageSet, prefetch
+from harness.images.loader import BatchLoader, ImageSet, map_images, prefetch
 from mtlat import EPSILON_MAX
 from tests.support.tiny import image_folder, states_equal
 
@@ -332,6 +332,38 @@ def test_every_kind_of_image_becomes_upright_rgb(tmp_path):
     exif[0x0112] = 6  # the viewer must rotate the image clockwise
     turned.save(tmp_path / "turned.png", exif=exif)
     assert_close(pixels("turned.png"), reference)
+
+
+def test_pixels_of_an_unknown_range_are_refused(tmp_path):
+    gray = np.linspace(0, 255, 256).reshape(16, 16)
+    Image.fromarray(gray.astype(np.int32)).save(tmp_path / "int.tif")
+    Image.fromarray((gray / 255).astype(np.float32)).save(tmp_path / "float.tif")
+    for name in ("int.tif", "float.tif"):
+        assert "32 bits per pixel" in cache.decode(tmp_path / name, 16)
+
+
+def test_folders_behind_links_are_read(folder, tmp_path):
+    moved = tmp_path / "elsewhere"
+    few = load(folder, tmp_path)
+    (name, *_) = few.classes
+    moved.mkdir()
+    for file in list((folder / name).iterdir())[::2]:
+        file.rename(moved / file.name)
+    (folder / name / "more").symlink_to(moved)
+    assert len(load(folder, tmp_path).train.labels) == len(few.train.labels)
+
+
+def test_a_set_larger_than_the_memory_is_mapped(tmp_path):
+    path, count, size = tmp_path / "huge", 2**17, 4096
+    with open(path, "wb") as file:
+        file.truncate(count * 3 * size**2)  # 6 TiB, of which the disk stores nothing
+    try:
+        images, _, mapping = map_images(path, [0] * count, size)
+    finally:
+        path.unlink()
+    assert images.shape == (count, 3, size, size) and images[-1, 2, -1, -1] == 0
+    del images
+    mapping.close()
 
 
 def test_a_picture_too_large_to_decode_is_bad(tmp_path):

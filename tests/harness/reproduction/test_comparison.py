@@ -104,7 +104,7 @@ def test_the_papers_own_numbers_have_its_signs(table: int, arch: str) -> None:
 
 def decided(value: float) -> Difference:
     """Return a difference that is decided."""
-    return Difference(value, value - 0.01, value + 0.01, 1e-9, np.array([-0.01, 0.01]))
+    return Difference(value, value - 0.01, value + 0.01, 1e-9, np.tile([-0.01, 0.01], 50))
 
 
 def with_differences(table: int, arch: str, sense: int = 1) -> list[comparison.Compared]:
@@ -223,6 +223,8 @@ def test_void_scores_have_no_part_in_means_and_verdicts() -> None:
     mean = compared[1].entries[paper.ATTACKS_TITLE]
     assert mean.paper == pytest.approx(sum(four) / 4)
     assert comparison.comparison_table(compared)[-1][0] == "mean of 4, without CW2"
+    # The baseline alone has no verdicts.
+    assert comparison.comparison_table(compared[:1])[-1][0] == "mean of 4, without CW2"
 
 
 def test_one_seed_has_no_spread() -> None:
@@ -249,6 +251,13 @@ def test_an_order_needs_two_methods_and_paired_outcomes() -> None:
         assert first.verdict == verdict
         assert first.difference and first.difference.value == -other
     assert comparison.orders(comparison.compare(3, "tiny", {"standard": rows["standard"]})) == []
+    # An unpaired method is not taken for the baseline, which has no difference to itself either.
+    better = rows["tlat"][0].scores["clean"]._replace(difference=decided(10.0))
+    half = {"standard": rows["standard"], "target-fgsm": rows["ls"]}
+    half["tlat"] = [rows["tlat"][0]._replace(scores={"clean": better})]
+    (paired, unpaired) = comparison.orders(comparison.compare(3, "tiny", half))
+    assert list(unpaired.entries) == ["tlat", "target-fgsm"]
+    assert paired.difference and unpaired.difference is None
 
 
 def test_the_means_are_over_all_nineteen_and_all_five() -> None:
