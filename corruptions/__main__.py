@@ -17,16 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
 from corruptions import CORRUPTIONS, MIN_SIDE, SEVERITIES, corrupt, frost_source
+from corruptions.transform import SUFFIXES, upright_rgb
 
 _BATCH = 64  # images in memory at a time
 # ImageNet-C's published files were compressed as JPEG again after the corruption.
@@ -134,10 +134,7 @@ def load(path: str | Path, size: int) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            picture: Image.Image = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16"):  # gray, which convert() would cut off at 255
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            picture = picture.convert("RGB")
+            picture = upright_rgb(file)
     except (OSError, SyntaxError, ValueError) as error:  # of a broken file, without its name
         if isinstance(error, OSError) and error.filename:
             raise
@@ -204,12 +201,12 @@ def draw_sheet(args: argparse.Namespace) -> None:
 
 def write_tree(args: argparse.Namespace) -> None:
     """Write out/name/severity/class/file for all images. Existing files are skipped."""
-    if not any(entry.is_dir() for entry in args.source.iterdir()):
+    folders = (entry.name for entry in args.source.iterdir() if entry.is_dir())
+    names = sorted(name for name in folders if not name.startswith("."))
+    if not names:
         raise ValueError(f"{args.source} has no class folders; the layout is DIR/class/file")
-    names = sorted(entry.name for entry in args.source.iterdir() if entry.is_dir())
-    classes = {name: i for i, name in enumerate(n for n in names if not n.startswith("."))}
-    found = make_dataset(args.source, classes, extensions=(*IMG_EXTENSIONS, ".gif"))
-    paths = [Path(path) for path, _ in found]
+    classes = {name: label for label, name in enumerate(names)}
+    paths = [Path(path) for path, _ in make_dataset(args.source, classes, extensions=SUFFIXES)]
     suffix = ".png" if args.png else ".JPEG"
     targets = [path.relative_to(args.source).with_suffix(suffix) for path in paths]
     if len(set(targets)) < len(targets):

@@ -1,15 +1,34 @@
-"""Corruptions in data loading: a transform in the style of `torchvision.transforms.v2`."""
+"""Corruptions in data loading: image files, and a transform like those of torchvision's `v2`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from corruptions.apply import corrupt
+
+# Of the files of a dataset that are images.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Load an opened image file as upright RGB, 8 bits per channel.
+
+    Raises:
+        ValueError: the file has 32 bits per pixel, of a range that it does not tell.
+        OSError, SyntaxError: the file is damaged.
+    """
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() < 256):
+        raise ValueError("32 bits per pixel, of an unknown range: save it with 8 or 16")
+    if image.mode.startswith("I"):  # 16-bit gray, which convert() would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies even RGB
 
 
 class Corrupt(nn.Module):

@@ -100,7 +100,7 @@ def _describe(error: Exception, how_to_resume: str) -> str:
         return str(error)
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return "out of memory: lower --batch-size or --size"
+        return "out of memory: lower --batch-size or --size; train.py can also take --amp bf16"
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest
         return f"the output pipe was closed; what was finished is kept, {how_to_resume}"

@@ -78,8 +78,7 @@ def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | N
     value = float(a.mean() / c.mean() - b.mean() / d.mean())
     influence = _influence(a, c) - _influence(b, d)
     if _few(a, c) or _few(b, d):
-        low, high, p = _bootstrap(a, c, b, d)
-        return Difference(value, low, high, max(p, _least_p(len(a))), influence)
+        return Difference(value, *_bootstrap(a, c, b, d), influence)
     return _normal(value, influence)
 
 
@@ -189,4 +188,5 @@ def _bootstrap(a: Array, c: Array, *other: Array) -> tuple[float, float, float]:
     values = values[np.isfinite(values)]
     low, high = np.quantile(values, (0.025, 0.975))
     tail = min((values <= 0).sum(), (values >= 0).sum())
-    return float(low), float(high), float(min(1.0, 2 * (tail + 1) / (len(values) + 1)))
+    p = max(_least_p(n), min(1.0, 2 * (tail + 1) / (len(values) + 1)))
+    return float(low), float(high), float(p)

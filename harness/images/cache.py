@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
+from corruptions.transform import upright_rgb
 from harness.errors import UserError
 from harness.files import atomic_path, atomic_write, checksum, lock_folder
 from harness.images.folders import File
@@ -175,15 +176,7 @@ def decode(path: Path, size: int, resize: int | None = None) -> Array | str:
         with Image.open(path) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 return f"has {image.width} x {image.height} pixels, too many to be safe: shrink it"
-            ImageOps.exif_transpose(image, in_place=True)
-            upright: Image.Image = image
-            if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() < 256):
-                return "has 32 bits per pixel, of an unknown range: save it with 8 or 16"
-            if image.mode.startswith("I"):  # 16-bit gray, which convert() would cut off at 255
-                upright = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if upright.mode != "RGB":  # convert() copies even to the image's own mode
-                upright = upright.convert("RGB")
-            square = make_square(upright, size, resize)
+            square = make_square(upright_rgb(image), size, resize)
             return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
     except MemoryError:
         raise  # not the file's fault

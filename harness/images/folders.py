@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from corruptions.transform import SUFFIXES
 from harness.errors import UserError
 
 TEST_SHARE = 0.1  # of every class, where a folder has no val/: "ten percent", as in the paper
@@ -14,7 +15,6 @@ PARTS = {  # names of their folders, in any case; the first one that is there is
     "test": ("val", "valid", "validation", "test", "testing"),
 }
 LAYOUT = "layout: train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg"
-SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 
 
 class File(NamedTuple):

@@ -13,8 +13,8 @@ from pathlib import Path
 from PIL import Image
 from torchvision.transforms import functional as F
 
+from corruptions.transform import SUFFIXES
 from harness.errors import UserError
-from harness.images.folders import SUFFIXES
 
 # (256, 224): the shorter side is resized to 256/224 of the square's side. None: squash.
 Crop = tuple[int, int] | None

@@ -26,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
         "data": "shapes", "classes": None, "size": SIZES["shapes"],
         # A ResNet or a VGG needs many more updates than there is time for. With these networks and
-        # epochs, the standard training reaches 98.8 % with each of three seeds.
+        # epochs, the standard training reaches 98.8 % or more with three seeds.
         "archs": ["cnn4"], **{name: SHAPES_RECIPE[name] for name in ("epochs", "batch_size", "lr")},
         "surrogate": "cnn6", "surrogate_epochs": None, "surrogate_lr": SHAPES_RECIPE["lr"],
         "limit": 0, "tables": [1], "methods": ["standard", "mtlat"],
@@ -74,7 +74,7 @@ class ReproduceConfig:
     dry_run: bool = option(False, "list what would be run, with the time that it will take,"
         " estimated from a few steps")
 
-    data: str = option(None, "as in train.py (demo: shapes; small, paper: required)",
+    data: str = option(None, f"as in train.py; needed where none is named {_default('data')}",
         group="the recipe", metavar="SET")
     classes: int | None = option(None, f"as in train.py {_default('classes')}",
         type=number(int, 2), metavar="K")
@@ -84,13 +84,11 @@ class ReproduceConfig:
     epochs: int = option(None, f"as in train.py {_default('epochs')}", type=number(int, 1))
     batch_size: int = option(None, f"as in train.py {_default('batch_size')}",
         type=number(int, 1))
-    lr: float | None = option(None, "as in train.py, not for the surrogate"
-        f" {_default('lr')}",
+    lr: float | None = option(None, f"as in train.py, not for the surrogate {_default('lr')}",
         type=number(float, 0, above=True))
     surrogate: str = option(None, "the network that the black-box attacks use"
         f" {_default('surrogate')}", metavar="ARCH")
-    surrogate_epochs: int | None = option(None, "its epochs, if not --epochs",
-        type=number(int, 1))
+    surrogate_epochs: int | None = option(None, "its epochs, if not --epochs", type=number(int, 1))
     surrogate_lr: float = option(None, f"its learning rate {_default('surrogate_lr')}",
         type=number(float, 0, above=True))
     limit: int = option(None, "test on N images, 0: on all, as in evaluate.py"

@@ -50,6 +50,9 @@ def test_images_are_read_as_train_reads_them(
     Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "gray16.png")
     eight, sixteen = (__main__.load(tmp_path / f"{n}.png", 32) for n in ("gray", "gray16"))
     assert torch.equal(eight, sixteen)
+    Image.fromarray(gray.astype(np.float32) / 255).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match=r"float\.tif: 32 bits per pixel"):
+        __main__.load(tmp_path / "float.tif", 32)
     (source / ".hidden").mkdir()
     Image.fromarray(gray).save(source / "dog" / "d.gif")
     out = tmp_path / "out"
