@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train an image classifier with M-TLAT, or with one of the methods that the paper compares.
 
-python train.py --arch cnn4                            # the embedded dataset, in a minute
+python train.py                                        # the embedded dataset, in a minute
 python train.py --data IMAGENET --classes 100 --amp bf16 --channels-last
 python train.py --resume runs/resnet50-mtlat/last.pt   # continue where it was stopped
 python train.py --resume runs/resnet50-mtlat/last.pt --epochs 120   # or extend a finished run

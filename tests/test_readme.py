@@ -29,7 +29,7 @@ EVALUATION = "--limit 6 --device cpu --dump-images 1 --only fog mi_fgsm_0.04"
 ADDED: dict[str, str | None] = {
     "python -m pytest": None,
     "python reproduce.py": RECIPE,
-    "python train.py --arch cnn4": "--epochs 1 -b 12",
+    "python train.py": "--epochs 1 -b 12",
     "python reproduce.py --scale paper --data IMAGENET --dry-run": RECIPE,
     "python reproduce.py --scale small --data IMAGES --tables 1 2 --seeds 3": RECIPE + " --seeds 1",
     "python train.py --data IMAGES --amp bf16 --channels-last": TRAINING + " --output-dir runs/own",

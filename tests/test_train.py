@@ -18,6 +18,7 @@ import train
 from harness import checkpoints, models
 from harness.cli import build_parser
 from harness.errors import UserError
+from harness.reproduction.plan import RECIPES
 from harness.training.config import TrainConfig, parse_train_config
 from harness.training.methods import METHODS
 from mtlat import Draws, algorithm1
@@ -142,6 +143,18 @@ def test_the_defaults_are_the_papers(tmp_path, monkeypatch):
     assert args.minibatch_size == 128
     assert replace(args, whole_batches=True).minibatch_size == 256
     assert replace(args, method="standard").minibatch_size == 256
+
+
+def test_the_defaults_for_the_embedded_images_are_the_demonstrations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, _ = parse_train_config([])
+    demo = RECIPES["demo"]
+    assert (args.data, [args.arch], args.size) == (demo["data"], demo["archs"], demo["size"])
+    same = ("epochs", "batch_size", "lr")
+    assert [getattr(args, name) for name in same] == [demo[name] for name in same]
+    assert args.output_dir == "runs/cnn4-mtlat"
+    other, _ = parse_train_config(["--arch", "resnet50"])
+    assert (other.arch, other.output_dir) == ("resnet50", "runs/resnet50-mtlat")
 
 
 @pytest.mark.parametrize("warmup", [0, 3])

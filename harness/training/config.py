@@ -22,8 +22,10 @@ from mtlat import ALPHA, EPSILON_MAX
 
 # The paper's recipe, and that of the embedded set, which `cnn4` learns in a minute on two cores. So
 # few updates need the first learning rate for longer.
-PAPER_RECIPE = {"epochs": 90, "batch_size": 256, "lr": 0.002, "milestones": (30, 60, 80)}
-SHAPES_RECIPE = {"epochs": 8, "batch_size": 32, "lr": 0.002, "milestones": (5.33, 7.12)}
+PAPER_RECIPE = {"arch": "resnet50", "epochs": 90, "batch_size": 256, "lr": 0.002,
+                "milestones": (30, 60, 80)}  # fmt: skip
+SHAPES_RECIPE = {"arch": "cnn4", "epochs": 8, "batch_size": 32, "lr": 0.002,
+                 "milestones": (5.33, 7.12)}  # fmt: skip
 
 # Settings of checkpoints that lack them.
 EARLIER = {"preprocess": "squash", "mean": None, "std": None, "mix_at": [INPUT], "augment": "no",
@@ -77,9 +79,9 @@ class TrainConfig:
     cache_dir: str = option(str(default_cache_dir()), "where decoded folders are kept, and CIFAR",
         metavar="DIR", may_change=True)
 
-    arch: str = option("resnet50", "a torchvision classifier, timm:NAME, a small network of"
+    arch: str = option(None, "a torchvision classifier, timm:NAME, a small network of"
         f" harness/cnn.py ({', '.join(CONVOLUTIONS)}), or your own as module:callable, which runs"
-        " its code", group="model", flags=("-a", "--model"))
+        f" its code {_recipe('arch')}", group="model", flags=("-a", "--model"))
     weights: str | None = option(None, "start from a checkpoint, which also gives the default of"
         " --arch; from a state dict in a .pt, .pth or .safetensors file; or from weights of"
         " that name in torchvision or timm (downloaded; DEFAULT: the best, and all of timm's); the"
@@ -182,6 +184,8 @@ def parse_train_config(
                 f"--weights {values['weights']} is a plain state dict: name its architecture with"
                 " --arch"
             )
+    if values["arch"] is None:
+        values["arch"] = _recipe_of(values["data"])["arch"]
     folder = values["output_dir"] or f"runs/{file_name(values['arch'])}-{values['method']}"
     path = Path(folder, "last.pt") if values["resume"] == "auto" else Path(values["resume"] or "")
     begun, checkpoint = Path(folder, "args.json"), None
