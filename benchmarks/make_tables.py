@@ -1,0 +1,207 @@
+"""Make the tables and the figure of a folder of measurements from its cells alone.
+
+    python benchmarks/make_tables.py results/tiny50
+
+reads cells.jsonl, whose labels are METHOD-SEED, and writes tables.md and differences.png there.
+M-TLAT with a seed is compared with `standard` of that seed, and every other network with `standard`
+and with M-TLAT of seed 0. If there is a surrogate-2.jsonl, it holds the black-box attacks made on a
+surrogate of seed 2. The networks of seed 1 take theirs from it, since the surrogate of cells.jsonl
+has their initial weights.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from harness.benchmark import paired, plots, tables
+from harness.benchmark.metrics import Results, aggregate, score_differences
+from harness.benchmark.paired import Array, Difference
+from harness.benchmark.registry import COLUMNS, GROUPS, TABLES
+from harness.benchmark.store import Cell, read_cells
+from harness.reproduction import comparison
+from harness.reproduction.report import paper_differences
+
+MEANS = {
+    "mean of the noises": GROUPS["noise"],
+    "mean of the blurs": GROUPS["blur"],
+    "mean of ImageNet-C's": TABLES["ImageNet-C's corruptions"],
+    "mean of the paper's": TABLES["The paper's corruptions"],
+}
+ROWS = {"clean": "clean accuracy", **{title: title for title in MEANS}, **COLUMNS}
+NOTE = (
+    "95 % intervals; bold where decided, means of several perturbations without Holm's correction"
+)
+PAIR = ("standard", "mtlat")
+PAPER_TABLES = {1: ("standard", "iat", "mtlat"), 2: ("standard", "mixup", "tlat")}
+
+Differences = dict[str, Difference | None]
+
+
+class Measured:
+    """The cells of some networks, which all saw the same images."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.cells = cells
+        self.digests = {cell["label"]: cell["model"] for cell in cells}
+        severities = defaultdict(list)
+        for cell in cells:
+            if "hits" in cell:
+                hits = paired.unpack(cell["hits"], cell["n"])
+                severities[cell["label"], cell["perturbation"]].append(hits)
+        self.hits = {key: np.mean(found, 0) for key, found in severities.items()}
+
+    def score(self, *names: str) -> Results:
+        """Compute the results of these networks; the first one is the baseline."""
+        return aggregate(self.cells, {name: self.digests[name] for name in names}, names[0])
+
+    def outcomes(self, label: str, name: str) -> Array:
+        """Return for each image the share of right predictions under a perturbation or a mean."""
+        found: Array = np.mean([self.hits[label, each] for each in MEANS.get(name, [name])], 0)
+        return found
+
+    def level(self, labels: Sequence[str], name: str) -> str:
+        """Format clean accuracy or R, the mean of these networks."""
+        if name in COLUMNS and any((label, name) not in self.hits for label in labels):
+            return "-"
+        clean = [self.outcomes(label, "clean").mean() for label in labels]
+        values = [self.outcomes(label, name).mean() for label in labels]
+        whole = np.ones(len(labels)) if name == "clean" else np.array(clean)
+        return f"{np.mean(values / whole):.3f}"
+
+    def perturbations(self, first: str, second: str) -> Differences:
+        """Compute the differences of clean accuracy and R, with Holm's correction."""
+        return dict(score_differences(self.score(second, first).rows[1]))
+
+    def differ(self, first: str, second: str) -> Differences:
+        """Add the differences under groups of perturbations, without Holm's correction."""
+        found = self.perturbations(first, second)
+        for title in MEANS:
+            a, c = self.outcomes(first, title), self.outcomes(first, "clean")
+            b, d = self.outcomes(second, title), self.outcomes(second, "clean")
+            found[title] = paired.uncorrected(paired.compare_robustness(a, c, b, d))
+        return found
+
+    def table(self, levels: Mapping[str, Sequence[str]], columns: Mapping[str, Differences]) -> str:
+        """Format levels, and differences by their title, bold where decided."""
+        lines = [["", *levels, *columns]]
+        for name, title in ROWS.items():
+            row = [differences.get(name) for differences in columns.values()]
+            if any(row):
+                shown = [self.level(labels, name) for labels in levels.values()]
+                lines.append([title, *shown, *map(_format, row)])
+        return "\n".join(tables.markdown_rows(lines))
+
+
+def _format(difference: Difference | None) -> str:
+    if difference is None:
+        return "-"
+    text = f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+    return f"**{text}**" if difference.decided else text
+
+
+def _beside_the_paper(table: list[comparison.Compared]) -> Iterator[str]:
+    """Yield the answers, a table beside the paper's, and the orders that the paper argues with."""
+    yield from comparison.answers(table)
+    yield f"{comparison.conclusion(table)}."
+    yield f"**{comparison.comparison_caption(table)}**"
+    yield "\n".join(tables.markdown_rows(comparison.comparison_table(table)))
+    if found := comparison.orders(table):
+        yield "\n".join(tables.markdown_rows(comparison.orders_table(found)))
+
+
+def _say(results: Results) -> Iterator[str]:
+    """Yield sentences on the differences to the baseline."""
+    base, *others = results.rows
+    for row, sentence in zip(others, tables.answers(results), strict=True):
+        yield f"{sentence} Relative mCE: {row.relative_mce:.0f} % of {base.model}'s."
+
+
+def _seeds_together(measured: Measured, seeds: list[int], figure: Path) -> Iterator[str]:
+    """Yield what all seeds of M-TLAT and `standard` decide together, and each alone; draw it."""
+    levels = {method: [f"{method}-{seed}" for seed in seeds] for method in PAIR}
+    pairs = [measured.score(*(f"{method}-{seed}" for method in PAIR)) for seed in seeds]
+    rows = {method: [pair.rows[i] for pair in pairs] for i, method in enumerate(PAIR)}
+    table = comparison.compare(1, "resnet18", rows)
+    mean = {name: entry.difference for name, entry in table[1].entries.items() if name in ROWS}
+    single = {name: difference for name, difference in mean.items() if name in COLUMNS}
+    paper = paper_differences({row.method: row for row in table})
+    plots.plot_differences({"mtlat": single}, "standard", figure, paper)
+
+    columns = {f"seed {s}": measured.differ(f"mtlat-{s}", f"standard-{s}") for s in seeds}
+    for title in MEANS:
+        each = [found for column in columns.values() if (found := column[title])]
+        mean[title] = paired.uncorrected(paired.combine_seeds(each))
+    columns["mean over the seeds"] = mean
+    yield from _beside_the_paper(table)
+    yield f"**Clean accuracy and R, means over the seeds; M-TLAT minus `standard`; {NOTE}**"
+    yield measured.table(levels, columns)
+    for pair in pairs:
+        yield from _say(pair)
+    yield f"**Trainings of one method with several seeds; {NOTE}**"
+    others = [f"{method}-{seed}" for method in PAIR for seed in seeds[1:]]
+    firsts = [f"{label.rsplit('-', 1)[0]}-{seeds[0]}" for label in others]
+    spread = {f"{a} - {b}": measured.differ(a, b) for a, b in zip(others, firsts, strict=True)}
+    yield measured.table({}, spread)
+
+
+def _one_seed(measured: Measured, labels: list[str]) -> Iterator[str]:
+    """Yield the tables of the networks that were trained with seed 0 alone."""
+    for number, methods in PAPER_TABLES.items():
+        names = [f"{method}-0" for method in methods]
+        if {*names} <= measured.digests.keys():
+            rows = measured.score(*names).rows
+            alone = {method: [row] for method, row in zip(methods, rows, strict=True)}
+            yield from _beside_the_paper(comparison.compare(number, "resnet18", alone))
+    if labels:
+        yield f"**The networks of one seed; {NOTE}**"
+        bases = [f"{method}-0" for method in PAIR]
+        columns = {f"{x} - {base}": measured.differ(x, base) for x in labels for base in bases}
+        yield measured.table({label: [label] for label in labels}, columns)
+
+
+def _two_surrogates(cells: list[Cell], other: list[Cell]) -> Iterator[str]:
+    """Yield how two networks of M-TLAT differ where either surrogate attacks both."""
+    columns = {}
+    for seed, found in ((1, cells), (2, other)):
+        differences = Measured(found).perturbations("mtlat-1", "mtlat-0")
+        columns[f"mtlat-1 - mtlat-0, surrogate of seed {seed}"] = {
+            name: differences[name] for name in GROUPS["black-box"]
+        }
+    yield "**The same networks attacked on two surrogates; 95 % intervals; bold where decided**"
+    yield Measured([]).table({}, columns)
+
+
+def make_tables(folder: Path) -> None:
+    """Write the tables and the figure of a folder."""
+    cells, other = read_cells(folder / "cells.jsonl"), read_cells(folder / "surrogate-2.jsonl")
+    own = {(c["label"], c["perturbation"]): c for c in other if c["label"].endswith("-1")}
+    kept = [cell for cell in cells if (cell["label"], cell["perturbation"]) not in own]
+    measured = Measured([*kept, *own.values()])
+    labels = measured.digests
+    seeds = [s for s in range(len(labels)) if {f"{method}-{s}" for method in PAIR} <= labels.keys()]
+    together = [f"{method}-{seed}" for method in PAIR for seed in seeds]
+    alone = [label for label in labels if label not in together]
+    blocks = [
+        *_seeds_together(measured, seeds, folder / "differences.png"),
+        *_one_seed(measured, alone),
+        *(_two_surrogates(cells, other) if other else []),
+        tables.to_markdown(measured.score(*together, *alone)).rstrip(),
+    ]
+    (folder / "tables.md").write_text("\n\n".join(blocks) + "\n")
+
+
+def main() -> None:
+    """Write the tables of the folder that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="with cells.jsonl")
+    make_tables(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    main()
