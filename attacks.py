@@ -8,11 +8,11 @@ Labeling Adversarial Training", 2020 (arXiv:2008.08384), section 4.1 and Table 1
 
 In every attack, `model` is as in mtlat.py and normalizes inside (`mtlat.Normalize`), x is (B, ...)
 float32 or float64 in [0, 1], and y is (B,) int64. x_adv is a new tensor like x, in [0, 1], without
-a graph. Attacks run in eval mode and full precision (no autocast, no TF32), compute the gradient of
-the input alone, and leave modes, parameters, their .grad and running statistics unchanged. An
-image's result does not depend on the rest of the batch, up to the model's rounding. Costs are per
-image: F forward passes, B backward passes to the input. Bad input raises ValueError or TypeError
-with the value, the rule and the fix.
+a graph. Attacks run in eval mode (if the model is a function, put what it calls into eval mode) and
+full precision (no autocast, no TF32), compute the gradient of the input alone, and leave modes,
+parameters, their .grad and running statistics unchanged. An image's result does not depend on the
+rest of the batch, up to the model's rounding. Costs are per image: F forward passes, B backward
+passes to the input. Bad input raises ValueError or TypeError with the value, the rule and the fix.
 
 What the paper leaves open, the reading taken here, and the option for another one:
  1. PGD's step is 2.5 epsilon / steps, here 0.01 (Madry et al.). Otherwise: `step_size`.
@@ -55,18 +55,18 @@ def pgd(
         restarts: runs from other starts, for images that no run has fooled yet. An image keeps the
             run that ends with the largest margin of a wrong class over y.
         random_start: start at a random point of the ball instead of at x.
-        start: starts in units of epsilon, in [-1, 1], x.shape or (restarts, *x.shape). Those drawn
-            from `generator` depend on the image's place in the batch.
+        start: starts in units of epsilon, in [-1, 1], x.shape, or (restarts, *x.shape) for several
+            runs. Those drawn from `generator` depend on the image's place in the batch.
         target: class indices (B,) to approach, descending L(x_t, target), instead of leaving y.
 
-    Returns the last iterate. Costs `steps` F and B per run, and with restarts one more F.
+    Returns the last iterate. Costs `steps` F and B per run, and with restarts one more F per run.
     """
     step = _check_steps(epsilon, steps, step_size, 2.5)
     check_number("restarts", restarts, 1, "1 is a single run", whole=True)
     if restarts > 1 and start is None and not random_start:
         raise ValueError(f"restarts is {restarts}, random_start False: equal runs; change either")
     with attack_mode(model, x, y) as (model, x, y):
-        aim = y if target is None else _check_labels("target", target, x)
+        aim = y if target is None else _check_labels("targets", target, x)
         offsets = epsilon * draw_starts(x, restarts, random_start, start, generator)
         step = step if target is None else -step
         if restarts == 1:
@@ -78,7 +78,7 @@ def pgd(
                 break
             end = _climb(model, x[left], aim[left], offset[left], epsilon, steps, step)
             with torch.no_grad():
-                found = _margin(logits_of(model(end), y[left]), y[left])
+                found = _margin(logits_of(model(end), y[left]), y[left]).to(margin.dtype)
             better = found > margin[left]
             x_adv[left[better]], margin[left[better]] = end[better], found[better]
         return x_adv
@@ -156,15 +156,19 @@ def cw2_result(
     check_number("const_range[1]", const_range[1], const_range[0], "give (smallest, largest)")
     with attack_mode(model, x, y) as (model, x, y):
         w = torch.atanh((2 * x - 1) * 0.999999).requires_grad_()  # finite at black and white
-        margin = _margin(logits_of(model((torch.tanh(w) + 1) / 2), y), y)
+        logits = logits_of(model((torch.tanh(w) + 1) / 2), y)
+        if logits.dtype == torch.float16:
+            raise TypeError(
+                "logits are float16, where CW2's gradients overflow; give model.float()"
+            )
+        margin = _margin(logits, y).to(x.dtype)
         (slope,) = torch.autograd.grad(margin.sum(), w)
         w, margin = w.detach(), margin.detach()
         reached = margin > confidence
         image = torch.where(_spread(reached, x), (torch.tanh(w) + 1) / 2, x)
-        distance = torch.zeros_like(margin)
+        distance = torch.zeros_like(margin).masked_fill(~reached, math.inf)
         low, high = (torch.full_like(margin, const) for const in const_range)
         const, left = high.clone(), (~reached).nonzero().squeeze(1)
-        distance[left] = math.inf
         for _ in range(rounds):
             if not len(left):
                 break
@@ -207,9 +211,9 @@ def full_precision() -> Iterator[None]:
 @contextmanager
 def attack_mode(model: Model, x: Tensor, y: Tensor) -> Iterator[tuple[Model, Tensor, Tensor]]:
     """Check x and y, and yield the model, in eval mode and frozen, and copies of x and y."""
+    check_images(x)
     if x.dtype not in {torch.float32, torch.float64}:
         raise TypeError(f"images are {x.dtype}; attacks need full precision: x.float(), in [0, 1]")
-    check_images(x)
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     before = [module.training for module in modules]
     try:
@@ -221,7 +225,8 @@ def attack_mode(model: Model, x: Tensor, y: Tensor) -> Iterator[tuple[Model, Ten
             torch.inference_mode(False),  # which enables gradients, under no_grad too
             torch.autocast(x.device.type, enabled=False),
         ):
-            yield bare, x.detach().clone(), _check_labels("labels", y, x)
+            # Pixels may be outside by rounding, where CW2's arctanh has no value.
+            yield bare, x.detach().clamp(0, 1), _check_labels("labels", y, x)
     finally:
         for module, mode in zip(modules, before, strict=True):
             module.training = mode
@@ -260,7 +265,7 @@ def _cw2_round(
         adam.step()
         x_adv = (torch.tanh(w) + 1) / 2
         moved = (x_adv - origin).square().flatten(1).sum(1)
-        wrong_by = _margin(logits_of(model(x_adv), y), y)
+        wrong_by = _margin(logits_of(model(x_adv), y), y).to(w.dtype)
         if step < steps - 1:  # the result of another update would not be judged
             loss = (moved + const * (confidence - wrong_by).clamp_min(0)).sum()
             (gradient,) = torch.autograd.grad(loss, w)

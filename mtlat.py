@@ -157,6 +157,7 @@ def targeted_fgsm(
 
 def target_labels(y: Tensor, target: Tensor, epsilon: Numbers) -> Tensor:
     """Label attacked images partly as their target, Eq. 4 and 6: (1-epsilon) y + epsilon target."""
+    check_labels(y, target, num_classes=y.shape[1])
     if target.ndim == 1:
         target = F.one_hot(target, y.shape[1]).to(y.dtype)
     epsilon = _per_image("epsilon", epsilon, y)
@@ -251,8 +252,8 @@ def logits_of(output: Any, y: Tensor) -> Tensor:
     made = tuple(logits.shape)
     if len(made) != 2 or made[1] < 2:
         raise ValueError(f"the model returns shape {made}; logits are ({len(y)}, N), N above 1")
-    if y.shape not in {made, made[:1]}:
-        raise ValueError(f"labels {tuple(y.shape)}, logits {made}; both must have the same N")
+    if y.shape not in {made, made[:1]} or (y.ndim == 1 and y.dtype != torch.int64):
+        raise ValueError(f"labels {tuple(y.shape)}, logits {made}; give int64, or the same N")
     if y.ndim == 1:
         check_values("class indices in labels", y, 0, made[1] - 1, "from 0, with the model's N")
     return logits
@@ -310,7 +311,7 @@ def check_images(*images: Tensor) -> None:
     """Raise unless all images (B, ...) are floating point, in [0, 1], and of one shape."""
     for x in images:
         if not (isinstance(x, Tensor) and x.is_floating_point()):
-            kind = getattr(x, "dtype", type(x).__name__)
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"images are {kind}; give floating point: x.float() / 255")
         if x.shape != images[0].shape:
             raise ValueError(f"images {tuple(images[0].shape)} do not match {tuple(x.shape)}")

@@ -10,6 +10,7 @@ To resume an interrupted tree, run the same command again.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ from torchvision.transforms import functional as F
 from tqdm import tqdm
 
 from corruptions import CORRUPTIONS, MIN_SIDE, SEVERITIES, corrupt, frost_source
+from corruptions.frost import FROST_DIR
 from corruptions.transform import SUFFIXES, upright_rgb
 
 _BATCH = 64  # images in memory at a time
@@ -45,12 +47,12 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _whole(low: int) -> Callable[[str], int]:
-    """Make an argparse type that accepts whole numbers from `low` up."""
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    """Make an argparse type that accepts whole numbers from `low` to `high`."""
 
     def convert(text: str) -> int:
-        if not (text.isdecimal() and int(text) >= low):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
+        if not (text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
         return int(text)
 
     return convert
@@ -60,7 +62,7 @@ def _device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name).cpu()  # fails on "meta", too
         return torch.device(name)
-    except (AssertionError, RuntimeError):
+    except (AssertionError, ImportError, RuntimeError):  # ImportError: a vendor's
         raise argparse.ArgumentTypeError(
             f"{name!r} is not a device of this machine: choose cpu, cuda, mps, ..."
         ) from None
@@ -80,23 +82,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--size",
-        type=_whole(MIN_SIDE),
+        type=_whole(MIN_SIDE, 2**14),
         default=224,
         help="side of the output images in pixels (default: 224); at 224 the images are resized to "
         "256 and cropped as for ImageNet-C, at other sizes they are resized to the square",
     )
-    parser.add_argument("--seed", type=_whole(0), default=0, help="seed of all draws (default: 0)")
+    parser.add_argument(
+        "--seed", type=_whole(0, 2**63 - 1), default=0, help="seed of all draws (default: 0)"
+    )
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="NAME",
-        help="corruptions to apply, validation corruptions included (default: the other 19)",
+        help="corruptions to apply (default: the nineteen of the benchmark); may name those for "
+        "validation, too",
     )
     parser.add_argument(
         "--png", action="store_true", help="write lossless PNG files instead of ImageNet-C's JPEG"
     )
     parser.add_argument("--device", type=_device, default="cpu", help="torch device (default: cpu)")
-    parser.add_argument("--frost-dir", help="folder with ImageNet-C's frost photographs")
+    parser.add_argument(
+        "--frost-dir",
+        help="folder with ImageNet-C's frost photographs "
+        f"(default: ${FROST_DIR}, or textures that are drawn)",
+    )
     return parser.parse_args(argv)
 
 
@@ -211,7 +220,7 @@ def write_tree(args: argparse.Namespace) -> None:
     targets = [path.relative_to(args.source).with_suffix(suffix) for path in paths]
     if len(set(targets)) < len(targets):
         raise ValueError(f"two images in {args.source} differ only in their suffix; rename one")
-    check_settings(args)
+    check_settings(args, targets)
     with tqdm(total=len(paths) * len(args.only) * len(SEVERITIES), unit="file") as bar:
         for start in range(0, len(paths), _BATCH):
             batch = range(start, min(start + _BATCH, len(paths)))
@@ -230,26 +239,40 @@ def write_tree(args: argparse.Namespace) -> None:
                     bar.update(len(batch))
 
 
-def check_settings(args: argparse.Namespace) -> None:
-    """Save the settings of the tree. Raise ValueError if it was begun with other settings."""
+def check_settings(args: argparse.Namespace, targets: list[Path]) -> None:
+    """Save the settings of the tree. Raise ValueError if it was begun with others.
+
+    An image's draws depend on its place among all files, so the list of files is one of them.
+    """
+    names = "\n".join(target.with_suffix("").as_posix() for target in targets)
     settings = {
         "source": str(args.source.resolve()),
         "size": args.size,
         "seed": args.seed,
         "frost": frost_source(args.frost_dir),
         "png": args.png,
+        "images": f"{len(targets)}, {hashlib.sha256(names.encode()).hexdigest()[:16]}",
     }
     if args.out.is_file():
         raise ValueError(f"--out {args.out} is a file; name a folder, as the source is a folder")
+    if args.out.resolve().is_relative_to(args.source.resolve()):
+        raise ValueError(f"--out {args.out} is in the source; name a folder beside {args.source}")
     note = args.out / "settings.json"
     if note.exists():
-        if (found := json.loads(note.read_text())) != settings:
+        try:
+            found = json.loads(note.read_text())
+            same = {**settings, **found} == settings  # trees of before have no "images"
+        except (ValueError, TypeError):
+            raise ValueError(f"{note} is damaged; choose another --out") from None
+        if not same:
             raise ValueError(
                 f"{args.out} was begun with {found}; use these settings or another --out"
             )
     else:
         args.out.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(settings, indent=2) + "\n")
+        unfinished = note.with_name(note.name + ".tmp")
+        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+        os.replace(unfinished, note)
 
 
 def save(image: Tensor, path: Path, *, png: bool) -> None:

@@ -69,7 +69,8 @@ def corrupt(
                 draw_options["images"] = pixels[part]
             stream = Stream(seed, name, severity, numbers[part])
             fields = entry.draw(stream, severity, (height, width), profile, **draw_options)
-        raw = entry.function(pixels[part], severity, *fields, profile=profile, **options)
+        with torch.autocast(pixels.device.type, enabled=False):
+            raw = entry.function(pixels[part], severity, *fields, profile=profile, **options)
         out[part] = raw if raw.dtype == torch.uint8 else raw.add_(_TRUNCATION_GUARD).int()
     return out if images.dtype == torch.uint8 else out.to(images.dtype).div_(255)
 

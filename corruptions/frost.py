@@ -91,7 +91,9 @@ def _pictures(source: str) -> tuple[Tensor, ...]:
     """Generate the five textures, or read them from the folder `source`, uint8 (3, H, W)."""
     if source == "procedural":
         return tuple(
-            _texture(_LOOKS[look], Stream(0, "frost texture", None, torch.tensor([number])))
+            _texture(
+                _LOOKS[look], Stream(0, "frost texture", None, torch.tensor([number], device="cpu"))
+            )
             for number, look in enumerate((1, 2, 2, 4, 5))  # photograph 3 is a copy of 2
         )
     return tuple(_read(Path(source) / name) for name in PICTURES)
@@ -122,7 +124,8 @@ def _resize(picture: Tensor, scale: float) -> Tensor:
     for axis in (2, 1):
         side = picture.shape[axis]
         length = math.ceil(side * scale) if scale > 1 else round(side * scale)
-        position = (torch.arange(length, dtype=torch.float64) + 0.5) / scale - 0.5
+        position = torch.arange(length, dtype=torch.float64, device=picture.device)
+        position = (position + 0.5) / scale - 0.5
         position = position.clamp(0, side - 1).float()
         first = position.long().clamp(max=side - 2)
         share = position - first if axis == 2 else (position - first)[:, None]

@@ -24,30 +24,35 @@ from corruptions.rng import Fields, Size, Stream
 Bounds = tuple[float, float]  # low and high end of a range
 
 
-def _amount(stream: Stream, severity: int | None, bounds: Bounds, largest: float) -> Tensor:
-    """Draw float32 (B,) uniformly from `bounds`, or return the amount of the severity."""
+def _check_bounds(bounds: Bounds, largest: float) -> Bounds:
+    """Return the bounds. Raise ValueError unless they are a range from 0 to `largest`."""
     low, high = bounds
     if not 0 <= low <= high <= largest:
         raise ValueError(f"bounds must satisfy 0 <= low <= high <= {largest:g}, got {bounds}")
+    return bounds
+
+
+def _amount(stream: Stream, severity: int | None, bounds: Bounds) -> Tensor:
+    """Draw float32 (B,) uniformly from `bounds`, or return the amount of the severity."""
+    low, high = bounds
     share = stream.uniform()
     if severity is not None:
         share.fill_((severity - 1) / 4)
     return share.mul_(high - low).add_(low)
 
 
-def _whole(stream: Stream, severity: int | None, bounds: Bounds, largest: int) -> Tensor:
+def _whole(stream: Stream, severity: int | None, bounds: Bounds) -> Tensor:
     """Draw integers, int32 (B,), both ends included, or return the amount of the severity."""
     low, high = (math.floor(bound + 0.5) for bound in bounds)
     if severity is None:  # each integer has an interval of length 1
-        return _amount(stream, None, (low, high + 1), largest + 1).int().clamp_(max=high)
-    return _amount(stream, severity, (low, high), largest).add_(0.5).int()
+        return _amount(stream, None, (low, high + 1)).int().clamp_(max=high)
+    return _amount(stream, severity, (low, high)).add_(0.5).int()
 
 
 def _length(stream: Stream, severity: int | None, bounds: Bounds, size: Size) -> Tensor:
     """Draw lengths in px, int32 (B,), from `bounds` in px at a side of 224."""
-    side = min(size)
-    low, high = bounds
-    return _whole(stream, severity, (low * side / 224, high * side / 224), side)
+    low, high = (bound * min(size) / 224 for bound in _check_bounds(bounds, 224))
+    return _whole(stream, severity, (low, high))
 
 
 def _sign(stream: Stream) -> Tensor:
@@ -76,6 +81,8 @@ def draw_occlusion(
     Returns:
         `side`, `top` and `left` in px, int32 (B,); `grey`, float32 (B,).
     """
+    if grey is not None and not 0 <= grey <= 1:
+        raise ValueError(f"grey must be a share of full scale, from 0 to 1, got {grey}")
     side = _length(stream, severity, bounds, size)
     top, left = (stream.uniform().mul_(length + 1 - side).int() for length in size)
     level = stream.uniform()
@@ -121,7 +128,7 @@ def draw_color_distortion(
     Returns:
         `channel`, int32 (B,), in 0..2; `amount`, float32 (B,), as a share of full scale.
     """
-    return stream.integers(0, 3), _amount(stream, severity, bounds, 1)
+    return stream.integers(0, 3), _amount(stream, severity, _check_bounds(bounds, 1))
 
 
 def color_distortion(
@@ -178,7 +185,7 @@ def draw_rotation(
     Returns:
         `angle` in degrees, int32 (B,).
     """
-    return (_whole(stream, severity, bounds, 180).mul_(_sign(stream)),)
+    return (_whole(stream, severity, _check_bounds(bounds, 180)).mul_(_sign(stream)),)
 
 
 def rotation(
@@ -193,8 +200,9 @@ def rotation(
 
     Args:
         angle: (B,), in degrees.
-        bilinear: interpolate bilinearly instead of taking the nearest pixel in Pillow's 16-bit
-            fixed-point arithmetic.
+        bilinear: interpolate bilinearly instead of taking the nearest pixel. That is found in
+            16-bit fixed-point arithmetic, like Pillow's, which also rounds the center: up to 0.3 %
+            of an image's pixels, halfway between two, differ from Pillow's.
     """
     height, width = images.shape[2:]
     radians = torch.deg2rad(angle.to(wide_float(images.device)))[:, None, None]

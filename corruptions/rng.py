@@ -68,8 +68,8 @@ class Stream:
         """Compute the two int32 key words of each image for the next call, each (B, 1)."""
         text = repr((*self._purpose, self._calls))
         digest = hashlib.blake2b(text.encode(), digest_size=4 * _WORDS).digest()
-        words = torch.tensor(struct.unpack(f"<{_WORDS}i", digest), dtype=torch.int32)
-        words = words.to(self._low.device).view(3, 2, 1, 1)
+        numbers = struct.unpack(f"<{_WORDS}i", digest)
+        words = torch.tensor(numbers, dtype=torch.int32, device=self._low.device).view(3, 2, 1, 1)
         self._calls += 1
         keys = _scramble(self._low[:, None] + words[0], words[1])
         keys = _scramble(keys.add_(self._high[:, None]), words[2])

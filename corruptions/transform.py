@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from corruptions.apply import corrupt
+from corruptions.registry import MIN_SIDE
 
-# Of the files of a dataset that are images.
+# The suffixes of files that count as images.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
 
@@ -24,8 +25,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() < 256):
-        raise ValueError("32 bits per pixel, of an unknown range: save it with 8 or 16")
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or not 256 <= values.max() < 2**16:
+            raise ValueError("32 bits per pixel, of an unknown range: save it with 8 or 16")
     if image.mode.startswith("I"):  # 16-bit gray, which convert() would cut off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")  # which copies even RGB
@@ -50,8 +53,10 @@ class Corrupt(nn.Module):
         super().__init__()
         self.name, self.severity = name, severity
         self.options = {"profile": profile, **options}
-        empty = torch.empty(0, 3, 224, 224, dtype=torch.uint8)
-        corrupt(empty, name, severity, **self.options)  # checks the arguments before the first call
+        if {"seed", "index"} & options.keys():
+            raise TypeError("seed and index are arguments of each call, not of Corrupt")
+        black = torch.zeros(1, 3, MIN_SIDE, MIN_SIDE, dtype=torch.uint8, device="cpu")
+        corrupt(black, name, severity, **self.options)  # checks the arguments before the first call
 
     def forward(
         self, image: Any, *, seed: int | None = None, index: Tensor | Sequence[int] | None = None
@@ -98,11 +103,13 @@ def _to_tensor(image: Any) -> Tensor:
         raise TypeError(
             f"image must be a PIL image, a NumPy array or a tensor, got {type(image).__name__}"
         )
-    if pixels.ndim not in (3, 4) or pixels.shape[axis] != 3:
+    picture = isinstance(image, Image.Image)
+    if pixels.ndim not in (3, 4) or pixels.shape[axis] != 3 or (picture and image.mode != "RGB"):
+        kind = f"{image.mode} image" if picture else type(image).__name__
         raise ValueError(
             "image must be an RGB PIL image, an array (H, W, 3) or (B, H, W, 3), or a tensor"
-            f" (3, H, W) or (B, 3, H, W), got {type(image).__name__} of shape"
-            f" {tuple(pixels.shape)}; .convert('RGB') converts PIL images"
+            f" (3, H, W) or (B, 3, H, W), got {kind} of shape {tuple(pixels.shape)};"
+            " .convert('RGB') converts PIL images"
         )
     return pixels.movedim(axis, -3)
 
@@ -140,4 +147,7 @@ class CorruptedDataset(Dataset[Any]):
         image = self.corruption(image, seed=self.seed, index=[index])
         if self.transform is not None:
             image = self.transform(image)
-        return (image, *rest) if isinstance(sample, tuple | list) else image
+        if not isinstance(sample, tuple | list):
+            return image
+        named = getattr(sample, "_make", type(sample))  # of a namedtuple
+        return named([image, *rest])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
@@ -167,6 +168,37 @@ def test_a_function_must_not_hide_a_module_in_training_mode() -> None:
         pgd(lambda x: net(x), images(0), labels(0))
     assert_close(pgd(lambda x: net.eval()(x), images(0), labels(0), random_start=False),
                  pgd(net, images(0), labels(0), random_start=False))  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", [partial(pgd, restarts=2), partial(cw2_result, confidence=0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_logits_may_have_another_precision_than_the_images(
+    attack: Callable[..., Any], dtype: torch.dtype
+) -> None:
+    net = network().to(dtype)
+    for images_dtype in (torch.float32, torch.float64):
+        x = images(0).to(images_dtype)
+        found = attack(lambda x: net(x.to(dtype)), x, labels(0))
+        x_adv = found if isinstance(found, Tensor) else found.x_adv
+        assert x_adv.dtype == images_dtype and not torch.equal(x_adv, x)
+
+
+def test_cw2_refuses_logits_in_which_its_gradients_overflow() -> None:
+    with pytest.raises(TypeError, match=r"float16.*model\.float\(\)"):
+        cw2(lambda x: network()(x).half(), images(0), labels(0))
+
+
+@pytest.mark.parametrize("excess", [2e-6, -2e-6])
+def test_pixels_outside_by_rounding_are_attacked_from_the_border(excess: float) -> None:
+    border = images(0).clone()
+    border[:, :, 0, 0] = float(excess > 0)
+    outside = border.clone()
+    outside[:, :, 0, 0] += excess
+    expected = cw2_result(network(), border, labels(0), confidence=0)
+    found = cw2_result(network(), outside, labels(0), confidence=0)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=0, atol=0)
+    assert pgd(network(), outside, labels(0)).amax() <= 1
 
 
 def test_modes_come_back_after_an_error() -> None:
@@ -381,7 +413,7 @@ def test_an_entry_does_what_its_name_says(name: str) -> None:
         (cw2, {"y": labels(0) + 9}, ValueError, r"class indices.*\[0, 3\].*from 0"),
         (pgd, {"start": 1.5 * torch.ones_like(images(0))}, ValueError, r"1\.5; rule: \[-1, 1\]"),
         (cw2, {"steps": 2.5}, TypeError, "steps is 2.5; rule: an int from 2"),
-        (pgd, {"target": labels(0).int()}, TypeError, r"target are torch\.int32"),
+        (pgd, {"target": labels(0).int()}, TypeError, r"targets are torch\.int32"),
         (pgd_ll, {"target": labels(0) + 9}, ValueError, r"rule: \[0, 3\]"),
         (pgd, {"epsilon": 8}, ValueError, r"epsilon is 8; rule: from 0 to 1;.*0\.04"),
         (sign_noise, {"epsilon": -0.1}, ValueError, r"epsilon is -0\.1"),

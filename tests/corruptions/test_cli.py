@@ -53,6 +53,11 @@ def test_images_are_read_as_train_reads_them(
     Image.fromarray(gray.astype(np.float32) / 255).save(tmp_path / "float.tif")
     with pytest.raises(ValueError, match=r"float\.tif: 32 bits per pixel"):
         __main__.load(tmp_path / "float.tif", 32)
+    for low, high in ((0, 65536), (-1, 300), (0, 255)):
+        wide = np.linspace(low, high, 32 * 32).reshape(32, 32).astype(np.int32)
+        Image.fromarray(wide).save(tmp_path / "wide.tif")
+        with pytest.raises(ValueError, match=r"wide\.tif: 32 bits per pixel"):
+            __main__.load(tmp_path / "wide.tif", 32)
     (source / ".hidden").mkdir()
     Image.fromarray(gray).save(source / "dog" / "d.gif")
     out = tmp_path / "out"
@@ -110,6 +115,24 @@ def test_tree_goes_on_where_it_stopped(
     assert torch.equal(read(lost), pixels) and kept.stat().st_mtime_ns == stamp
     assert not list(out.rglob("*.tmp"))
     refused([*command, "--seed", "1"], "was begun with", capsys)
+    settings = out / "settings.json"
+    recorded = json.loads(settings.read_text())
+    del recorded["images"]  # as a tree of an earlier version
+    settings.write_text(json.dumps(recorded))
+    __main__.main(command)
+    settings.write_text("{")
+    refused(command, f"{settings} is damaged", capsys)
+
+
+def test_a_tree_of_other_files_is_not_continued(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(source), "--out", str(tmp_path / "out"), "--size", "32", *ONLY]
+    __main__.main(command)
+    (source / "cat/a.png").rename(source / "cat/z.png")  # now other images have other draws
+    refused(command, "was begun with", capsys)
+    inside = [str(source), "--out", str(source / "out"), "--size", "32", *ONLY]
+    refused(inside, "is in the source", capsys)
 
 
 def test_pictures_are_prepared_as_imagenet_c_s(tmp_path: Path) -> None:
@@ -135,11 +158,11 @@ def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     refused([picture, *out, "--only", "fogg"], "corruption 'fogg'; did you mean fog", capsys)
     refused([picture, *out, "--only"], "--only: expected at least one argument (see", capsys)
-    for size in ("8", "0", "-1", "32.5", "x", ""):
-        rule = f"argument --size: {size!r} is not a whole number from 16 up (see --help)"
+    for size in ("8", "0", "-1", "32.5", "x", "", "9" * 30):
+        rule = f"argument --size: {size!r} is not a whole number from 16 to 16384 (see --help)"
         refused([picture, *out, f"--size={size}"], rule, capsys)
-    refused([picture, *out, "--seed", "x"], "'x' is not a whole number from 0 up", capsys)
-    for device in ("tpu9", "cuda:99", "meta"):
+    refused([picture, *out, "--seed", "x"], "'x' is not a whole number from 0 to", capsys)
+    for device in ("tpu9", "cuda:99", "meta", "hpu"):
         rule = f"argument --device: '{device}' is not a device of this machine: choose cpu"
         refused([picture, *out, "--device", device], rule, capsys)
     refused([picture], "the following arguments are required: --out (see --help)", capsys)

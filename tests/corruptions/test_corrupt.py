@@ -19,6 +19,7 @@ from corruptions import (
     apply,
     corrupt,
     digital,
+    frost,
     noise,
 )
 
@@ -155,6 +156,19 @@ def test_global_generators_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_surrounding_precision_and_device_do_not_matter(name: str) -> None:
+    images = pictures()
+    expected = corrupt(images, name, 3)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(corrupt(images, name, 3), expected)
+    frost._textures.cache_clear()
+    frost._pictures.cache_clear()
+    with torch.device("meta"):  # as the default device
+        assert torch.equal(corrupt(images, name, 3), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_memory_layout_does_not_matter(name: str) -> None:
     images = pictures(3, 34, 40)
     expected = corrupt(images, name, 3)
@@ -240,6 +254,11 @@ UNIT = GOOD.float() / 255
         ((GOOD, "occlusion", 1), {"gray": 0.5}, TypeError, "'gray'.*bounds.*grey"),
         ((GOOD, "rotation", 1), {"bounds": (9, 8)}, ValueError, r"bounds.*\(9, 8\)"),
         ((GOOD, "color_distortion", 1), {"bounds": (0, 2)}, ValueError, r"bounds.*\(0, 2\)"),
+        ((GOOD, "occlusion", 1), {"bounds": (60, 300)}, ValueError, r"<= 224, got \(60, 300\)"),
+        ((GOOD, "rotation", None), {"bounds": (8, 200)}, ValueError, r"<= 180, got \(8, 200\)"),
+        ((GOOD, "translation", 1), {"bounds": (0, torch.inf)}, ValueError, r"bounds.*\(0, inf\)"),
+        ((GOOD, "occlusion", 1), {"grey": 128}, ValueError, "grey.*from 0 to 1, got 128"),
+        ((GOOD, "occlusion", 1), {"grey": torch.nan}, ValueError, "grey.*got nan"),
     ],
 )
 def test_refusals_name_the_value_and_the_rule(

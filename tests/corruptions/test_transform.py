@@ -1,7 +1,7 @@
 """Test `Corrupt` and `CorruptedDataset`: kinds of images, draws, and workers of a DataLoader."""
 
 import pickle
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -94,6 +94,9 @@ def test_options_reach_the_corruption() -> None:
         (("fog", 6), {}, ValueError, "severity.*got 6"),
         (("fog", 3), {"profile": 7}, ValueError, "profile.*got 7"),
         (("fog", 3), {"bounds": (0, 1)}, TypeError, "fog has no option 'bounds'"),
+        (("fog", 3), {"seed": 1}, TypeError, "seed and index are arguments of each call"),
+        (("occlusion", 3), {"bounds": (100, 5)}, ValueError, r"bounds.*\(100, 5\)"),
+        (("frost", 3), {"frost_dir": "nowhere"}, FileNotFoundError, "nowhere"),
     ],
 )
 def test_invalid_settings_are_refused_at_once(
@@ -107,8 +110,9 @@ def test_invalid_settings_are_refused_at_once(
     ("image", "error", "message"),
     [
         ("a.png", TypeError, "image must be a PIL image, .*, got str"),
-        (Image.fromarray(ARRAYS[0]).convert("L"), ValueError, r"got Image of shape \(20, 24\)"),
+        (Image.fromarray(ARRAYS[0]).convert("L"), ValueError, r"got L image of shape \(20, 24\)"),
         (Image.fromarray(ARRAYS[0]).convert("RGBA"), ValueError, r"\(20, 24, 4\); .convert"),
+        (Image.fromarray(ARRAYS[0]).convert("HSV"), ValueError, "got HSV image .* .convert"),
         (IMAGES[0].permute(1, 2, 0), ValueError, r"got Tensor of shape \(20, 24, 3\)"),
         (IMAGES[0].numpy(), ValueError, r"got ndarray of shape \(3, 20, 24\)"),
         (IMAGES[None], ValueError, r"of shape \(1, 6, 3, 20, 24\)"),
@@ -121,6 +125,18 @@ def test_other_images_are_refused(image: Any, error: type[Exception], message: s
 
 
 # ------------------------------------------------------------------ a dataset and its workers
+
+
+class Sample(NamedTuple):
+    image: Tensor
+    label: int
+
+
+@pytest.mark.parametrize("kind", [Sample._make, list, tuple])
+def test_a_sample_keeps_its_kind(kind: Any) -> None:
+    sample = kind([IMAGES[0], 7])
+    found = CorruptedDataset([sample], NOISE)[0]  # type: ignore[arg-type]
+    assert type(found) is type(sample) and found[1] == 7 and not torch.equal(found[0], IMAGES[0])
 
 
 def test_a_dataset_has_the_draws_of_its_indices() -> None:
