@@ -17,9 +17,10 @@ from scipy.stats import binomtest
 from corruptions import CORRUPTIONS
 from harness.benchmark import mce, metrics, plots, registry, tables
 from harness.benchmark.attack_registry import ATTACKS
-from harness.benchmark.paired import pack
+from harness.benchmark.paired import Difference, pack
 from harness.benchmark.store import Cell
 from harness.reproduction.paper import PAPER_ROWS
+from tests.support.figures import collect_figures
 
 FIFTEEN, FOUR, FIVE, VALIDATION = registry.TABLES.values()
 
@@ -118,6 +119,14 @@ def test_mce_is_alexnets_where_the_errors_are() -> None:
     assert mce.mce({name: 1 - error / 2 for name, error in errors.items()}) == pytest.approx(50)
     # ResNet-50 of torchvision has, at 224 px, 29.29 % under gaussian_noise: CE 79.77 (published).
     assert 100 * (1 - 0.2929) / errors["gaussian_noise"] == pytest.approx(79.77, abs=0.01)
+    # The published errors in percent, written down a second time so that a slip in one shows.
+    printed = {
+        "gaussian_noise": 88.6, "shot_noise": 89.4, "impulse_noise": 92.3,
+        "defocus_blur": 82.0, "glass_blur": 82.6, "motion_blur": 78.6, "zoom_blur": 79.8,
+        "snow": 86.7, "frost": 82.7, "fog": 81.9, "brightness": 56.5,
+        "contrast": 85.3, "elastic_transform": 64.6, "pixelate": 71.8, "jpeg_compression": 60.7,
+    }  # fmt: skip
+    assert {k: 100 * error for k, error in errors.items()} == pytest.approx(printed, abs=0.051)
     made = tables.to_plain(make())["rows"][1]
     assert made["corrupted_accuracy"] == pytest.approx(0.35)
     assert made["mce"] == pytest.approx(100 * np.mean([0.65 / error for error in errors.values()]))
@@ -135,6 +144,19 @@ def test_a_relative_mce_that_does_not_exist_is_explained() -> None:
     few += corruption(A, "snow", 80, 80, 80, 80, 80)  # no loss, and fog is missing
     need = "corrupted %, mCE and rel. mCE are -: they need all fifteen corruptions"
     assert need in tables.to_text(make(few)) and need not in tables.to_text(make())
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "base", "expected"),
+    [
+        ("clean", 80.04, 80.0, ""), ("clean", 80.06, 80.0, "+"), ("clean", 79.94, 80.0, "-"),
+        ("fog", 0.804, 0.8, ""), ("fog", 0.806, 0.8, "+"), ("fog", 0.794, 0.8, "-"),
+    ],
+)  # fmt: skip
+def test_signs_are_those_of_the_printed_numbers(
+    name: str, own: float, base: float, expected: str
+) -> None:
+    assert metrics.sign(name, own, base) == expected
 
 
 def test_the_order_of_the_lines_does_not_matter_but_for_the_last_of_equal_cells() -> None:
@@ -194,6 +216,7 @@ def test_paired_outcomes_decide_signs() -> None:
     clean = beta.scores["clean"].difference
     assert clean and clean.value == pytest.approx(-0.3)
     assert clean.p == pytest.approx(2 * 0.5**30)  # McNemar: of 30 discordant images, all 30
+    assert clean.adjusted == pytest.approx(21 * clean.p)  # the smallest of 21
     assert beta.scores["clean"].decided_sign == "-"
     assert beta.scores["occlusion"].difference and not beta.scores["occlusion"].decided_sign
     rotation = beta.scores["rotation"].difference
@@ -208,16 +231,34 @@ def test_paired_outcomes_decide_signs() -> None:
     assert "(Holm's correction for 21)" in text and "unpaired" not in text
     flat = {(r["model"], r["perturbation"], r["severity"]): r
             for r in csv.DictReader(io.StringIO(tables.to_csv(made)))}  # fmt: skip
+    columns = ("difference", "difference low", "difference high", "p (Holm)")
+    assert [flat["beta", "rotation", ""][key] for key in columns] == [
+        f"{value:.6f}" for value in (-0.26, rotation.low, rotation.high, rotation.adjusted)
+    ]
     assert flat["beta", "fog", "mean"]["difference"] == "0.100000"
     assert flat["beta", "rotation", ""]["decided"] == "yes"
     assert flat["beta", "fog", "mean"]["decided"] == "no"
     assert flat["beta", "fog", "1"]["decided"] == flat["alpha", "fog", "mean"]["decided"] == ""
 
 
+def test_a_difference_of_zero_is_neither_higher_nor_lower() -> None:
+    zero, higher = (Difference(value, -1, 1, 0.5, np.zeros(2)) for value in (0.0, 0.1))
+    said = tables.answer("beta", "alpha", {"fog": zero, "frost": zero, "snow": higher})
+    assert re.findall(r"(higher|lower) under (\d)", said) == [("higher", "1"), ("lower", "0")]
+
+
+def test_outcomes_of_fewer_images_than_the_clean_ones_are_not_paired() -> None:
+    lines = [line(A, "clean", 80), line(B, "clean", 50)]
+    lines += [line(m, "rotation", 40, n=50) for m in (A, B)]
+    lines += [line(m, "translation", 40) for m in (A, B)]
+    scores = make(paired(lines)).rows[1].scores
+    assert scores["rotation"].difference is None and scores["translation"].difference
+
+
 def test_a_model_that_is_never_right_has_no_cw2() -> None:
     lines = [line(m, "clean", 0) for m in (A, B)]
     lines += [line(m, "cw2", 0, right=0) for m in (A, B)]  # and so no "reached"
-    assert make(lines).rows[0].void == {"cw2"} and "CW2" in tables.to_text(make(lines))
+    assert make(lines).rows[0].void == {"cw2"} and "CW2 is void" in tables.to_text(make(lines))
 
 
 def test_cw2_is_void_where_it_gives_up_on_the_baseline() -> None:
@@ -326,14 +367,18 @@ def test_clean_accuracy_alone_has_a_table() -> None:
     "names, lines", [(["fog"], 1), (["fog", "frost", "snow"], 1), (FIFTEEN, 3)]
 )
 def test_severities_have_a_panel_for_each_measured_corruption(
-    names: list[str], lines: int, tmp_path: Path
+    names: list[str], lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawn = collect_figures(monkeypatch)
     cells = [x for name in names for x in corruption(A, name, 70, 60, 50, 40, 20)]
     plots.plot_severities(
         make([line(A, "clean", 80), line(B, "clean", 80), *cells]), tmp_path / "f"
     )
     with Image.open(tmp_path / "f") as image:
         assert image.height == pytest.approx(plots.DPI * (1 + 1.9 * lines), abs=0.6 * plots.DPI)
+    (figure,) = drawn
+    titles = [axes.get_title() for axes in figure.axes if axes.get_visible()]
+    assert titles == [registry.COLUMNS[name] for name in FIFTEEN if name in names]
 
 
 def test_no_caveat_where_the_intervals_overlap() -> None:

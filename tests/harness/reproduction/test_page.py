@@ -13,6 +13,7 @@ from matplotlib.figure import Figure as Drawing
 
 from harness.benchmark import plots
 from harness.reproduction.page import Code, Figure, Section, Table, Text, render_page
+from tests.support.figures import collect_figures
 from tests.support.tiny import convnet
 
 HOSTILE = '<script>alert("1")</script> & \' "><img src=x onerror=go()> &amp; </style>'
@@ -147,15 +148,7 @@ def test_what_is_no_figure_or_no_table_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return a list of the figures that are saved during the test."""
-    found: list[Any] = []
-    save = Drawing.savefig
-
-    def savefig(self: Drawing, *arguments: Any, **options: Any) -> None:
-        found.append(self)
-        save(self, *arguments, **options)
-
-    monkeypatch.setattr(Drawing, "savefig", savefig)
-    return found
+    return collect_figures(monkeypatch)
 
 
 def test_the_picture_of_a_step_shows_a_step(tmp_path: Path, drawn: list[Any]) -> None:
