@@ -255,7 +255,7 @@ def test_cw2_result_is_true_of_its_images() -> None:
     assert (lead(model, result.x_adv, y)[reached] > 7.0).all()
     assert torch.equal(reached, result.margin > 7.0)
     assert torch.equal(result.misclassified, result.margin > 0)
-    assert not result.misclassified.all() or (result.margin < 7.0).any()
+    assert (result.misclassified & ~reached).any()  # fooled, but by a smaller margin
     assert_close(result.l2, (result.x_adv - x).flatten(1).norm(dim=1))
     assert torch.equal(cw2(model, x, y, confidence=7.0), result.x_adv)
     assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1

@@ -7,8 +7,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -206,6 +208,26 @@ def test_cw2_in_one_round_reaches_whom_nine_rounds_reach(bench: Bench) -> None:
     assert line["reached"] == int(one.reached.sum())
     assert line["misclassified"] == int(one.misclassified.sum())
     assert line["margin"] == pytest.approx(one.margin.median().item(), abs=1e-4)
+    deciles = np.quantile(one.margin.detach().double(), np.linspace(0, 1, 11))
+    assert line["margin_deciles"] == pytest.approx(deciles, abs=1e-3)
+
+
+def test_the_distance_of_cw2_is_of_the_images_that_it_reaches(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"confidence": 0.0, "steps": 10, "rounds": 1}
+    entry = registry.PERTURBATIONS["cw2"]
+    assert entry.attack is not None
+    milder = entry._replace(attack=entry.attack._replace(keywords=settings))
+    monkeypatch.setitem(registry.PERTURBATIONS, "cw2", milder)
+    options = ["--only", "cw2", "--skip", "checks", "supplement", "--dump-images", "0"]
+    line = by_cell(bench.run(*options, models="standard"), "standard")["cw2", None]
+    (model, _, _), sets = bench.networks(), bench.sets()
+    x, y = sets.test.images.float() / 255, sets.test.labels
+    right = model(x).argmax(1) == y
+    result = cw2_result(model, x[right], y[right], **settings)
+    assert 0 < line["reached"] < line["right"]
+    assert line["l2"] == pytest.approx(result.l2[result.reached].median().item(), abs=1e-5)
 
 
 def test_the_supplement_is_the_smallest_adversarial_step(bench: Bench) -> None:
@@ -238,6 +260,29 @@ def test_images_are_made_once_for_all_models(bench: Bench, monkeypatch: pytest.M
     replace_attack(monkeypatch, "mi_fgsm_0.04", spy)
     bench.run("--only", "fog", "mi_fgsm_0.04", "-b", "20", "--dump-images", "0", *bench.surrogate)
     assert sorted(made) == sorted([*(("fog", s) for s in range(1, 6)), ("mi_fgsm", 0)] * 2)
+
+
+def test_a_cell_has_the_seconds_of_its_model_and_of_making_its_images(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    def taking(seconds: float, function: Any) -> Any:
+        def timed(*args: Any, **settings: Any) -> Tensor:
+            clock[0] += seconds
+            result: Tensor = function(*args, **settings)
+            return result
+
+        return timed
+
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(measure, "corrupt", taking(5, corrupt))
+    monkeypatch.setattr(measure, "compute_logits", taking(1, measure.compute_logits))
+    bench.run("--only", "fog", "-b", "10", "--dump-images", "0")  # three batches of 10 images
+    cells = store.read_cells(bench.root / "out" / "cells.jsonl")
+    assert {(x["perturbation"], x["seconds"], x["seconds_making"]) for x in cells} == {
+        ("clean", 3, 0), ("fog", 3, 15)
+    }  # fmt: skip
 
 
 def test_clean_logits_give_the_least_likely_class(
@@ -346,14 +391,20 @@ def test_the_default_folder_is_named_by_what_it_holds(
         return Path(capsys.readouterr().out.rpartition("tables and figures: ")[2].strip())
 
     images = ["--data", str(bench.root / "images" / "val"), "--size", "16"]
+    tree = bench.root / "tree"
+    (tree / "fog").mkdir(parents=True)
+    (tree / "settings.json").write_text('{"size": 16}')
+    for severity in range(1, 6):
+        (tree / "fog" / str(severity)).symlink_to(bench.root / "images" / "val")
     first = folder()
     assert first.parts[:-1] == ("runs", "evaluate") and first.name.startswith("standard-")
     others = {
         folder(models="mtlat"), folder(models="standard mtlat"), folder("--limit", "9"),
         folder("--size", "17"), folder("--seed", "1"), folder(*images, models="tinynets:net"),
         folder(*bench.surrogate, only="mi_fgsm_0.04"),
+        folder("--imagenet-c", str(tree), only="fog"),
     }  # fmt: skip
-    assert len(others | {first}) == 8
+    assert len(others | {first}) == 9
     assert folder(models="mtlat standard") in others
     before = (first / "cells.jsonl").read_bytes()
     assert folder(only="rotation") == first == folder(only="fog")

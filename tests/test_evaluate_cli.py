@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from harness.cli import build_parser
 from harness.errors import UserError
 from harness.models import find_weights
 from tests.support.bench import CLASSES, Bench, open_bench
+from tests.support.tiny import Wrapped, linear
 
 
 @pytest.fixture
@@ -336,6 +337,24 @@ def test_equal_layers_and_weights_of_other_code_are_another_model(bench: Bench) 
     assert up["model"] != down["model"] and up["correct"] > 20 > 10 > down["correct"]
 
 
+class Buffers(torch.nn.Module):
+    """A network with weights that its repr does not name."""
+
+    def __init__(self, **weights: torch.Tensor) -> None:
+        super().__init__()
+        for name, value in weights.items():
+            self.register_buffer(name, value)
+
+
+def test_equal_weights_of_other_names_are_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = torch.zeros(3), torch.ones(3)
+    made = {"a.pt": Buffers(scale=one, shift=two), "b.pt": Buffers(shift=one, scale=two)}
+    monkeypatch.setattr(subjects, "_load_module", lambda _, spec, *__: made[spec])
+    chosen = config.parse_eval_config([*made, "--device", "cpu"])
+    found = subjects.load_subjects(chosen, CLASSES, {spec: {} for spec in made})
+    assert found["a.pt"].digest != found["b.pt"].digest
+
+
 def test_the_findings_of_the_checks_are_printed_without_the_attacks(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -422,6 +441,18 @@ def test_models_that_attacks_may_fail_on_are_marked(
         assert "tinynets:Soft returns probabilities, not logits" in text
         assert "tinynets:Flat: the gradient is zero or NaN for 16 of the first 16 images" in text
         assert "standard returns" not in text
+
+
+def test_logits_that_sum_to_1_are_not_taken_for_probabilities() -> None:
+    x, y = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+
+    def warnings(wrap: Callable[[torch.Tensor], torch.Tensor]) -> list[str]:
+        model = Wrapped(linear(3), wrap).eval()
+        return subjects.inspect_subject(subjects.Subject("m", model, ""), x, y, 3)
+
+    assert warnings(lambda z: 9 * (z - z.mean(1, keepdim=True)) + 1 / 3) == []
+    (warning,) = warnings(lambda z: z.softmax(1))
+    assert "probabilities" in warning
 
 
 def test_checkpoints_that_may_have_seen_the_test_images_are_marked(

@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 from torch.testing import assert_close
 
+from harness.benchmark import fusion
 from harness.benchmark.fusion import fuse_for_inference
 
 
@@ -35,3 +36,17 @@ def test_weights_are_channels_last_where_the_forward_pass_allows_it() -> None:
     with pytest.raises(RuntimeError, match="view"):
         copy.deepcopy(refusing).to(memory_format=torch.channels_last)(x)
     assert_close(fuse_for_inference(refusing, x)(x), expected)
+
+
+def test_a_change_of_the_logits_by_more_than_rounding_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fuse_wrongly(model: nn.Module) -> nn.Module:
+        wrong = copy.deepcopy(model)
+        wrong.get_parameter("linear.bias").data += 1e-3
+        return wrong
+
+    monkeypatch.setattr(fusion, "fuse", fuse_wrongly)
+    model, x = Flattening().eval(), torch.rand(2, 3, 8, 8)
+    nn.init.ones_(model.linear.bias)  # at logits near 1 the relative tolerance counts, too
+    assert_close(fuse_for_inference(model, x)(x), model(x))
