@@ -18,7 +18,7 @@ from PIL import Image
 import evaluate
 import reproduce
 import train
-from harness.benchmark import plots, registry
+from harness.benchmark import plots, registry, store
 from harness.cli import build_parser
 from harness.errors import UserError
 from harness.reproduction import estimate, plan, report
@@ -125,16 +125,19 @@ def test_the_paper_scale_is_the_papers_experiment() -> None:
 
 
 def test_flags_override_the_recipe_but_not_the_surrogates_rate() -> None:
-    options = "--lr 0.5 --epochs 7 --seeds 2 --tables 2 --limit 0 --train-flags=--whole-batches"
+    options = "--lr 0.5 --epochs 7 --surrogate-epochs 3 --seeds 2 --tables 2 --limit 9"
+    options += " --archs resnet18 resnet18 --train-flags=--whole-batches"
     tasks = planned("--scale", "small", "--data", "x", *options.split())
     runs = [build_parser(TrainConfig).parse_args(t.argv) for t in tasks if isinstance(t, TrainTask)]
     assert [(r.arch, r.method, r.seed) for r in runs] == [
         ("vgg11_bn", "standard", 0),
         *(("resnet18", method, n) for n in (0, 1) for method in ("standard", "mixup", "tlat")),
     ]  # fmt: skip
-    assert {(r.epochs, r.whole_batches, r.data) for r in runs} == {(7, True, "x")}
-    assert [r.lr for r in runs] == [1e-4] + 6 * [0.5]
-    assert not any("--limit" in t.argv for t in tasks)
+    assert {(r.whole_batches, r.data) for r in runs} == {(True, "x")}
+    assert [(r.epochs, r.lr) for r in runs] == [(3, 1e-4)] + 6 * [(7, 0.5)]
+    evaluations = [t.argv for t in tasks if isinstance(t, EvalTask)]
+    assert [words[words.index("--limit") + 1] for words in evaluations] == ["9", "9"]
+    assert not any("--limit" in t.argv for t in planned("--limit", "0"))
     assert names(planned("--tables", "all")) == [
         "cnn6-standard-seed0", *(f"cnn4-{method}-seed0" for method in METHODS),
         "evaluation-cnn4-seed0", "clean-cnn4-seed0",
@@ -173,9 +176,13 @@ def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
     verdicts = tables(images)["verdicts"]
     assert sum(verdicts.values()) == 25 and "Of 25 signs of the paper, " in said
     assert "M-TLAT against standard: clean accuracy" in said and str(out / "report.html") in said
-    assert "Table 1, tiny:convnet beside the paper's resnet50" in (out / "tables.md").read_text()
+    markdown = (out / "tables.md").read_text()
+    assert "Table 1, tiny:convnet beside the paper's resnet50" in markdown
+    # The 54 training images are 6 whole minibatches of 8, and M-TLAT has two losses.
+    assert f"| {trained[1]} | 1 | 6 | 48 |\n| {trained[2]} | 1 | 6 | 96 |" in markdown
     html = (out / "report.html").read_text()
     assert all(name in html for name in [*trained, evaluation])
+    assert f"One couple of a step of M-TLAT on training images, by {trained[2]}" in html
     assert results["weights"]["tiny-convnet-mtlat-seed0"] in html
     assert [path.name for path in sorted(out.glob("*.png"))] == [
         "curves-tiny-convnet.png", "differences-tiny-convnet-table1.png",
@@ -217,6 +224,8 @@ def test_seeds_train_on_the_same_images_and_are_averaged(images: Path) -> None:
     standard, tlat = (row["entries"]["clean"] for row in tables(images)["rows"])
     assert len(standard["values"]) == len(tlat["values"]) == 2
     assert tlat["mean"] == pytest.approx(sum(tlat["values"]) / 2) and tlat["spread"] is not None
+    (order,) = tables(images)["orders"]
+    assert order["ours"] == {"standard": standard["mean"], "tlat": tlat["mean"]}
 
 
 def test_runs_of_other_settings_or_images_are_refused_in_a_line(images: Path) -> None:
@@ -426,6 +435,19 @@ def test_the_times_of_a_training_follow_from_its_log() -> None:
     settings = {"batch_size": 16, "whole_batches": False, "method": "mtlat"}
     log = [{"images_per_second": 16.0}, {"images_per_second": 16.0}]
     assert report.Trained(log, settings).minutes(67) == pytest.approx(16 / 60)
+
+
+def test_the_minutes_of_an_evaluation_count_the_making_of_images_once(tmp_path: Path) -> None:
+    digests = {"standard-seed0": "a", "mtlat-seed0": "b"}
+    (tmp_path / "results.json").write_text(json.dumps({"weights": digests}))
+    cell = {"perturbation": "clean", "severity": None, "correct": 1, "n": 2, "total": 2}
+    store.append_cells(tmp_path / "cells.jsonl", [
+        {**cell, "model": digest, "seconds_making": 30.0, "seconds": seconds}
+        for digest, seconds in {"a": 60.0, "b": 90.0}.items()
+    ])  # fmt: skip
+    models = {"standard": Path("standard-seed0"), "mtlat": Path("mtlat-seed0")}
+    found = report.read_evaluation(EvalTask(tmp_path, [], "tiny", 0, [1], models))
+    assert found.minutes == pytest.approx((30 + 60 + 90) / 60)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 from corruptions import CORRUPTIONS
 from harness.benchmark import metrics, tables
 from harness.benchmark.paired import Difference
-from harness.reproduction import comparison, paper
+from harness.reproduction import comparison, paper, report
 from harness.training.methods import METHODS
 
 TRANSCRIPTION = Path(__file__).parents[2] / "support" / "paper_tables.json"
@@ -102,12 +102,14 @@ def test_the_papers_own_numbers_have_its_signs(table: int, arch: str) -> None:
         assert line[place - 1].replace("(", "").replace(")", "") == line[place]
 
 
-def decided(value: float) -> Difference:
+def decided(value: float, p: float = 1e-9) -> Difference:
     """Return a difference that is decided."""
-    return Difference(value, value - 0.01, value + 0.01, 1e-9, np.tile([-0.01, 0.01], 50))
+    return Difference(value, value - 0.01, value + 0.01, p, np.tile([-0.01, 0.01], 50))
 
 
-def with_differences(table: int, arch: str, sense: int = 1) -> list[comparison.Compared]:
+def with_differences(
+    table: int, arch: str, sense: int = 1, p: float = 1e-9
+) -> list[comparison.Compared]:
     """Compare the paper's own numbers, with decided differences of its signs times `sense`."""
     ours = as_ours(table, arch)
     base = ours["standard"][0]
@@ -115,10 +117,10 @@ def with_differences(table: int, arch: str, sense: int = 1) -> list[comparison.C
         if method != "standard":
             scores = {
                 n: s._replace(difference=decided(sense * (metrics.table_value(n, s)
-                                                 - metrics.table_value(n, base.scores[n]))))
+                                                 - metrics.table_value(n, base.scores[n])), p))
                 for n, s in row.scores.items()
             }  # fmt: skip
-            means = {n: decided(v - base.means[n]) for n, v in row.means.items() if base.means}
+            means = {n: decided(v - base.means[n], p) for n, v in row.means.items() if base.means}
             ours[method] = [row._replace(scores=scores, mean_differences=means)]
     return comparison.compare(table, arch, ours)
 
@@ -135,7 +137,34 @@ def test_decided_differences_agree_or_contradict(sense: int, verdict: str) -> No
     )
     (answer,) = comparison.answers(rows)
     assert answer.startswith(f"M-TLAT against standard: clean accuracy {60 * sense:+.1f} points")
-    assert "24 of 24 perturbations (decided under 24)" in answer or sense < 0
+    higher, lower = (24, 0) if sense > 0 else (0, 24)
+    assert answer.endswith(
+        f"Robustness is higher under {higher} of 24 perturbations (decided under {higher}),"
+        f" and lower under {lower} (decided under {lower})."
+    )
+
+
+def test_p_values_are_corrected_for_the_25_scores_of_a_row_and_not_for_its_means() -> None:
+    p = 0.0019  # decided if multiplied by 25, and not if multiplied by 27
+    _, *rows = with_differences(1, "resnet50", p=p)
+    for row in rows:
+        for name, entry in row.entries.items():
+            assert entry.difference and entry.difference.adjusted == pytest.approx(
+                p if name in paper.MEANS else 25 * p
+            )
+    assert comparison.count_verdicts(rows) == {"agrees": 2 * 25}
+
+
+def test_a_difference_is_printed_with_its_lower_and_then_its_upper_bound() -> None:
+    difference = Difference(0.125, -0.25, 0.5, 0.4, np.zeros(2))
+    assert comparison.format_difference(difference) == "+0.125 (-0.250 to +0.500)"
+
+
+def test_the_papers_differences_are_its_mtlat_minus_its_standard() -> None:
+    rows = {row.method: row for row in comparison.compare(1, "resnet50", as_ours(1, "resnet50"))}
+    found = report.paper_differences(rows)
+    assert found.keys() == paper.HEADINGS.keys() - {"clean"}
+    assert found["fog"] == pytest.approx(0.59 - 0.48)
 
 
 def test_the_papers_own_numbers_are_in_the_papers_orders() -> None:
@@ -208,6 +237,15 @@ def test_a_mean_over_seeds_is_decided_by_all_of_them() -> None:
     assert three and three.value == pytest.approx(0.601 / 3)
 
 
+def test_a_seed_without_paired_outcomes_leaves_the_mean_undecided() -> None:
+    first, second = MTLAT
+    fog = first.scores["fog"]._replace(difference=decided(0.1))
+    paired = first._replace(scores=first.scores | {"fog": fog})
+    rows = comparison.compare(1, "tiny", {"standard": STANDARD, "mtlat": [paired, second]})
+    entry = rows[1].entries["fog"]
+    assert entry.difference is None and entry.verdict == "undecided"
+
+
 def test_void_scores_have_no_part_in_means_and_verdicts() -> None:
     scores = {name: 0.5 for name in paper.MEANS[paper.ATTACKS_TITLE]}
     rows = {
@@ -243,6 +281,11 @@ def test_an_order_needs_two_methods_and_paired_outcomes() -> None:
         "clean accuracy", "tiny", "standard 70.0, tlat 60.0", "standard 73.3, tlat 69.4",
         "unpaired", "undecided",
     ]  # fmt: skip
+    assert comparison.orders_to_plain([first]) == [{
+        "text": "clean accuracy", "arch": "tiny", "verdict": "undecided",
+        "ours": {"standard": 70.0, "tlat": 60.0}, "paper": {"standard": 73.3, "tlat": 69.4},
+        "difference": None,
+    }]  # fmt: skip
     for other, verdict in ((-10.0, "agrees"), (10.0, "contradicts")):
         (row,) = rows["tlat"]
         clean = row.scores["clean"]._replace(difference=decided(other))

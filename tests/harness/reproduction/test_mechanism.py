@@ -47,6 +47,12 @@ def test_a_detector_of_gratings_follows_gratings(monkeypatch: pytest.MonkeyPatch
     assert max(blind) < 0.2
 
 
+def test_cues_are_measured_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mechanism, "INDICES", {"test": range(1_000_000, 1_000_020)})
+    model = nn.Sequential(nn.Dropout(1.0), Detector()).train()
+    assert measure_cues(model) == measure_cues(Detector())
+
+
 def test_each_set_lacks_what_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mechanism, "INDICES", {"test": range(1_000_000, 1_000_020)})
     sets = {name: images.int() for name, images in mechanism.draw_cues(32).items()}
@@ -69,19 +75,21 @@ def test_the_section_has_a_row_and_a_bar_for_each_network_and_says_what_is_decid
         "standard": outcomes(both=90, shape=30, grating=80, follows_shape=10, follows_grating=70),
         "mtlat": outcomes(both=90, shape=50, grating=60, follows_shape=40, follows_grating=30),
         "tlat": outcomes(both=90, shape=50, grating=60, follows_shape=40, follows_grating=68),
+        "iat": outcomes(both=90, shape=30, grating=80, follows_shape=10, follows_grating=90),
     }
-    baselines = {"mtlat": "standard", "tlat": "standard"}
+    baselines = {"mtlat": "standard", "tlat": "standard", "iat": "standard"}
     section = mechanism.mechanism_section(found, baselines, tmp_path / "cues.png")
     (table,) = [block for block in section.blocks if isinstance(block, Table)]
     (figure,) = [block for block in section.blocks if isinstance(block, Figure)]
     assert table.rows[2] == ["mtlat", "90.0 %", "50.0 %", "60.0 %", "40.0 %", "30.0 %"]
     assert figure.path == tmp_path / "cues.png" and figure.path.exists()
-    mtlat, tlat = mechanism.compare_gratings(found, baselines)
+    mtlat, tlat, iat = mechanism.compare_gratings(found, baselines)
     # Of 100 images 40 differ: the standard error is sqrt(0.4 * 0.6 / 99), 4.9 points.
     assert "less often than standard, by 40.0 points" in mtlat
     assert "-49.7 to -30.3; decided" in mtlat and "not decided" in tlat
+    assert "more often than standard, by 20.0 points" in iat
     texts = [block.text for block in section.blocks if isinstance(block, Text)]
-    assert {mtlat, tlat} < set(texts)
+    assert {mtlat, tlat, iat} < set(texts)
 
 
 @pytest.mark.slow
