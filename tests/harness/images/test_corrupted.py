@@ -86,12 +86,24 @@ def test_arrays_of_other_test_images_are_refused(published: Path) -> None:
     place, labels, test = published / "fog.npy", published / "labels.npy", clean(CLASSES)
     right = np.load(labels)
     swapped = np.tile(np.roll(right[:COUNT], 1), 5)
-    for wrong in (swapped, right[: 4 * COUNT], right // 2, np.sort(right), right[::-1]):
+    late = np.concatenate([right[: 4 * COUNT], swapped[4 * COUNT :]])  # wrong at severity 5 alone
+    short = right.reshape(5, COUNT)[:, :-1].flatten()
+    for wrong in (
+        swapped, late, short, right[: 4 * COUNT], right // 2, np.sort(right), right[::-1]
+    ):  # fmt: skip
         np.save(labels, wrong)
         np.save(place, np.zeros((len(wrong), 32, 32, 3), np.uint8))
         with pytest.raises(UserError, match=r"labels.npy .* 5 times the labels of the .* cifar10"):
             open_corrupted(place, 1, test, [0], 32)
     np.save(labels, right)
+    np.save(place, np.zeros((5 * COUNT, 32, 32, 3), np.uint8))
+    rest = ImageSet(test.test.images[1:], test.test.labels[1:])
+    fewer = test._replace(paths=test.paths[1:], test=rest)
+    with pytest.raises(UserError, match=r"5 times the labels"):
+        open_corrupted(place, 1, fewer, [0], 32)
+    np.save(place, np.zeros((5 * COUNT, 32, 32, 3), np.float32))
+    with pytest.raises(UserError, match=r"is float32 \(60, 32, .* must be uint8 \(60, 32, 32, 3\)"):
+        open_corrupted(place, 1, test, [0], 32)
     np.save(place, np.zeros((50, 32, 32, 3), np.uint8))
     with pytest.raises(UserError, match=r"is uint8 \(50, 32.*60 labels .* uint8 \(60, 32, 32, 3\)"):
         open_corrupted(place, 1, test, [0], 32)
@@ -104,6 +116,14 @@ def test_arrays_of_other_test_images_are_refused(published: Path) -> None:
     np.save(place, np.zeros((60, 32, 32, 3), np.uint8))
     with pytest.raises(UserError, match=r"labels.npy is missing; the layout is NAME.npy and"):
         open_corrupted(place, 1, test, [0], 32)
+
+
+def test_images_whose_names_differ_only_in_their_suffix_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "fog" / "1" / "ant").mkdir(parents=True)
+    (tmp_path / "fog" / "1" / "ant" / "a.JPEG").touch()
+    data = clean(["ant"])._replace(paths=["ant/a.png", "ant/a.jpg"])
+    with pytest.raises(UserError, match="two images of --data differ only in their suffix"):
+        open_corrupted(tmp_path / "fog", 1, data, [0, 1], 32)
 
 
 def scores(out: Path) -> dict[tuple[str, int | None], int]:

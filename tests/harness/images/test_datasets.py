@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import mmap
 import os
+import shutil
 import threading
 from pathlib import Path
 from urllib.error import URLError
@@ -17,15 +18,10 @@ from PIL import Image
 from torch.testing import assert_close
 
 from harness.errors import UserError
-from harness.images import cache, datasets, embedded
+from harness.images import cache, datasets, embedded, folders
 from harness.images.loader import BatchLoader, ImageSet, map_images, prefetch
 from mtlat import EPSILON_MAX
 from tests.support.tiny import image_folder, states_equal
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return image_folder(tmp_path / "set")
 
 
 def load(source: Path, tmp_path: Path, **options) -> datasets.Dataset:
@@ -173,6 +169,28 @@ def test_ten_percent_of_every_class_are_held_out(folder, tmp_path):
     assert_close(again.test[:2], sets.test[:2])
 
 
+def empty_files(root: Path, each: int) -> None:
+    """Create files named as images in two class folders."""
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for n in range(each):
+            (root / name / f"{n}.png").touch()
+
+
+@pytest.mark.parametrize(("each", "held_out"), [(2, 1), (14, 1), (16, 2), (24, 2)])
+def test_the_held_out_tenth_is_rounded_and_never_empty(tmp_path, each, held_out):
+    empty_files(tmp_path, each)
+    parts = folders.list_folder(tmp_path, None, 0).parts
+    assert {part: len(files) for part, files in parts.items()} == {
+        "train": 2 * (each - held_out), "test": 2 * held_out,
+    }  # fmt: skip
+
+
+def test_hidden_folders_are_not_classes(folder, tmp_path):
+    shutil.copytree(folder / "class0", folder / ".hidden")
+    assert load(folder, tmp_path).classes == ["class0", "class1", "class2"]
+
+
 def test_train_and_val(folder, tmp_path):
     root = tmp_path / "split"
     for part in ("train", "val"):
@@ -200,6 +218,19 @@ def test_the_parts_have_several_names(tmp_path, train, test):
     assert sets.origin == f"all of {tmp_path / 'set' / test}"
     image_folder(tmp_path / "set" / "val", each=3)  # the first of the known names is taken
     assert len(load(tmp_path / "set", tmp_path).test.labels) == 9
+
+
+def test_the_same_one_of_train_and_its_capitalized_name_is_taken_in_any_order(
+    tmp_path, monkeypatch
+):
+    names = ("train", "Train", "val")
+    for name in names:
+        empty_files(tmp_path / name, each=1)
+    # The order of a folder's entries depends on the file system.
+    for order in (names, names[::-1]):
+        monkeypatch.setattr(Path, "iterdir", lambda self, order=order: map(self.joinpath, order))
+        parts = folders.list_folder(tmp_path, None, 0).parts
+        assert [file.path for file in parts["train"]] == ["Train/a/0.png", "Train/b/0.png"]
 
 
 def test_a_class_may_be_named_like_a_part(folder, tmp_path):
@@ -253,6 +284,15 @@ def test_the_cache_is_used_while_nothing_changes(folder, tmp_path, monkeypatch):
     assert len(calls) == 30
 
 
+def test_a_file_of_another_size_is_decoded_again_even_if_its_time_is_the_same(folder, tmp_path):
+    path = folder / load(folder, tmp_path).paths[0]
+    before = path.stat()
+    Image.new("RGB", (12, 12)).save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size != before.st_size
+    assert not load(folder, tmp_path).test.images[0].any()
+
+
 def test_the_training_part_is_not_decoded_for_a_test(folder, tmp_path, monkeypatch):
     calls = []
     decode = cache.decode
@@ -294,6 +334,8 @@ def test_bad_images_stop_or_are_skipped_and_counted(folder, tmp_path, capsys):
         sets = load(folder, tmp_path, skip_bad_images=True)
         assert len(sets.train.labels) + len(sets.test.labels) == 30
         assert sum(int(line.split()[2]) for line in capsys.readouterr().out.splitlines()) == 3
+    with pytest.raises(UserError, match="not a readable image"):  # though it is in the cache
+        load(folder, tmp_path)
     for seed in range(9):  # in most of these draws, a bad image is in the test part
         sets = load(folder, tmp_path, skip_bad_images=True, seed=seed)
         for path, image in zip(sets.paths, sets.test.images, strict=True):
@@ -415,12 +457,11 @@ def test_cifar(tmp_path, monkeypatch):
     assert sets.train.labels.tolist() == [2, 0, 1] * 3  # in the order of the sorted names
     assert sets.train.images[0, 2, 0, 1] == 5
     assert sets.paths == [f"cifar10/{i}" for i in range(6)]
-    assert (
-        datasets.load_dataset(
-            "cifar10", cache_dir=tmp_path, download=True, size=8
-        ).test.images.shape[-1]
-        == 8
-    )
+    small = datasets.load_dataset("cifar10", cache_dir=tmp_path, download=True, size=8)
+    assert small.test.images.shape[-1] == 8 and small.fingerprint != sets.fingerprint
+    two = datasets.load_dataset("cifar10", cache_dir=tmp_path, download=True, num_classes=2)
+    assert two.paths == [f"cifar10/{i}" for i in range(6) if Fake.classes[i % 3] in two.classes]
+    assert len(two.classes) == 2 and len(two.paths) == len(two.test.labels) == 4
 
 
 def test_a_failed_download_of_cifar_names_the_network(tmp_path, monkeypatch):
