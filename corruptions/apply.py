@@ -60,9 +60,8 @@ def corrupt(
     draw_options, options = _sort_options(name, entry, options)
     height, width = pixels.shape[2:]
     out = torch.empty_like(pixels)
-    chunk = _CHUNK.get(pixels.device.type, _CHUNK_ELSEWHERE) * 224 * 224 // (height * width)
-    for start in range(0, len(pixels), max(1, chunk)):
-        part = slice(start, start + max(1, chunk))
+    chunk = _CHUNK.get(pixels.device.type, _CHUNK_ELSEWHERE) * 224 * 224 // (height * width) or 1
+    for part in (slice(start, start + chunk) for start in range(0, len(pixels), chunk)):
         fields: tuple[Tensor, ...] = ()
         if entry.draw is not None:
             if "images" in draw_options:
