@@ -10,6 +10,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.testing import assert_close
@@ -122,6 +123,57 @@ def test_each_method_trains(go, method, tmp_path):
     assert model(torch.rand(2, 3, 12, 12)).shape == (2, 3)
 
 
+# ---------------------------------------------------------------- an epoch
+
+
+def test_the_log_has_the_mean_of_each_loss(go):
+    """Check against the cross-entropy of all images, which an epoch of three steps sees once."""
+    flags = "--arch tiny:linear --epochs 1 -b 18 --lr 1e-12 --epsilon-max 0".split()
+    found = go(*flags, method="target-fgsm")
+    args, _ = parse_train_config(["--resume", found["settings"]["output_dir"] + "/last.pt"])
+    images, labels, _ = train.load_data(args).train
+    logits = models.restore_model(found)(images / 255)
+    expected = pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert [found["log"][0][name] for name in ("loss1", "loss2")] == [expected] * 2
+
+
+def test_the_log_has_the_speed_of_training_and_the_time_that_is_left(go, monkeypatch):
+    now = 100.0
+
+    def take(seconds, result):
+        nonlocal now
+        now += seconds
+        return result
+
+    def train_one_epoch(config, training, epoch):
+        return take(10 + 10 * epoch, [0.5, 0.25])
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(train, "count_correct", lambda *_: take(2, 0))
+    monkeypatch.setattr(train, "train_one_epoch", train_one_epoch)
+    go("--epochs", "3")
+    log = go("--epochs", "5", "--resume", "auto")["log"]
+    # Two losses of two steps of 13 images in 10, 20, 30, 40, 50 s.
+    assert [row["images_per_second"] for row in log] == [5.2, 2.6, 1.7, 1.3, 1.0]
+    # The mean epoch has taken 12 s, then 17 s, and 42 s after resuming.
+    assert [row["seconds_left"] for row in log] == [24, 17, 0, 42, 0]
+
+
+def test_the_best_checkpoint_is_the_first_of_the_highest_accuracy(go, tmp_path, monkeypatch):
+    correct = iter([1, 3, 2, 3])
+    monkeypatch.setattr(train, "count_correct", lambda *_: next(correct))
+    last = go("--epochs", "4")
+    assert [row["clean_accuracy"] for row in last["log"]] == [1 / 3, 1, 2 / 3, 1]
+    best = checkpoints.load_checkpoint(tmp_path / "out" / "best.pt")
+    assert best["log"] == last["log"][:2]
+
+
+def test_a_minibatch_may_be_the_whole_training_set(go):
+    assert len(go("-b", "54")["log"]) == 2
+    with pytest.raises(UserError, match="minibatches of 28, and there are 27 training images"):
+        go("-b", "56", out="more")
+
+
 # ---------------------------------------------------------------- settings
 
 
@@ -143,6 +195,7 @@ def test_the_defaults_are_the_papers(tmp_path, monkeypatch):
     assert args.minibatch_size == 128
     assert replace(args, whole_batches=True).minibatch_size == 256
     assert replace(args, method="standard").minibatch_size == 256
+    assert replace(args, method="mixup").minibatch_size == 256  # draws two, and has one loss
 
 
 def test_the_defaults_for_the_embedded_images_are_the_demonstrations(tmp_path, monkeypatch):

@@ -160,6 +160,27 @@ def test_a_run_whose_first_epoch_was_interrupted_keeps_its_settings(go, tmp_path
             parse_train_config(auto)
 
 
+def test_a_crash_between_best_and_last_repeats_the_epoch(go, tmp_path, monkeypatch):
+    correct = iter([1, 2, 1, 2, 2])
+    monkeypatch.setattr(train, "count_correct", lambda *_: next(correct))
+    go(out="straight")
+    write, written = checkpoints.atomic_write, []
+
+    def crash_after_the_first_of_epoch_2(path, content):
+        write(path, content)
+        written.append(path.name)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "atomic_write", crash_after_the_first_of_epoch_2)
+        go()
+    go("--resume", "auto")
+    straight, resumed = comparable(tmp_path / "straight"), comparable(tmp_path / "out")
+    assert all(map(states_equal, straight, resumed))
+    assert len(resumed[1]["log"]) == 2
+
+
 def test_a_checkpoint_of_an_earlier_version_resumes(go, tmp_path):
     content, last = go("--epochs", "1"), tmp_path / "out" / "last.pt"
     for name in (*EARLIER, "held_out", "test_fingerprint"):

@@ -172,6 +172,23 @@ def test_a_submodule_that_cannot_mix_is_refused(name: str, message: str) -> None
         check_mix_at(["block"], model.eval(), images(0, 1), N)
 
 
+class Widened(nn.Module):
+    """A network whose shortcut gets twice as wide if the batch of the block is halved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.block(x)
+        return torch.cat([hidden, x.view(len(hidden), -1)], 1)
+
+
+def test_a_submodule_that_changes_the_number_of_classes_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^--mix-at block: the model fails if the batch"):
+        check_mix_at(["block"], Widened(), torch.rand(5, 2), N)
+
+
 # ---------------------------------------------------------------- train.py
 
 
