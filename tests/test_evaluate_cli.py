@@ -20,11 +20,9 @@ from corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS, corrupt
 from harness.benchmark import config, measure, plots, registry, subjects
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import CHECKS
-from harness.benchmark.config import EvalConfig
 from harness.benchmark.fusion import fuse_for_inference
 from harness.benchmark.paired import unpack
 from harness.benchmark.store import read_cells
-from harness.cli import build_parser
 from harness.errors import UserError
 from harness.models import find_weights
 from tests.support.bench import CLASSES, Bench, open_bench
@@ -623,19 +621,6 @@ def test_the_script_prints_one_line_and_exits_with_2(bench: Bench) -> None:
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: nowhere.pt: No such file or directory\n"
-
-
-def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = build_parser(EvalConfig)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
-    text = capsys.readouterr().out
-    for action in parser._actions:
-        assert action.dest in text.replace("-", "_")
-    args = parser.parse_args(["model"])
-    for name, value in vars(args).items():
-        if isinstance(value, int | str) and name != "cache_dir":
-            assert f"(default: {value})" in " ".join(text.split()), name
 
 
 def test_images_too_small_for_corruptions_are_scored_clean(go: Any, tmp_path: Path) -> None:

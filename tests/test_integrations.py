@@ -4,6 +4,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
+import attacks
 import mtlat
 from harness.benchmark.attack_registry import load_attack
 from harness.checkpoints import save_checkpoint
@@ -25,6 +27,7 @@ from tests.support.method import images, network
 PAGE = (Path(mtlat.__file__).parent / "docs" / "integrations.md").read_text()
 BLOCKS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", PAGE, re.M | re.S))
 TITLES = re.findall(r"^## (.+)$", PAGE, re.M)
+TESTED: list[str] = []  # the titles whose blocks the tests run
 N, STEPS = 4, 2
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries
 
@@ -38,12 +41,19 @@ def library(name: str) -> Any:
         return pytest.importorskip(name, reason=f"{name} is not installed")
 
 
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs a block in a new folder, and returns its names."""
-    monkeypatch.chdir(tmp_path)
+def runs(*titles: str) -> pytest.MarkDecorator:
+    """Let the fixture `run` of a test run the block of each title in turn."""
+    TESTED.extend(titles)
+    return pytest.mark.parametrize("run", titles, indirect=True)
 
-    def run(title: str, **names: Any) -> SimpleNamespace:
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a function that runs the test's block in a new folder, and returns its names."""
+    monkeypatch.chdir(tmp_path)
+    title = request.param
+
+    def run(**names: Any) -> SimpleNamespace:
         model = network(N)
         data = TensorDataset(images(0, 8 * STEPS), torch.arange(8 * STEPS) % N)
         names = {
@@ -64,26 +74,27 @@ def check_trained(model: nn.Module) -> None:
 
 
 def test_every_block_is_tested() -> None:
-    source = Path(__file__).read_text()
     assert list(BLOCKS) == TITLES
-    assert all(f'"{title}"' in source for title in TITLES)
+    assert set(TESTED) == set(TITLES)
 
 
-@pytest.mark.parametrize("title", [
+@runs(
     "Gradient accumulation", "Less memory",
     "Mixed precision with a gradient scaler, and gradient clipping",
-])  # fmt: skip
-def test_plain_loops(run: Run, title: str) -> None:
-    check_trained(run(title).model)
+)  # fmt: skip
+def test_plain_loops(run: Run) -> None:
+    check_trained(run().model)
 
 
+@runs("Exponential moving average of the weights")
 def test_an_average_of_the_weights(run: Run) -> None:
-    made = run("Exponential moving average of the weights")
+    made = run()
     check_trained(made.model)
     assert made.ema.module[1].running_mean.abs().sum() > 0
     assert not torch.equal(made.ema.module[1].running_mean, made.model[1].running_mean)
 
 
+@runs("torch.compile")
 def test_a_compiled_model_has_two_graphs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs, compile_model = [], torch.compile
 
@@ -93,7 +104,7 @@ def test_a_compiled_model_has_two_graphs(run: Run, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend=backend))
     torch._dynamo.reset()
-    check_trained(run("torch.compile").model)
+    check_trained(run().model)
     assert len(graphs) == 2
 
 
@@ -105,21 +116,24 @@ def one_process() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
+@runs("DistributedDataParallel")
 def test_distributed_data_parallel(run: Run) -> None:
-    check_trained(run("DistributedDataParallel").model)
+    check_trained(run().model)
 
 
+@runs("Accelerate")
 def test_accelerate(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerate = library("accelerate")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     accelerate.state.AcceleratorState._reset_state(True)
-    check_trained(run("Accelerate").original)
+    check_trained(run().original)
     accelerate.state.AcceleratorState._reset_state(True)
 
 
+@runs("Lightning Fabric")
 def test_fabric(run: Run) -> None:
     library("lightning")
-    made = run("Lightning Fabric")
+    made = run()
     check_trained(made.original)
     x, y = images(0, 8), torch.arange(8) % N
     losses = []
@@ -132,11 +146,18 @@ def test_fabric(run: Run) -> None:
     assert_close(losses, [losses[2]] * 3, rtol=0.02, atol=0)
 
 
-def test_lightning(run: Run) -> None:
+@runs("Lightning")
+def test_lightning(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     library("lightning")
-    made = run("Lightning")
+    weak_pgd = partial(attacks.pgd, epsilon=0.01, random_start=False)
+    monkeypatch.setattr(attacks, "pgd", weak_pgd)
+    made = run()
     check_trained(made.original)
-    assert 0 <= made.trainer.callback_metrics["val_pgd"] <= 1
+    x, y = images(0, 8 * STEPS), torch.arange(8 * STEPS) % N
+    model = made.original.eval()
+    clean, robust = ((model(z).argmax(1) == y).float().mean() for z in (x, weak_pgd(model, x, y)))
+    assert 0 < robust < clean
+    assert made.trainer.callback_metrics["val_pgd"] == robust
     with torch.inference_mode(), pytest.raises(RuntimeError, match="require"):
         mtlat.targeted_fgsm(network(N), images(0, 2), torch.tensor([0, 1]), 0.1)
 
@@ -154,6 +175,7 @@ def gradients_of_sgd(monkeypatch: pytest.MonkeyPatch) -> list[dict[Tensor, Tenso
     return steps
 
 
+@runs("Hugging Face Trainer")
 @pytest.mark.parametrize("case", ["in Sequential", "divides", "does not divide"])
 def test_hugging_face(run: Run, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """Check the gradient of two accumulated minibatches against that of their mean loss."""
@@ -180,7 +202,7 @@ def test_hugging_face(run: Run, monkeypatch: pytest.MonkeyPatch, case: str) -> N
     mtlat_loss = mtlat.mtlat_loss
     monkeypatch.setattr(mtlat, "mtlat_loss", loss)
     made = run(
-        title, network=vit, mean=[0.5] * 3, std=[0.25] * 3, output_dir="out",
+        network=vit, mean=[0.5] * 3, std=[0.25] * 3, output_dir="out",
         dataset=[{"pixel_values": x[i], "labels": y[i]} for i in range(len(x))],
         options={
             "per_device_train_batch_size": 8, "optim": "sgd", "max_grad_norm": 0.0, "use_cpu": True,
@@ -197,11 +219,12 @@ def test_hugging_face(run: Run, monkeypatch: pytest.MonkeyPatch, case: str) -> N
     assert scores["eval_loss"] > 0 and len(losses) == 2
 
 
+@runs("timm")
 def test_timm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     library("timm")
     monkeypatch.setitem(BLOCKS, "timm", BLOCKS["timm"].replace("resnet18", "test_resnet"))
     data = TensorDataset((255 * images(0, 16)).byte(), torch.arange(16) % N)
-    made = run("timm", loader=DataLoader(data, 8))
+    made = run(loader=DataLoader(data, 8))
     assert made.network.bn1.num_batches_tracked == 2 * STEPS
     assert not torch.equal(made.network.fc.weight, made.ema.module[1].fc.weight)
     assert set(made.ema.module.state_dict()) == set(made.model.state_dict())
@@ -209,10 +232,11 @@ def test_timm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert image.dtype == torch.uint8 and image.shape == (3, 160, 160) and image.max() > 99
 
 
+@runs("Attacks of other libraries")
 @pytest.mark.parametrize("name", ["autoattack", "foolbox", "torchattacks"])
 def test_attacks_of_other_libraries(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     library(name)
-    made = run("Attacks of other libraries")
+    made = run()
     Path("others.py").write_text(BLOCKS["Attacks of other libraries"])
     monkeypatch.syspath_prepend(Path.cwd())
     monkeypatch.delitem(sys.modules, "others", raising=False)
@@ -222,6 +246,7 @@ def test_attacks_of_other_libraries(run: Run, name: str, monkeypatch: pytest.Mon
     assert (made.model.eval()(x_adv).argmax(1) == y).sum() < 6
 
 
+@runs("Loading last.pt elsewhere")
 @pytest.mark.parametrize("normalize", [None, ([0.4] * 3, [0.2] * 3)])
 def test_a_checkpoint_is_loaded_elsewhere(run: Run, normalize: Any) -> None:
     model = build_model("squeezenet1_1", N, normalize).eval()
@@ -229,6 +254,6 @@ def test_a_checkpoint_is_loaded_elsewhere(run: Run, normalize: Any) -> None:
         [Path("last.pt")], model=model.state_dict(), arch="squeezenet1_1", size=64,
         classes=list("abcd"), normalize=normalize,
     )  # fmt: skip
-    made = run("Loading last.pt elsewhere")
+    made = run()
     x = torch.rand(2, 3, 64, 64)
     assert_close(made.model(x), model(x), rtol=0, atol=0)

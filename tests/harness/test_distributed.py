@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -102,16 +103,33 @@ def test_many_processes_train_what_one_trains(jobs, folder, tmp_path, method):
         assert several["settings"]["processes"] == world
 
 
-def seed_after(argv: list[str]) -> int:
-    train.main(argv)
-    return torch.initial_seed()
+def observe_dropout(argv: list[str]) -> tuple[int, list[list[float]]]:
+    """Train two steps. Return the seed of the epoch, and each step's factors of dropout."""
+    factors = []
+
+    def forward(module: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+        drawn = F.dropout(torch.ones_like(x), module.p, module.training)
+        if module.training:
+            factors.append(drawn.flatten().tolist())
+        return x * drawn
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Dropout, "forward", forward)
+        train.main(argv)
+    return torch.initial_seed(), factors[-2:]  # before them, the logits are checked
 
 
 def test_each_process_has_dropout_of_its_own(jobs, folder, tmp_path):
-    flags = "--arch", "tiny:convnet", "--epochs", "1"
-    one = seed_after(arguments(folder, tmp_path / "one", *flags))
-    seeds = jobs[4](seed_after, arguments(folder, tmp_path / "four", *flags))
-    assert seeds[0] == one and len(set(seeds)) == 4
+    """Check two steps, in each of which every process has four images of 24 features."""
+    flags = "--arch", "tiny:convnet", "--epochs", "1", "--method", "standard", "-b", "16"
+    seed, _ = observe_dropout(arguments(folder, tmp_path / "one", *flags))
+    found = jobs[4](observe_dropout, arguments(folder, tmp_path / "four", *flags))
+    seeds, factors = zip(*found, strict=True)
+    assert seeds[0] == seed and len(set(seeds)) == 4
+    drawn = [step for process in factors for step in process]
+    assert [len(step) for step in drawn] == [4 * 24] * 8
+    assert all(set(step) == {0, 1.25} for step in drawn)
+    assert len(set(map(tuple, drawn))) == 8
 
 
 @pytest.mark.parametrize("more", [[], ["--ema", "0"]])
