@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -10,6 +11,7 @@ import torch
 
 import train
 from harness import checkpoints
+from tests.support.bench import Bench, open_bench
 from tests.support.tiny import image_folder
 
 # The default profile is `dev`; HYPOTHESIS_PROFILE or --hypothesis-profile selects another one.
@@ -68,3 +70,10 @@ def go(folder: Path, tmp_path: Path):
         return checkpoints.load_checkpoint(tmp_path / out / "last.pt")
 
     return run
+
+
+@pytest.fixture
+def bench(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Bench]:
+    yield from open_bench(tmp_path, tmp_path_factory, monkeypatch)

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 import attacks
 from attacks import cw2, cw2_result, mi_fgsm, pgd, pgd_ll
 from harness.benchmark.checks import broken_gradients, sign_noise
-from tests.support.victims import Linear, away, images, labels, lead, network, seeds
+from tests.support.method import seeds
+from tests.support.victims import Linear, away, images, labels, lead, network
 
 
 class Counting(nn.Module):

@@ -17,7 +17,8 @@ from torch.testing import assert_close
 from attacks import cw2, cw2_result, mi_fgsm, pgd, pgd_ll
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import broken_gradients, sign_noise
-from tests.support.victims import Linear, images, labels, lead, network, seeds
+from tests.support.method import seeds
+from tests.support.victims import Linear, images, labels, lead, network
 
 LINF: list[Callable[..., Tensor]] = [pgd, pgd_ll, mi_fgsm, sign_noise]
 BRIEF: dict[Callable[..., Tensor], dict[str, Any]] = {

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,14 +24,7 @@ from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import CHECKS
 from harness.errors import UserError
 from harness.images import embedded
-from tests.support.bench import CLASSES, SIDE, Bench, open_bench
-
-
-@pytest.fixture
-def bench(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Bench]:
-    yield from open_bench(tmp_path, tmp_path_factory, monkeypatch)
+from tests.support.bench import CLASSES, SIDE, Bench
 
 
 def replace_attack(monkeypatch: pytest.MonkeyPatch, name: str, function: Any) -> None:

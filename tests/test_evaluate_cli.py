@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,8 @@ from harness.benchmark.paired import unpack
 from harness.benchmark.store import read_cells
 from harness.errors import UserError
 from harness.models import find_weights
-from tests.support.bench import CLASSES, Bench, open_bench
+from tests.support.bench import CLASSES, Bench
 from tests.support.tiny import Wrapped, linear
-
-
-@pytest.fixture
-def bench(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Bench]:
-    yield from open_bench(tmp_path, tmp_path_factory, monkeypatch)
-
 
 # ---------------------------------------------------------------------------- choice of cells
 

@@ -1,6 +1,6 @@
 """Test that the memory of a long run does not grow from step to step or from cell to cell."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import evaluate
 import train
 from harness import distributed
 from harness.errors import retain_freed_memory
-from tests.support.bench import Bench, open_bench
+from tests.support.bench import Bench
 from tests.support.tiny import image_folder
 
 STATUS = Path("/proc/self/status")
@@ -33,13 +33,6 @@ def after_each(call: Callable[..., Any], noted: list[int]) -> Callable[..., Any]
         return result
 
     return noting
-
-
-@pytest.fixture
-def bench(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Bench]:
-    yield from open_bench(tmp_path, tmp_path_factory, monkeypatch)
 
 
 @pytest.mark.parametrize("method", ["mtlat", "iat"])

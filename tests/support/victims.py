@@ -1,10 +1,7 @@
 """Provide models to attack, with images and labels."""
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor, nn
-
-seeds = st.integers(0, 2**31)
 
 
 def images(seed: int, batch: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:

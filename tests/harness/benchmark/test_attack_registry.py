@@ -14,7 +14,7 @@ from harness.benchmark.attack_registry import ATTACKS, load_attack
 from harness.benchmark.config import parse_eval_config
 from harness.benchmark.registry import PERTURBATIONS
 from harness.errors import UserError
-from tests.support.bench import Bench, open_bench
+from tests.support.bench import Bench
 from tests.support.tiny import linear
 
 OTHERS = """
@@ -42,13 +42,6 @@ def _others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("others", None)  # of another test
     yield
     sys.modules.pop("others", None)
-
-
-@pytest.fixture
-def bench(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Bench]:
-    yield from open_bench(tmp_path, tmp_path_factory, monkeypatch)
 
 
 def test_supplementary_rows_stand_beside_the_papers(

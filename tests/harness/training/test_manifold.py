@@ -1,6 +1,6 @@
 """Test Manifold Mixup: Algorithm 1 at the input, a NumPy reference behind it, and train.py."""
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from harness.training.manifold import check_mix_at, draw_layer, losses_at, mixed
 from harness.training.methods import METHODS
 from mtlat import Draws, algorithm1
 from tests.support.method import images, network, seeded, soft_labels, softmax
-from tests.support.tiny import image_folder, states_equal
+from tests.support.tiny import states_equal
 
 N = 4
 
@@ -192,23 +192,8 @@ def test_a_submodule_that_changes_the_number_of_classes_is_refused() -> None:
 # ---------------------------------------------------------------- train.py
 
 
-@pytest.fixture
-def go(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Return a function that trains a network with BatchNorm and dropout on 27 images."""
-    folder = image_folder(tmp_path / "set")
-
-    def run(*flags: str, out: str = "out") -> dict[str, Any]:
-        train.main([
-            "--arch", "tiny:convnet", "--data", str(folder), "--size", "12", "--epochs", "2",
-            "--batch-size", "12", "--cache-dir", str(tmp_path / "cache"), "--device", "cpu",
-            "--output-dir", str(tmp_path / out), *flags,
-        ])  # fmt: skip
-        return load_checkpoint(tmp_path / out / "last.pt")
-
-    return run
-
-
 def test_trainings_mix_where_they_are_told(go: Any) -> None:
+    go = partial(go, "--batch-size", "12")  # four steps, so that each place is drawn
     plain = go(out="plain")
     assert plain["settings"]["mix_at"] == ["input"]
     places = {"input": ["input"], "0": ["0"], "0 2": ["0", "2"], "input 2": ["input", "2"]}
@@ -222,7 +207,7 @@ def test_trainings_mix_where_they_are_told(go: Any) -> None:
 
 
 def test_a_resumed_run_mixes_on(go: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    mix = ["--mix-at", "input", "1", "2"]
+    mix = ["--batch-size", "12", "--mix-at", "input", "1", "2"]
     straight = go(*mix, out="straight")
     train_one_epoch = train.train_one_epoch
 
