@@ -415,6 +415,7 @@ def test_an_entry_does_what_its_name_says(name: str) -> None:
         (pgd, {"start": 1.5 * torch.ones_like(images(0))}, ValueError, r"1\.5; rule: \[-1, 1\]"),
         (cw2, {"steps": 2.5}, TypeError, "steps is 2.5; rule: an int from 2"),
         (pgd, {"target": labels(0).int()}, TypeError, r"targets are torch\.int32"),
+        (pgd, {"restarts": 1.5}, TypeError, "restarts is 1.5; rule: an int"),
         (pgd_ll, {"target": labels(0) + 9}, ValueError, r"rule: \[0, 3\]"),
         (pgd, {"epsilon": 8}, ValueError, r"epsilon is 8; rule: from 0 to 1;.*0\.04"),
         (sign_noise, {"epsilon": -0.1}, ValueError, r"epsilon is -0\.1"),
