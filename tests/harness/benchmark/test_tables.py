@@ -286,6 +286,14 @@ def test_cw2_is_void_where_it_gives_up_on_the_baseline() -> None:
     assert beta.means["Adversarial attacks"] == pytest.approx((4 * 0.5 + 0.25) / 5)
 
 
+def test_the_mean_of_the_only_group_that_was_measured_is_compared() -> None:
+    names = [name for name, entry in CORRUPTIONS.items() if entry.family == "paper"]
+    lines = [line(m, "clean", 80) for m in (A, B)]
+    lines += [line(A, name, 40) for name in names] + [line(B, name, 60) for name in names]
+    _, beta = make(paired(lines)).rows
+    assert beta.mean_differences["The paper's corruptions"].value == pytest.approx(0.25)
+
+
 def test_findings_stand_beside_the_score() -> None:
     checks = {"clean": 80, "pgd_0": 79, "fgsm_0.04": 1, "pgd_0.04": 2, "pgd_0.5": 30}
     made = make([
