@@ -69,10 +69,11 @@ class Measured:
         """Format clean accuracy or R, the mean of these networks."""
         if name in COLUMNS and any((label, name) not in self.hits for label in labels):
             return "-"
-        clean = [self.outcomes(label, "clean").mean() for label in labels]
-        values = [self.outcomes(label, name).mean() for label in labels]
-        whole = np.ones(len(labels)) if name == "clean" else np.array(clean)
-        return f"{np.mean(values / whole):.3f}"
+        clean, values = (
+            np.array([self.outcomes(label, each).mean() for label in labels])
+            for each in ("clean", name)
+        )
+        return f"{np.mean(clean if name == 'clean' else values / clean):.3f}"
 
     def perturbations(self, first: str, second: str) -> Differences:
         """Compute the differences of clean accuracy and R, with Holm's correction."""
@@ -101,7 +102,7 @@ class Measured:
 def _format(difference: Difference | None) -> str:
     if difference is None:
         return "-"
-    text = f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+    text = comparison.format_difference(difference)
     return f"**{text}**" if difference.decided else text
 
 
@@ -144,10 +145,10 @@ def _seeds_together(measured: Measured, seeds: list[int], figure: Path) -> Itera
     for pair in pairs:
         yield from _say(pair)
     yield f"**Trainings of one method with several seeds; {NOTE}**"
-    others = [f"{method}-{seed}" for method in PAIR for seed in seeds[1:]]
-    firsts = [f"{label.rsplit('-', 1)[0]}-{seeds[0]}" for label in others]
-    spread = {f"{a} - {b}": measured.differ(a, b) for a, b in zip(others, firsts, strict=True)}
-    yield measured.table({}, spread)
+    again = [(f"{m}-{seed}", f"{m}-{seeds[0]}") for m in PAIR for seed in seeds[1:]]
+    yield measured.table(
+        {}, {f"{one} - {first}": measured.differ(one, first) for one, first in again}
+    )
 
 
 def _one_seed(measured: Measured, labels: list[str]) -> Iterator[str]:

@@ -12,9 +12,11 @@ To resume an interrupted tree, run the same command again.
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,12 +49,13 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
+def _whole(low: int, high: float = math.inf) -> Callable[[str], int]:
     """Make an argparse type that accepts whole numbers from `low` to `high`."""
+    rule = f"from {low} up" if high == math.inf else f"from {low} to {high}"
 
     def convert(text: str) -> int:
         if not (text.isdecimal() and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {rule}")
         return int(text)
 
     return convert
@@ -87,9 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="side of the output images in pixels (default: 224); at 224 the images are resized to "
         "256 and cropped as for ImageNet-C, at other sizes they are resized to the square",
     )
-    parser.add_argument(
-        "--seed", type=_whole(0, 2**63 - 1), default=0, help="seed of all draws (default: 0)"
-    )
+    parser.add_argument("--seed", type=_whole(0), default=0, help="seed of all draws (default: 0)")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -261,7 +262,7 @@ def check_settings(args: argparse.Namespace, targets: list[Path]) -> None:
     if note.exists():
         try:
             found = json.loads(note.read_text())
-            same = {**settings, **found} == settings  # trees of before have no "images"
+            same = {"images": settings["images"], **found} == settings  # older trees have none
         except (ValueError, TypeError):
             raise ValueError(f"{note} is damaged; choose another --out") from None
         if not same:
@@ -270,9 +271,8 @@ def check_settings(args: argparse.Namespace, targets: list[Path]) -> None:
             )
     else:
         args.out.mkdir(parents=True, exist_ok=True)
-        unfinished = note.with_name(note.name + ".tmp")
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
-        os.replace(unfinished, note)
+        with _replacing(note) as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def save(image: Tensor, path: Path, *, png: bool) -> None:
@@ -284,9 +284,16 @@ def save(image: Tensor, path: Path, *, png: bool) -> None:
         png: write PNG instead of JPEG.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
     options = {"format": "PNG"} if png else _PUBLISHED
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(unfinished, **options)
+    with _replacing(path) as unfinished:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(unfinished, **options)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield the file to write, which takes the name `path` once it is complete."""
+    unfinished = path.with_name(path.name + ".tmp")
+    yield unfinished
     os.replace(unfinished, path)
 
 

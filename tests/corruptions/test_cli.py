@@ -120,6 +120,8 @@ def test_tree_goes_on_where_it_stopped(
     del recorded["images"]  # as a tree of an earlier version
     settings.write_text(json.dumps(recorded))
     __main__.main(command)
+    settings.write_text("{}")
+    refused(command, "was begun with", capsys)
     settings.write_text("{")
     refused(command, f"{settings} is damaged", capsys)
 
@@ -161,7 +163,7 @@ def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for size in ("8", "0", "-1", "32.5", "x", "", "9" * 30):
         rule = f"argument --size: {size!r} is not a whole number from 16 to 16384 (see --help)"
         refused([picture, *out, f"--size={size}"], rule, capsys)
-    refused([picture, *out, "--seed", "x"], "'x' is not a whole number from 0 to", capsys)
+    refused([picture, *out, "--seed", "x"], "'x' is not a whole number from 0 up", capsys)
     for device in ("tpu9", "cuda:99", "meta", "hpu"):
         rule = f"argument --device: '{device}' is not a device of this machine: choose cpu"
         refused([picture, *out, "--device", device], rule, capsys)
