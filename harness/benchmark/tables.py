@@ -147,10 +147,12 @@ def answer(model: str, baseline: str, differences: Mapping[str, Difference | Non
     if clean:
         decided = "decided" if clean.decided else "not decided"
         points = f"{100 * clean.value:+.1f} points ({decided})"
+    said = f"{model} against {baseline}: clean accuracy {points}."
+    if not others:
+        return said
     return (
-        f"{model} against {baseline}: clean accuracy {points}. Robustness is higher under"
-        f" {counts[0]} of {len(others)} perturbations (decided under {counts[1]}), and lower under"
-        f" {counts[2]} (decided under {counts[3]})."
+        f"{said} Robustness is higher under {counts[0]} of {len(others)} perturbations (decided"
+        f" under {counts[1]}), and lower under {counts[2]} (decided under {counts[3]})."
     )
 
 

@@ -283,6 +283,8 @@ def format_difference(difference: Difference | None) -> str:
 def conclusion(rows: Sequence[Compared]) -> str:
     """Say in one sentence what our numbers decide of the paper's signs."""
     counts = count_verdicts(rows)
+    if not counts:
+        return "The paper prints no signs beside these numbers"
     void = f"; void: {counts[VOID]}" if counts[VOID] else ""
     return (
         f"Of {sum(counts.values())} signs of the paper, decided as in the paper: {counts[AGREES]};"

@@ -247,6 +247,12 @@ def test_a_difference_of_zero_is_neither_higher_nor_lower() -> None:
     assert re.findall(r"(higher|lower) under (\d)", said) == [("higher", "1"), ("lower", "0")]
 
 
+def test_nothing_is_said_of_robustness_where_no_perturbation_is_compared() -> None:
+    clean = Difference(0.012, 0, 1, 0.5, np.zeros(2))
+    said = tables.answer("beta", "alpha", {"clean": clean, "fog": None})
+    assert said == "beta against alpha: clean accuracy +1.2 points (not decided)."
+
+
 def test_outcomes_of_fewer_images_than_the_clean_ones_are_not_paired() -> None:
     lines = [line(A, "clean", 80), line(B, "clean", 50)]
     lines += [line(m, "rotation", 40, n=50) for m in (A, B)]

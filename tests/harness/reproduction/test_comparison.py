@@ -275,7 +275,9 @@ def test_one_seed_has_no_spread() -> None:
 
 def test_an_order_needs_two_methods_and_paired_outcomes() -> None:
     rows = {m: [make_row(c, {})] for m, c in {"standard": 70.0, "tlat": 60.0, "ls": 50.0}.items()}
-    (first,) = comparison.orders(comparison.compare(3, "tiny", rows))
+    compared = comparison.compare(3, "tiny", rows)
+    assert comparison.conclusion(compared) == "The paper prints no signs beside these numbers"
+    (first,) = comparison.orders(compared)
     assert list(first.entries) == ["standard", "tlat"] and first.verdict == "undecided"
     assert comparison.orders_table([first])[1] == [
         "clean accuracy", "tiny", "standard 70.0, tlat 60.0", "standard 73.3, tlat 69.4",
