@@ -20,9 +20,9 @@ What the paper leaves open, the reading taken here, and the option for another o
  3. PGD LL approaches the class that is least likely for the clean image, even the true one. Its
     last iterate counts, even if an earlier one fooled the model. Otherwise: `target`.
  4. MI-FGSM's step is epsilon / steps, from the image, away from the true label (Dong et al.).
- 5. CW2 returns images unchanged that it cannot make wrong by more than the confidence, like the
-    original, whose settings it has. At confidence 50 a high score can mean that the attack failed,
-    not that the model is robust: `cw2_result` tells.
+ 5. CW2 returns an image unchanged if it cannot make it wrong by more than the confidence. So does
+    the original, whose settings are the defaults. At confidence 50 a high score can mean that the
+    attack failed, not that the model is robust: `cw2_result` tells.
 """
 
 import math
@@ -89,8 +89,8 @@ def pgd_ll(
 ) -> Tensor:
     """Attack towards the least likely class (Kurakin et al., ICLR 2017; paper: "PGD LL").
 
-    `target`, (B,) int64, is the clean image's least likely class; None takes one more F. The rest
-    is `pgd`'s.
+    `target`, (B,) int64, is the clean image's least likely class; None takes one more F.
+    `settings` are further arguments of `pgd`.
     """
     if target is None:
         with attack_mode(model, x, y) as (bare, clean, labels), torch.no_grad():

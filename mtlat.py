@@ -66,8 +66,8 @@ def algorithm1(
     (x1, y1), (x2, y2), (x3, y3), (x4, y4) = pair1, pair2, pair3, pair4
     lam1, lam2, epsilon, target = draws
     x_mix1, y_mix1 = mixup(x1, y1, x2, y2, lam1)  # Eq. 1
-    # Reading 1: each loss has its own forward pass, so that BatchNorm normalizes each half by its
-    # own statistics. Otherwise: concatenate both halves, and double the cross-entropy of the whole.
+    # Reading 1: each loss has its own forward pass, so BatchNorm uses the statistics of its images
+    # alone. Otherwise: concatenate x_mix1 and x_mtlat, and double the cross-entropy of the whole.
     yield cross_entropy(model(x_mix1), y_mix1)  # loss1
     x_mix2, y_mix2 = mixup(x3, y3, x4, y4, lam2)  # Eq. 1
     # Reading 2: epsilon is the same number in the pixels and in the label, so pixels are in [0, 1]
@@ -130,8 +130,8 @@ def targeted_fgsm(
         target: class indices (B,) or distributions (B, N).
         epsilon: size of the step, of pixels in [0, 1].
         away: step away from `target`; with the true label this is the untargeted FGSM.
-        steps: above 1, the attack is iterative (the paper's future work): steps of at most
-            2.5 epsilon / steps, each projected back into the epsilon-ball around x.
+        steps: above 1, the attack is iterative (the paper's future work): each step has the size
+            min(epsilon, 2.5 epsilon / steps), and ends in the epsilon-ball around x.
         clip: clip the result to [0, 1], see Reading 7.
 
     Returns:
@@ -255,7 +255,7 @@ def logits_of(output: Any, y: Tensor) -> Tensor:
     if y.shape not in {made, made[:1]} or (y.ndim == 1 and y.dtype != torch.int64):
         raise ValueError(f"labels {tuple(y.shape)}, logits {made}; give int64, or the same N")
     if y.ndim == 1:
-        check_values("class indices in labels", y, 0, made[1] - 1, "from 0, with the model's N")
+        check_values("class indices in labels", y, 0, made[1] - 1, "count from 0 to N - 1")
     return logits
 
 
@@ -278,7 +278,7 @@ def frozen(model: Model) -> Iterator[Model]:
     changes: list[tuple[Any, str, Any]]
     changes = [(m, "track_running_stats", False) for m in modules if m.training]
     changes += [(p, "requires_grad", False) for m in modules for p in m.parameters(False)]
-    # Lightning Fabric's, which raises in a backward pass that is not its own, such as an attack's.
+    # Lightning Fabric's hook raises in a backward pass that Fabric did not start, as this one.
     changes += [(m, "_register_backward_hook", lambda output: output) for m in modules]
     with ExitStack() as after:
         if not modules:
@@ -303,7 +303,7 @@ def _per_image(name: str, value: Numbers, like: Tensor) -> Tensor:
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     if value.shape not in {(), (len(like),)}:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; give a float or ({len(like)},)")
-    check_values(name, value, 0, 1, "it is a share of the label and of the pixels' range")
+    check_values(name, value, 0, 1, "give a share: 8 / 255 for 8 of 255 levels")
     return value.view(-1, *[1] * (like.ndim - 1))
 
 

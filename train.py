@@ -91,7 +91,7 @@ def check_batch_size(config: TrainConfig, images: int) -> None:
     if not 0 < size <= images:
         raise UserError(f"{message}, and there are {images} training images: choose another")
     if size < 2 * processes > 2:
-        raise UserError(f"{message}, and each of {processes} processes needs 2 of them: raise it")
+        raise UserError(f"{message}, and each of {processes} processes needs 2 images: raise it")
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -112,7 +112,7 @@ def build_average(
         return None
     step = get_ema_multi_avg_fn(config.ema)
     average = AveragedModel(model, multi_avg_fn=step, use_buffers=True)
-    if checkpoint is not None:  # whose model is the average
+    if checkpoint is not None:  # its "model" is the average, its "trained" the weights
         model.load_state_dict(checkpoint["trained"])
         average.n_averaged.fill_(len(checkpoint["log"]))  # above 0, so that the next step averages
     return average
@@ -148,7 +148,7 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     if config.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     loaders = BatchLoader(data.train, device), BatchLoader(data.test, device)
-    if checkpoint is None:  # a forward pass changes what some layers remember: not after resuming
+    if checkpoint is None:  # a resumed run keeps its buffers, which a forward pass may change
         rows = torch.arange(config.minibatch_size)[distributed.shard_rows(config.minibatch_size)]
         x, _ = loaders[0](rows)
         check_logits(f"--arch {config.arch}", model, x, len(data.classes))

@@ -107,7 +107,10 @@ def _read_safetensors(path: str | Path) -> Any:
 def _checked(path: str | Path, checkpoint: Any) -> dict[str, Any]:
     """Return the content of a checkpoint. Raise `UserError` if it is not one of train.py."""
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this version of train.py")
+        raise UserError(
+            f"{path} is not a checkpoint of this version of train.py: train again, or use"
+            " the version that wrote it"
+        )
     for name, kind in FIELDS.items():
         if not isinstance(checkpoint.get(name, ...), kind):
             found = type(checkpoint[name]).__name__ if name in checkpoint else "missing"

@@ -7,7 +7,8 @@
 Gradients are summed here, once a step after its last backward pass, instead of by torch's
 DistributedDataParallel. That wrapper would also see the attack's backward pass, it broadcasts
 buffers between the two forward passes of a step, which breaks BatchNorm's backward pass on CUDA,
-and it prefixes every name in a checkpoint. It would overlap communication with computation.
+and it prefixes every name in a checkpoint. The price: communication does not overlap with
+computation.
 """
 
 import os
@@ -128,7 +129,10 @@ def local_rank_zero_first() -> Iterator[None]:
 
 
 def shard_rows(count: int) -> slice:
-    """Return this rank's rows of a minibatch of `count`. Rows 2i and 2i + 1 stay together."""
+    """Return this rank's rows of a minibatch of `count`. Rows 2i and 2i + 1 stay together.
+
+    IAT mixes these two.
+    """
     pairs = max(count // 2, 1)
     start, stop = (2 * (pairs * r // _job.world_size) for r in (_job.rank, _job.rank + 1))
     return slice(start, stop if _job.rank < _job.world_size - 1 else count)

@@ -262,7 +262,10 @@ def restore_model(checkpoint: dict[str, Any]) -> nn.Module:
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError:
-        raise UserError(f"the checkpoint's weights do not fit {checkpoint['arch']}") from None
+        raise UserError(
+            f"the checkpoint's weights do not fit {checkpoint['arch']}: restore the code of the"
+            " network that was trained"
+        ) from None
     return model
 
 

@@ -29,7 +29,8 @@ def corrupted_accuracy(own: Mapping[str, float]) -> float:
 def mce(own: Mapping[str, float]) -> float:
     """Compute the mCE: the mean, in percent, of the errors over AlexNet's published ones.
 
-    AlexNet's are of ImageNet at 224 px, so that only an mCE of these images compares.
+    AlexNet's are of ImageNet at 224 px. For other images, the mCE is not comparable with published
+    ones.
     """
     return 100 * _mean([(1 - own.get(n, math.nan)) / e for n, e in ALEXNET_ERRORS.items()])
 

@@ -263,7 +263,7 @@ def _findings(cells: Mapping[str, Cell]) -> dict[str, list[str]]:
         gave_up, wrong = 1 - cell["reached"] / right, cell["misclassified"] / right
         found["cw2"] = [
             f"the attack gave up on {100 * gave_up:.1f} % of the images that the model gets right,"
-            " and these count as right; by whatever margin, it fooled the model on"
+            " and these count as right; with any margin above 0 it fooled the model on"
             f" {100 * wrong:.1f} % (median margin {cell['margin']:.1f})"
         ]
     return found
@@ -306,8 +306,8 @@ def _notes(rows: Sequence[ModelScores], baseline: str, cells: Sequence[Cell]) ->
     if not all(math.isnan(row.mce) for row in rows):
         notes.append(
             "corrupted % is the mean accuracy under the fifteen corruptions; mCE averages the error"
-            " under each, divided by AlexNet's (Hendrycks and Dietterich, 2019), and compares only"
-            " for ImageNet at 224 px"
+            " under each, divided by AlexNet's (Hendrycks and Dietterich, 2019), and is comparable"
+            " with published ones only for ImageNet at 224 px"
         )
         if all(math.isnan(row.relative_mce) for row in rows):
             notes.append(

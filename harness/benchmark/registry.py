@@ -10,7 +10,7 @@ from harness.benchmark.checks import CHECKS, broken_gradients
 from harness.errors import UserError
 
 CHECK = "check_"  # prefix of the attack checks' names
-SUPPLEMENT = "cw2_0"  # CW2 at confidence 0: the smallest adversarial step
+SUPPLEMENT = "cw2_0"  # CW2 at confidence 0: the smallest step; not a row of `supplementary`
 SUPPLEMENT_ROUNDS = 4  # of its bisection, which finds a step of about the smallest length
 SAMPLE = 200  # images that the attack checks and the supplement take
 

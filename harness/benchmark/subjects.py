@@ -226,8 +226,8 @@ def inspect_subject(subject: Subject, x: Tensor, y: Tensor, num_classes: int) ->
         warnings.append(f"{label} returns probabilities, not logits: attacks on it are too weak")
     if broken := int(broken_gradients(module, x, y).sum()):
         warnings.append(
-            f"{label}: the gradient is zero or NaN for {broken} of the first {len(x)} images, and"
-            " attacks cannot move them"
+            f"{label}: the gradient is zero or NaN for {broken} of {len(x)} sampled images, so"
+            " attacks cannot move them and their scores mean nothing"
         )
     return warnings
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from harness.benchmark.metrics import CONFIDENCES, Results, robustness, score_differences, wilson
 from harness.benchmark.paired import Difference
-from harness.benchmark.registry import COLUMNS, PERTURBATIONS, TABLES
+from harness.benchmark.registry import COLUMNS, PERTURBATIONS, SAMPLE, TABLES
 
 MISSING = "-"
 CLEAN = "Clean accuracy"
@@ -112,6 +112,8 @@ def table_caption(results: Results, title: str) -> str:
     if added:
         meaning = "R = accuracy / clean accuracy, with 95 % intervals"
         return f"{title}: {meaning}; n = {images} test images"
+    sampled = any("at_0" in row.cw2 for row in results.rows) and title == "Adversarial attacks"
+    few = f"; CW2 at 0 and L2 (median of its steps): up to {SAMPLE} images" if sampled else ""
     graded = any(len(PERTURBATIONS[name].severities) > 1 for name in names)
     mean = ", mean of five severities" if graded else ""
     meaning = f": R = accuracy / clean accuracy{mean}" if title != CLEAN else ""
@@ -125,7 +127,8 @@ def table_caption(results: Results, title: str) -> str:
             f" for {compared})"
         )
     return (
-        f"{title}{meaning}; n = {images} test images; + and - against {results.baseline}{decided}"
+        f"{title}{meaning}; n = {images} test images{few}; + and - against"
+        f" {results.baseline}{decided}"
     )
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 INDICES = {"train": range(2000), "test": range(1_000_000, 1_001_000)}
 NAMES = ("bar", "crescent", "disc", "flower", "half", "plus", "ring", "square", "star", "triangle")
 CLUTTER, RADIUS = 0.12, (0.33, 0.45)
-# An FGSM step of epsilon = 0.62 amplitudes turns a grating into another one's. The amplitude is the
-# largest hundredth at which a quarter of the draws from U[0, 0.025] reach that.
+# An FGSM step of epsilon = 0.62 amplitudes turns a grating into another class's. The amplitude is
+# the largest multiple of 0.01 at which a quarter of the draws from U[0, 0.025] reach that.
 AMPLITUDE = 0.03  # of full scale
 FREQUENCY = 0.25  # cycles per pixel
 

@@ -100,9 +100,9 @@ def choose_crop(asked: str | None, tree: Path | None, own: Mapping[str, Crop]) -
     for name, crop in own.items():
         if kind(crop) != kind(chosen) or not (tree or crop == chosen):
             raise UserError(
-                f"{name} expects images prepared by {_words(crop)}, and"
-                f" {f'--imagenet-c {tree} holds' if tree else f'{first} expects'} those by"
-                f" {_words(chosen)}: name the one to test with by --preprocess {kind(chosen)}"
+                f"{name} expects the preprocessing {_words(crop)}, and"
+                f" {f'--imagenet-c {tree} has' if tree else f'{first} expects'}"
+                f" {_words(chosen)}: choose one for all with --preprocess {kind(chosen)}"
             )
     return chosen
 

@@ -262,7 +262,7 @@ def _rounded(name: str, value: float) -> str:
 
 def orders_table(found: Sequence[Order]) -> list[list[str]]:
     """Format the orders as text: a header, then a row for each."""
-    table = [["better in the paper", "model", "ours", "paper", "difference, 95 %", "verdict"]]
+    table = [["quantity", "model", "ours", "paper", "difference, 95 %", "verdict"]]
     for order in found:
         ours, theirs = [], []
         for method, entry in order.entries.items():

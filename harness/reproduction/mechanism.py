@@ -138,8 +138,8 @@ def mechanism_section(
         ),
         *map(Text, compare_gratings(outcomes, baselines)),
         Text(
-            "These intervals are of the images. Two trainings of one method can differ by more,"
-            " even if only their rounding differs."
+            "These intervals account for the choice of the test images only. Two trainings of one"
+            " method can differ by more, even if only their rounding differs."
         ),
         Figure(path, "Accuracy with both cues, without gratings, without shapes; and predictions"
                " where gratings are exchanged between classes: the class of the shape, or of the"

@@ -63,7 +63,8 @@ class ReproduceConfig:
     """All options of reproduce.py, with the recipe filled in."""
 
     # fmt: off
-    scale: str = option("demo", "the recipe that all other options override",
+    scale: str = option("demo", "the recipe that all other options override; its value is given"
+        " below for each scale, - for train.py's own",
         group="what is reproduced", choices=tuple(RECIPES))
     tables: list[int] = option(None, "the paper's tables: 1: standard, iat, mtlat; 2: mixup, tlat;"
         " 3: clean accuracy of fgsm, target-fgsm, ls, tlat; or all (default: all; demo: standard"
@@ -75,7 +76,7 @@ class ReproduceConfig:
     dry_run: bool = option(False, "list what would be run, with the time that it will take,"
         " estimated from a few steps")
 
-    data: str = option(None, f"as in train.py; needed where none is named {_default('data')}",
+    data: str = option(None, f"as in train.py; required where - is the default {_default('data')}",
         group="the recipe", metavar="SET")
     classes: int | None = option(None, f"as in train.py {_default('classes')}",
         type=number(int, 2), metavar="K")

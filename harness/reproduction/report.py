@@ -217,7 +217,7 @@ def _make_sections(
         Table(comparison_caption(t), comparison_table(t), fold=True) for t in tables
     ]
     if found_orders := orders(rows):
-        beside.append(Table("Orders of the paper", orders_table(found_orders)))
+        beside.append(Table("Methods in the order of the paper", orders_table(found_orders)))
     curves: list[Block] = []
     for arch in config.archs:
         folders = {m: path for one in first if one.arch == arch for m, path in one.models.items()}
@@ -276,8 +276,8 @@ def _measured(one: Evaluated, out: Path) -> Iterator[Block]:
         yield Table(table_caption(one.results, title), cells, notes, fold=True)
     if margins := margin_table(one.results):
         yield Table(
-            "Share of the right images on which CW2 at confidence 50 made a wrong class lead by at"
-            " least this margin: the larger a network's logits, the easier", margins, fold=True,
+            "Share of correctly classified images on which CW2 at confidence 50 made a wrong class"
+            " lead by at least this margin; larger logits make that easier", margins, fold=True,
         )  # fmt: skip
     if one.results.notes:
         yield Text("\n\n".join(one.results.notes))
@@ -295,7 +295,7 @@ def _step(trainings: Sequence[Path], data: Dataset, path: Path) -> Block:
     index = torch.linspace(0, len(data.train.labels) - 1, STEP_IMAGES).long()
     x, y = BatchLoader(data.train, torch.device("cpu"))(index)
     plots.plot_step(restore_model(load_checkpoint(folder / "last.pt")), x, y, data.classes, path)
-    return Figure(path, f"One couple of a step of M-TLAT on training images, by {folder.name}")
+    return Figure(path, f"One mix of two training images in a step of M-TLAT, by {folder.name}")
 
 
 def _provenance(

@@ -123,16 +123,18 @@ class TrainConfig:
 
     seed: int = option(0, "seed of the weights, the orders and the draws", group="running",
         type=number(int, 0, 2**32 - 1))
-    deterministic: bool = option(False, "compute the same bits on a GPU every time, but slower (a"
-        " CPU does anyway)")
+    deterministic: bool = option(False, "compute the same bits on a GPU every time, but slower (no"
+        " effect on a CPU)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...", may_change=True)
     amp: str = option("no", "mixed precision", choices=("no", "bf16", "fp16"))
     compile: bool = option(False, "compile the model with torch.compile")
-    channels_last: bool = option(False, "memory layout of images and weights")
+    channels_last: bool = option(False, "store images and weights in PyTorch's channels-last"
+        " memory format")
     sync_bn: bool = option(False, "let BatchNorm see the images of all processes, not only its own"
         " (on CUDA)")
     resume: str | None = option(None, "continue from this checkpoint; auto: from last.pt of"
-        " --output-dir; without one, from the start, with its args.json if there is one",
+        " --output-dir, or from the start if that is missing, with the options in the folder's"
+        " args.json if it has one",
         metavar="PATH", may_change=True)
     output_dir: str = option(None, "for log and checkpoints (default: runs/ARCH-METHOD)",
         metavar="DIR", may_change=True)

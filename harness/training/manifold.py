@@ -1,6 +1,6 @@
 """Manifold Mixup (Verma et al., 2019) with TLAT on top, which the paper names as future work.
 
-Hidden representations are mixed instead of images. Both images of a couple share one perturbation
+Hidden representations are mixed instead of images. Both images of a mix share one perturbation
 delta, and the attack follows the gradient through the mixed forward pass at delta = 0:
 
     x3 - epsilon sign(grad_delta L), x4 - epsilon sign(grad_delta L)
@@ -60,7 +60,7 @@ def losses_at(
 
 
 def mixed_logits(model: nn.Module, name: str, x1: Tensor, x2: Tensor, lam: Tensor) -> Any:
-    """Return the model's output for couples of images that are mixed inside the model.
+    """Return the model's output for images that are mixed inside the model, x1 with x2.
 
     Args:
         model: calls the submodule once in a forward pass.
@@ -86,9 +86,9 @@ def mixed_logits(model: nn.Module, name: str, x1: Tensor, x2: Tensor, lam: Tenso
         first, second = hidden.chunk(2)
         return _mix(first, second, lam)
 
-    # Reading: couples pass as one batch up to the place where they are mixed. BatchNorm before it
-    # normalizes both images of a couple by the same statistics, and updates the running ones once
-    # per loss, as behind it. Otherwise: pass x1 and x2 one after the other.
+    # Reading: both images of a mix are in one batch up to the place where they are mixed. BatchNorm
+    # before it normalizes them by the same statistics, and updates the running ones once per loss,
+    # as behind it. Otherwise: pass x1 and x2 one after the other.
     with model.get_submodule(name).register_forward_hook(mix):
         output = model(torch.cat([x1, x2]))
     if not calls:
@@ -118,6 +118,6 @@ def check_mix_at(names: list[str], model: nn.Module, x: Tensor, num_classes: int
             shape = None
         if shape != (len(x), num_classes):
             raise UserError(
-                f"--mix-at {name}: the model fails if the batch shrinks there, as where a shortcut"
-                " passes the submodule: name the block around it"
+                f"--mix-at {name}: mixing there halves the batch, and the model then fails, for"
+                " example because a shortcut goes around the submodule: name the block with both"
             )
