@@ -116,7 +116,7 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
     if run.surrogate:
         run.surrogate = fuse_subject(run.surrogate, x)
     warnings += [
-        f"{subjects[spec].label} expects images prepared by {kind(own)}, not by {kind(crop)}"
+        f"{subjects[spec].label} expects the preprocessing {kind(own)}, not {kind(crop)}"
         for spec, (_, own) in expected.items()
         if kind(own) != kind(crop)
     ]

@@ -182,7 +182,7 @@ def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
     assert f"| {trained[1]} | 1 | 6 | 48 |\n| {trained[2]} | 1 | 6 | 96 |" in markdown
     html = (out / "report.html").read_text()
     assert all(name in html for name in [*trained, evaluation])
-    assert f"One couple of a step of M-TLAT on training images, by {trained[2]}" in html
+    assert f"One mix of two training images in a step of M-TLAT, by {trained[2]}" in html
     assert results["weights"]["tiny-convnet-mtlat-seed0"] in html
     assert [path.name for path in sorted(out.glob("*.png"))] == [
         "curves-tiny-convnet.png", "differences-tiny-convnet-table1.png",

@@ -51,9 +51,9 @@ def test_one_preprocessing_is_chosen_or_the_mismatch_is_refused(tmp_path: Path) 
     (own / "settings.json").write_text(json.dumps({"size": 224}))
     assert choose_crop(None, own, {}) == CENTER
     for asked, tree, models, message in (
-        (None, published, {"a.pt": None}, "a.pt expects images prepared by squash, and --image"),
-        (None, None, resnet | {"a.pt": None}, "and resnet expects those by center-crop 232->224: "),
-        (None, None, resnet | {"vgg": CENTER}, "vgg expects images prepared by center-crop 256"),
+        (None, published, {"a.pt": None}, "a.pt expects the preprocessing squash, and --image"),
+        (None, None, resnet | {"a.pt": None}, "and resnet expects center-crop 232->224: "),
+        (None, None, resnet | {"vgg": CENTER}, "vgg expects the preprocessing center-crop 256"),
         ("squash", published, {}, "--preprocess squash: the images of --imagenet-c"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):

@@ -158,7 +158,7 @@ class Odd(nn.Module):
     ("twice", "twice: a forward pass calls it more than once"),
     ("recurrent", "recurrent: its output for 10 images is tuple, and must be one tensor"),
     ("flat", r"flat: its output for 10 images is \(80,\), and must be one tensor with the batch"),
-    ("block", "block: the model fails if the batch shrinks there, as where a shortcut passes"),
+    ("block", "block: mixing there halves the batch, and the model then fails"),
 ])  # fmt: skip
 def test_a_submodule_that_cannot_mix_is_refused(name: str, message: str) -> None:
     torch.manual_seed(0)
@@ -168,7 +168,7 @@ def test_a_submodule_that_cannot_mix_is_refused(name: str, message: str) -> None
         check_mix_at(["input", name], model, images(0, 5), N)
     assert not any(module._forward_hooks for module in model.modules())
     assert model.norm.num_batches_tracked == 0
-    with pytest.raises(UserError, match="--mix-at block: the model fails"):  # 2 and 1 broadcast
+    with pytest.raises(UserError, match="--mix-at block: mixing there"):  # 2 and 1 broadcast
         check_mix_at(["block"], model.eval(), images(0, 1), N)
 
 
@@ -185,7 +185,7 @@ class Widened(nn.Module):
 
 
 def test_a_submodule_that_changes_the_number_of_classes_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^--mix-at block: the model fails if the batch"):
+    with pytest.raises(UserError, match=r"^--mix-at block: mixing there"):
         check_mix_at(["block"], Widened(), torch.rand(5, 2), N)
 
 
@@ -245,5 +245,5 @@ def test_what_cannot_be_combined_is_refused(go: Any, tmp_path: Path) -> None:
 def test_resnets_mix_at_their_layers_and_not_inside_of_a_shortcut() -> None:
     model, x = train.create_model("resnet18", list("abcd"), None)[0], torch.rand(2, 3, 32, 32)
     check_mix_at(["input", "conv1", "layer1", "layer2.0", "avgpool", "fc"], model, x, N)
-    with pytest.raises(UserError, match=r"--mix-at layer1\.0\.conv1: the model fails"):
+    with pytest.raises(UserError, match=r"--mix-at layer1\.0\.conv1: mixing there"):
         check_mix_at(["layer1.0.conv1"], model, x, N)
