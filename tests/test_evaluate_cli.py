@@ -47,6 +47,24 @@ def test_cells_are_named_by_name_and_by_group() -> None:
     others = [group for group in registry.GROUPS if group != "noise"]
     assert choose([], others) == choose(["noise"], [])
     assert choose(["noise"], ["shot_noise"]) == ["clean", "gaussian_noise", "impulse_noise"]
+    assert choose(["clean", "fog"], []) == ["clean", "fog"]
+
+
+def test_checks_and_the_supplement_go_with_their_attacks() -> None:
+    choose = registry.choose_perturbations
+    checks = set(registry.GROUPS["checks"])
+    assert not {*checks, "cw2_0"} & set(choose([], ["white-box"]))
+    assert "cw2_0" not in choose([], ["cw2"]) and checks <= set(choose([], ["cw2"]))
+    assert choose(["checks"], ["white-box"]) == ["clean", *registry.GROUPS["checks"]]
+    assert choose(["supplement"], []) == ["clean", "cw2_0"]
+
+
+@pytest.mark.parametrize(("only", "skip"), [
+    (["clean"], ["nonsense"]), (["fogg"], []), ([], ["clean"]), (["fog"], ["clean"]),
+])  # fmt: skip
+def test_unknown_names_are_refused(only: list[str], skip: list[str]) -> None:
+    with pytest.raises(UserError, match="is not a perturbation or a group; close names: "):
+        registry.choose_perturbations(only, skip)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 70), st.integers(0, 99))
@@ -174,13 +192,13 @@ def test_the_preprocessing_of_the_models_and_of_the_tree(
 ) -> None:
     (bench.root / "c" / "fog").mkdir(parents=True)  # without settings.json, as the published files
     tree = ["--imagenet-c", str(bench.root / "c")]
-    with pytest.raises(UserError, match=r"last.pt expects images prepared by squash, and --imagen"):
+    with pytest.raises(UserError, match=r"last.pt expects the preprocessing squash, and --imagen"):
         bench.run("--only", "fog", *tree)
     fingerprint, data = bench.sets().fingerprint, str(bench.root / "images")
     bench.checkpoint(
         "cropped", fingerprint, 0, 20.0, settings={"data": data, "preprocess": "center-crop"}
     )
-    with pytest.raises(UserError, match=r"cropped.last.pt expects images prepared by center-crop"):
+    with pytest.raises(UserError, match=r"cropped.last.pt expects the preprocessing center-crop"):
         bench.run(models="standard cropped")
     lines = bench.run("--only", "clean", models="cropped", out="own")
     other = bench.run("--only", "clean", "--preprocess", "squash", models="cropped", out="other")
@@ -188,9 +206,7 @@ def test_the_preprocessing_of_the_models_and_of_the_tree(
     assert bench.results("own")["preprocess"] == "center-crop 18->16"
     assert "preprocessing: center-crop 18->16" in (bench.root / "own" / "results.md").read_text()
     assert lines[0]["data"] != other[0]["data"] == bench.sets().test_fingerprint
-    assert (
-        "cropped expects images prepared by center-crop, not by squash" in capsys.readouterr().err
-    )
+    assert "cropped expects the preprocessing center-crop, not squash" in capsys.readouterr().err
     with pytest.raises(
         UserError, match=r"another run \(preprocess: squash, now center-crop 18->16"
     ):
@@ -429,7 +445,7 @@ def test_models_that_attacks_may_fail_on_are_marked(
     said = capsys.readouterr()
     for text in (said.err, said.out, (bench.root / "out" / "results.md").read_text()):
         assert "tinynets:Soft returns probabilities, not logits" in text
-        assert "tinynets:Flat: the gradient is zero or NaN for 16 of the first 16 images" in text
+        assert "tinynets:Flat: the gradient is zero or NaN for 16 of 16 sampled images" in text
         assert "standard returns" not in text
 
 

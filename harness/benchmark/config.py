@@ -75,7 +75,8 @@ class EvalConfig:
     epsilon: list[float] = option(None, "add the paper's PGD, PGD LL and MI-FGSM with these sizes,"
         " beside the paper's own", type=number(float, 0, 1, above=True), nargs="+", metavar="E")
 
-    batch_size: int = option(100, "images at a time; changes nothing but speed and memory",
+    batch_size: int = option(100, "images at a time; changes nothing but speed and memory,"
+        " and the draws of an --attack",
         group="running", flags=("-b",), type=number(int, 1))
     seed: int = option(0, "seed of all draws", type=number(int, 0, 2**32 - 1))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
@@ -112,8 +113,9 @@ class EvalConfig:
     @property
     def perturbations(self) -> list[str]:
         """The names of what is measured, in order."""
-        chosen = choose_perturbations(self.only, self.skip)
-        return list(dict.fromkeys([*chosen, *self.supplement]))
+        papers = [name for name in self.supplement if name in PERTURBATIONS]
+        chosen = choose_perturbations(self.only and [*self.only, *papers], self.skip)
+        return [*chosen, *(name for name in self.supplement if name not in PERTURBATIONS)]
 
     def find_corruption(self, name: str) -> Path | None:
         """Return the folder or the array of a corruption below --imagenet-c, if there is one."""

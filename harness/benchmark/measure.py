@@ -276,7 +276,7 @@ def refuse_other_runs(run: Evaluation, path: Path, cells: list[Cell]) -> None:
     for cell in cells:
         if cell["perturbation"] not in run.config.registry:
             continue  # of an --attack or --epsilon that this run does not have
-        wanted = run.decided_by(cell["perturbation"])
+        wanted = {"attack": None} | run.decided_by(cell["perturbation"])
         wanted["n"] = len(run.images_of(cell["perturbation"]))
         if cell.get("data") == run.data.fingerprint:  # which earlier versions stored
             wanted["data"] = run.data.fingerprint

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib import rcParams
+from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
@@ -101,7 +101,8 @@ def plot_differences(
     axes.set_yticks(range(len(names)), [COLUMNS[name] for name in names], fontsize=9)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.3)
-    label = f"R minus the R of {baseline}; paired 95 % intervals; hollow: not decided (Holm)"
+    end = "\n" if len(baseline) > 30 else " "
+    label = f"R minus the R of {baseline};{end}paired 95 % intervals; hollow: not decided (Holm)"
     axes.set_xlabel(label, fontsize=9)
     _finish(figure, path)
 
@@ -286,11 +287,14 @@ def _figure(width: float, height: float, pad: float = 0.04) -> Figure:
     return Figure((width, height), dpi=DPI, layout=layout)
 
 
-def _colors(names: Sequence[str], baseline: str | None = None) -> dict[str, str]:
+def _colors(names: Sequence[str], baseline: str | None = None) -> dict[str, Any]:
     """Assign gray to the baseline, or else to the first, and colors to the others."""
     gray = baseline or next(iter(names), "")
     others = [name for name in names if name != gray]
-    return {gray: GRAY, **{name: PALETTE[i % len(PALETTE)] for i, name in enumerate(others)}}
+    palette: Sequence[Any] = PALETTE
+    if len(others) > len(PALETTE):
+        palette = colormaps["turbo"](torch.linspace(0, 1, len(others)).numpy())
+    return {gray: GRAY, **dict(zip(others, palette, strict=False))}
 
 
 def _short(name: str, most: int) -> str:
@@ -314,6 +318,7 @@ def _finish(figure: Figure, path: Path) -> None:
         if box.width <= figure.bbox.width or columns == 1:
             # The figure's height has room for one line of the legend.
             figure.set_figheight(figure.get_figheight() + box.height / DPI - 0.4)
+            figure.set_figwidth(max(figure.get_figwidth(), box.width / DPI + 0.1))
             break
         legend.remove()
     with atomic_path(path) as temporary:

@@ -105,27 +105,28 @@ def choose_perturbations(only: list[str], skip: list[str]) -> list[str]:
 
     Args:
         only: names and groups to measure; empty for all but the validation corruptions, on which
-            hyper-parameters may be tuned. ["clean"] measures clean accuracy alone. A white-box
+            hyper-parameters may be tuned. "clean" measures clean accuracy alone. A white-box
             attack brings the attack checks with it, and CW2 the supplement.
-        skip: names and groups to leave out.
+        skip: names and groups to leave out; the checks and the supplement go with their attacks.
 
     Raises:
         UserError: an unknown name, or nothing is left.
     """
     known = {**GROUPS, **{name: [name] for names in GROUPS.values() for name in names}}
-    if only == ["clean"]:
-        return only
+    known["clean"] = ["clean"]
     for word in [*only, *skip]:
-        if word not in known:
+        if word not in known or (word == "clean" and word in skip):
             close = ", ".join(difflib.get_close_matches(word, known, 3)) or ", ".join(GROUPS)
             raise UserError(f"{word!r} is not a perturbation or a group; close names: {close}")
     default = [group for group in GROUPS if group != "validation"]
-    wanted = {name for word in only or default for name in known[word]}
-    if wanted & set(GROUPS["white-box"]):
-        wanted |= set(GROUPS["checks"])
-    if "cw2" in wanted:
-        wanted |= set(GROUPS["supplement"])
-    wanted -= {name for word in skip for name in known[word]}
+    named, every, left_out = (
+        {name for word in words for name in known[word]} for words in (only, default, skip)
+    )
+    wanted = (named or every) - left_out
+    for attacks, group in ((GROUPS["white-box"], "checks"), (["cw2"], "supplement")):
+        added = set(GROUPS[group])
+        wanted = wanted | added if wanted & set(attacks) else wanted - (added - named)
+    wanted -= left_out
     if not wanted:
         raise UserError("--only and --skip leave nothing to measure")
-    return ["clean", *(name for name in PERTURBATIONS if name in wanted)]
+    return [name for name in PERTURBATIONS if name in wanted | {"clean"}]

@@ -12,7 +12,7 @@ from torch import nn
 
 from harness.benchmark.attack_registry import ATTACKS, load_attack
 from harness.benchmark.config import parse_eval_config
-from harness.benchmark.registry import PERTURBATIONS
+from harness.benchmark.registry import GROUPS, PERTURBATIONS
 from harness.errors import UserError
 from tests.support.bench import Bench
 from tests.support.tiny import linear
@@ -52,7 +52,7 @@ def test_supplementary_rows_stand_beside_the_papers(
     lines = bench.run(*options, *added, models="standard")
     sizes = [f"{name}_{e}" for e in (0.5, 0.04) for name in ("pgd", "pgd_ll", "mi_fgsm")]
     correct = {cell["perturbation"]: cell["correct"] for cell in lines}
-    assert set(correct) == {"clean", "same", "gray", *sizes}
+    assert set(correct) == {"clean", "same", "gray", *sizes, *GROUPS["checks"]}
     assert correct["same"] == correct["clean"] > correct["pgd_0.04"] > correct["pgd_0.5"] == 0
     assert correct["gray"] == 10  # the images of one class
     assert {c.get("attack") for c in lines} == {None, "others:same", "others:gray"}
@@ -80,12 +80,19 @@ def test_supplementary_rows_stand_beside_the_papers(
         bench.run(*options, "--attack", "gray=others:same", models="standard")
 
 
+def test_an_attack_of_others_is_not_taken_for_the_papers_with_its_name(bench: Bench) -> None:
+    options = ["--only", "clean", "--dump-images", "0"]
+    bench.run(*options, "--attack", "pgd_0.5=others:same", models="standard")
+    with pytest.raises(UserError, match=r"another run \(attack: others:same, now None\)"):
+        bench.run(*options, "--epsilon", "0.5", models="standard")
+
+
 def test_the_papers_rows_are_never_replaced() -> None:
     config = parse_eval_config(["a:b", "--epsilon", "0.04", "0.08", "--only", "fog"])
     for name in ATTACKS:
         assert config.registry[name] is PERTURBATIONS[name]
     added = {"pgd_0.04", "pgd_ll_0.04", "mi_fgsm_0.04", "pgd_0.08", "pgd_ll_0.08", "mi_fgsm_0.08"}
-    assert set(config.perturbations) == {"clean", "fog", *added}
+    assert set(config.perturbations) == {"clean", "fog", *added, *GROUPS["checks"]}
     attack = config.registry["pgd_ll_0.08"].attack
     assert attack.keywords == {"epsilon": 0.08, "steps": 10}
     assert attack.function is ATTACKS["pgd_ll_0.04"].function

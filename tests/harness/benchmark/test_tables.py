@@ -85,13 +85,13 @@ alpha     80.0  71 to 87     0.00    0.10  1.00!             -             -    
 beta   50.0(-)  40 to 60  0.10(+)       -      -             -             -     -  \
           -         -   -
 ! alpha, CW2: the attack gave up on 80.0 % of the images that the model gets right, and these \
-count as right; by whatever margin, it fooled the model on 90.0 % (median margin 12.2)
+count as right; with any margin above 0 it fooled the model on 90.0 % (median margin 12.2)
 
 note: unpaired: some cells have no per-image outcomes, so nothing is decided there
 
 note: corrupted % is the mean accuracy under the fifteen corruptions; mCE averages the error \
-under each, divided by AlexNet's (Hendrycks and Dietterich, 2019), and compares only for ImageNet \
-at 224 px
+under each, divided by AlexNet's (Hendrycks and Dietterich, 2019), and is comparable with \
+published ones only for ImageNet at 224 px
 
 note: clean accuracies differ by more than their intervals (alpha 80.0 %, beta 50.0 %): compare \
 robustness only at comparable clean accuracy
@@ -519,6 +519,26 @@ def test_the_figures_show_every_model(
 def test_differences_are_drawn_with_the_papers_beside_them(tmp_path: Path) -> None:
     draw_differences(make(paired(CELLS)), tmp_path / "figure.png")
     assert {rgb("#222222"), rgb(plots.PALETTE[1])} <= colours(tmp_path / "figure.png")
+
+
+def test_no_two_of_many_models_have_one_color() -> None:
+    for count in (1, len(plots.PALETTE) + 1, len(plots.PALETTE) + 2, 25):
+        colors = plots._colors([f"m{i}" for i in range(count)], "m0")
+        assert colors["m0"] == plots.GRAY and len({str(c) for c in colors.values()}) == count
+
+
+def test_a_figure_is_as_wide_as_its_legend(tmp_path: Path) -> None:
+    widths = []
+    for name in ("beta", "runs/" + 90 * "b"):
+        lines = [line(m, "fog", 40, s) for m in (A, B) for s in range(1, 6)]
+        clean = [line(A, "clean", 80), line(B, "clean", 50)]
+        made = metrics.aggregate([*clean, *lines], {"alpha": A, name: B}, "alpha")
+        plots.plot_severities(made, tmp_path / "figure.png")
+        dark = np.nonzero(dark_columns(tmp_path / "figure.png"))[0]
+        with Image.open(tmp_path / "figure.png") as image:
+            widths.append(image.width)
+        assert dark.min() > 0 and dark.max() < widths[-1] - 1  # nothing is cut off
+    assert widths[0] < widths[1]
 
 
 def test_a_figure_without_scores_is_empty(tmp_path: Path) -> None:
