@@ -21,6 +21,7 @@ from mtlat import Model, Normalize, frozen, logits_of
 
 MeanStd = tuple[list[float], list[float]]  # per channel
 LIBRARIES = ("torchvision:", "timm:")  # prefixes of models with published weights
+AUXILIARY = ("googlenet", "inception_v3")  # would return several outputs in training
 
 
 class Published(NamedTuple):
@@ -57,9 +58,7 @@ def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -
         known = torchvision.models.list_models(module=torchvision.models)
         known += [] if ":" in arch else CONVOLUTIONS
         _require_known(arch, name, known, "; for your own use --arch module:callable")
-        # These two would return several outputs in training.
-        several = name in ("googlenet", "inception_v3")
-        extra = {"aux_logits": False, "init_weights": True} if several else {}
+        extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
         model = torchvision.models.get_model(name, num_classes=num_classes, **extra)
     else:
         model = import_callable("--arch", arch, num_classes=num_classes)(num_classes=num_classes)
@@ -139,8 +138,9 @@ def find_weights(arch: str, name: str) -> Published:
     """
     if arch.startswith("timm:"):
         return _find_in_timm(arch, name)
+    model = arch.removeprefix("torchvision:")
     try:
-        entry = torchvision.models.get_model_weights(arch.removeprefix("torchvision:"))[name]
+        entry = torchvision.models.get_model_weights(model)[name]
     except (ValueError, KeyError):
         raise UserError(
             f"--weights {name}: no such file, and no such weights in torchvision for --arch {arch}"
@@ -149,9 +149,11 @@ def find_weights(arch: str, name: str) -> Published:
     preset = entry.transforms()
     (resize,), (size,) = preset.resize_size, preset.crop_size
     normalize = list(preset.mean), list(preset.std)
+    if model in AUXILIARY:  # with their weights, torchvision's networks turn the preset's into this
+        normalize = [0.5] * 3, [0.5] * 3
     return Published(
-        partial(_download, entry, name), entry.meta["categories"], normalize, size, (resize, size),
-        preset.interpolation.value,
+        partial(_download, model, entry, name), entry.meta["categories"], normalize, size,
+        (resize, size), preset.interpolation.value,
     )  # fmt: skip
 
 
@@ -175,11 +177,15 @@ def _find_in_timm(arch: str, name: str) -> Published:
     )  # fmt: skip
 
 
-def _download(entry: torchvision.models.WeightsEnum, name: str) -> Mapping[str, Tensor]:
-    """Return the state dict of torchvision's weights, from its cache or from the network."""
-    with downloading(f"--weights {name}", entry.url, f"{torch.hub.get_dir()}/checkpoints"):
-        state: Mapping[str, Tensor] = entry.get_state_dict()
-    return state
+def _download(model: str, entry: torchvision.models.WeightsEnum, name: str) -> Mapping[str, Tensor]:
+    """Return the state dict of torchvision's network, from its cache or from the network.
+
+    The network renames old keys as it loads them. What only trains, auxiliary heads, is left out.
+    """
+    place = f"{torch.hub.get_dir()}/checkpoints"
+    with downloading(f"--weights {name}", entry.url, place), torch.random.fork_rng(devices=[]):
+        state = torchvision.models.get_model(model, weights=entry).state_dict()
+    return {key: value for key, value in state.items() if not key.startswith("AuxLogits.")}
 
 
 def create_model(

@@ -1,6 +1,7 @@
 """Test how models are named, built and started from weights."""
 
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch.testing import assert_close
 
 import evaluate
@@ -154,3 +156,38 @@ def test_torchvisions_models_have_one_name_in_all_scripts() -> None:
     assert one == other
     with pytest.raises(UserError, match=r"torchvision:resnet5: torchvision has no .* resnet50"):
         models.build_model("torchvision:resnet5", 3)
+
+
+@pytest.mark.parametrize("arch", ["inception_v3", "googlenet", "densenet121"])
+def test_weights_that_torchvision_does_not_load_as_they_are(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare with torchvision's own network, which keeps or renames what is published."""
+    torch.manual_seed(0)
+    extra = {} if arch == "densenet121" else {"aux_logits": True, "init_weights": False}
+    state = torchvision.models.get_model(arch, **extra).state_dict()
+    for key in [key for key in state if "denselayer" in key]:  # as published: norm.1, no counters
+        value = state.pop(key)
+        if not key.endswith("num_batches_tracked"):
+            state[re.sub(r"(norm|conv)([12])", r"\1.\2", key)] = value
+    monkeypatch.setattr(
+        torchvision.models._api, "load_state_dict_from_url", lambda *_, **__: state.copy()
+    )
+    theirs = torchvision.models.get_model(arch, weights="DEFAULT").eval()
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    x = torch.rand(2, 3, 96, 96)
+    model, normalize = models.create_model(arch, None, "DEFAULT", new_head=False)
+    assert_close(model.eval()(x), theirs((x - mean) / std), rtol=1e-4, atol=1e-5)
+    # The logits of random weights hardly depend on the images: what the network sees must agree.
+    seen = getattr(theirs, "_transform_input", lambda z: z)((x - mean) / std)
+    assert_close(model[0](x), seen)
+    before = torch.get_rng_state()
+    models.find_weights(arch, "DEFAULT").state()
+    assert torch.equal(torch.get_rng_state(), before)
+    tuned, _ = models.create_model(arch, list("abc"), "DEFAULT")
+    first = next(iter(theirs.state_dict()))
+    assert torch.equal(tuned[1].state_dict()[first], state[first])
+    assert tuned.train()(x).shape == (2, 3)
+    checkpoint = {"arch": arch, "classes": list("abc"), "normalize": normalize}
+    restored = models.restore_model({**checkpoint, "model": tuned.state_dict()})
+    assert torch.equal(restored.eval()(x), tuned.eval()(x))
