@@ -145,10 +145,12 @@ def load(path: str | Path, size: int) -> Tensor:
     try:
         with Image.open(path) as file:
             picture = upright_rgb(file)
-    except (OSError, SyntaxError, ValueError) as error:  # of a broken file, without its name
+    except MemoryError:
+        raise  # not the file's fault
+    except Exception as error:  # Pillow raises nearly every kind on a broken file, without its name
         if isinstance(error, OSError) and error.filename:
             raise
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from None
     if size == 224:
         picture = F.center_crop(F.resize(picture, [256]), [224, 224])
     pixels: Tensor = F.pil_to_tensor(F.resize(picture, [size, size]))

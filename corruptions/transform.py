@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -14,6 +14,16 @@ from corruptions.registry import MIN_SIDE
 
 # The suffixes of files that count as images.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+
+_TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -24,7 +34,12 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         OSError, SyntaxError: the file is damaged.
     """
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    try:
+        turn = _TURNS.get(image.getexif().get(0x0112, 1))
+    except Exception:  # damaged EXIF raises nearly every kind, and the pixels are readable
+        turn = None
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode in ("I", "F"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or not 256 <= values.max() < 2**16:

@@ -152,6 +152,17 @@ def test_pictures_are_prepared_as_imagenet_c_s(tmp_path: Path) -> None:
     assert np.array_equal(__main__.load(path, 64).permute(1, 2, 0).numpy(), expected)
 
 
+def test_any_error_of_pillow_names_the_file(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: Image.Image) -> None:
+        raise TypeError
+
+    monkeypatch.setattr(__main__, "upright_rgb", fail)
+    command = [str(source / "cat/a.png"), "--out", str(source / "x.png")]
+    refused(command, f"{source / 'cat/a.png'}: TypeError", capsys)
+
+
 def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture, out = str(source / "cat/a.png"), ["--out", str(tmp_path / "x.png")]
     refused([str(source / "none.png"), *out], "is neither an image file nor a folder", capsys)

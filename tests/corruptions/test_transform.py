@@ -1,18 +1,21 @@
 """Test `Corrupt` and `CorruptedDataset`: kinds of images, draws, and workers of a DataLoader."""
 
+import io
 import pickle
+import struct
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from corruptions import Corrupt, CorruptedDataset, corrupt
+from corruptions.transform import upright_rgb
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randint(256, (6, 3, 20, 24), dtype=torch.uint8, generator=GENERATOR)
@@ -174,3 +177,29 @@ def test_the_transform_and_the_dataset_can_be_pickled() -> None:
     fixed = CorruptedDataset(Samples(), Corrupt("rotation", None, bounds=(9, 9)), seed=4)
     again = pickle.loads(pickle.dumps(fixed))
     assert torch.equal(again[5][0], fixed[5][0])
+
+
+def stored(kind: str, exif: Any) -> Image.Image:
+    """Open an image file of 24 x 20 pixels in memory with this EXIF."""
+    sink = io.BytesIO()
+    Image.fromarray(ARRAYS[0]).save(sink, kind, exif=exif)
+    return Image.open(io.BytesIO(sink.getvalue()))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_turned_as_pillow_turns_them(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(stored(kind, exif)))
+    assert np.array_equal(np.asarray(upright_rgb(stored(kind, exif))), expected)
+    assert expected.shape == ((24, 20, 3) if 5 <= orientation <= 8 else (20, 24, 3))
+
+
+def test_damaged_exif_does_not_make_an_image_unreadable() -> None:
+    head, quarter = b"Exif\0\0II*\0\x08\0\0\0\2\0", struct.pack("<HHII", 0x0112, 3, 1, 6)
+    negative = struct.pack("<HHIi", 0x0100, 9, 1, -1)  # a width that cannot be written back
+    found = upright_rgb(stored("PNG", head + quarter + negative + bytes(4)))
+    assert np.array_equal(np.asarray(found), np.rot90(ARRAYS[0], -1))
+    found = upright_rgb(stored("PNG", b"Exif\0\0no TIFF file"))
+    assert np.array_equal(np.asarray(found), ARRAYS[0])
