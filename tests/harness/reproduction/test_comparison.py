@@ -265,6 +265,25 @@ def test_void_scores_have_no_part_in_means_and_verdicts() -> None:
     assert comparison.comparison_table(compared[:1])[-1][0] == "mean of 4, without CW2"
 
 
+def test_seeds_whose_means_leave_out_other_attacks_have_no_common_mean() -> None:
+    scores = {name: 0.5 for name in paper.MEANS[paper.ATTACKS_TITLE]}
+    five = make_row(80.0, scores | {paper.ATTACKS_TITLE: 0.5, "All corruptions": 0.7})
+    four = five._replace(void=frozenset({"cw2"}))
+    mixed, same = (
+        comparison.compare(1, "resnet50", {m: [four, other] for m in ("standard", "mtlat", "iat")})
+        for other in (five, four)
+    )
+    for row in mixed:
+        assert paper.ATTACKS_TITLE not in row.entries and "All corruptions" in row.entries
+    titles = [line[0] for line in comparison.comparison_table(mixed)]
+    assert [title for title in titles if title.startswith("mean of")] == ["mean of 19"]
+    assert [order.name for order in comparison.orders(mixed)] == ["All corruptions"]
+    said = "; no mean of the attacks, as CW2 is void in some seeds only"
+    assert comparison.comparison_caption(mixed).endswith(said)
+    assert said not in comparison.comparison_caption(same)
+    assert all(paper.ATTACKS_TITLE in row.entries for row in same)
+
+
 def test_one_seed_has_no_spread() -> None:
     (row,) = comparison.compare(1, "resnet50", {"standard": STANDARD[:1]})
     assert comparison.format_entry("clean", row.entries["clean"]) == "80.0"
