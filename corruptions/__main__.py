@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.source.is_dir():
             write_tree(args)
         elif args.source.is_file():
-            check_sheet(args.out)
+            check_sheet(args.out, args.source)
             draw_sheet(args)
         else:
             raise ValueError(
@@ -179,14 +179,16 @@ def apply(
     return corrupted.cpu()
 
 
-def check_sheet(out: Path) -> None:
-    """Create the folder of the contact sheet. Raise ValueError unless it can be an image file."""
+def check_sheet(out: Path, source: Path) -> None:
+    """Create the sheet's folder. Raise ValueError unless it can be an image file of its own."""
     known = Figure().canvas.get_supported_filetypes()
     if out.is_dir() or out.suffix[1:].lower() not in known:
         raise ValueError(
             f"--out {out} is not the name of an image file; choose one that ends with .png, as the "
             "source is one image"
         )
+    if out.exists() and out.samefile(source):
+        raise ValueError(f"--out {out} is the source itself; name another file")
     out.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -182,6 +182,11 @@ def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     refused([picture, *out, "--siz", "32"], "unrecognized arguments: --siz", capsys)
     for name in ("sheet", "sheet.jpog", ""):
         refused([picture, "--out", str(tmp_path / name)], "choose one that ends with .png", capsys)
+    before = (source / "cat/a.png").read_bytes()
+    (tmp_path / "link.png").symlink_to(picture)
+    for name in (picture, str(tmp_path / "link.png")):
+        refused([picture, "--out", name, "--size", "32"], "is the source itself; name", capsys)
+    assert (source / "cat/a.png").read_bytes() == before
     refused([picture, "--out", f"{picture}/x.png"], "a.png: File exists", capsys)
     refused([str(source), "--out", picture], "a.png is a file; name a folder", capsys)
     tree = [str(source), "--out", str(tmp_path / "tree"), "--only", "fog", "fogg"]
