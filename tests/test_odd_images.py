@@ -92,8 +92,8 @@ def test_kinds_of_pixels(tmp_path: Path) -> None:
 
 
 def test_bad_images_are_skipped_where_asked(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "set", classes=2, each=4, side=SIDE)
+    root = image_folder(tmp_path / "set", classes=2, each=20, side=SIDE)
     for name, (content, _) in BAD_IMAGES.items():
         (root / "class0" / name).write_bytes(content)
     sets = datasets.load_dataset(str(root), size=SIDE, cache_dir=tmp_path, skip_bad_images=True)
-    assert len(sets.train.labels) + len(sets.test.labels) == 8
+    assert len(sets.train.labels) + len(sets.test.labels) == 40

@@ -147,9 +147,12 @@ def _load_folder(listing: Listing, source: Files, test_only: bool) -> Dataset:
             content = cached_checksum(source)
         else:
             sets[part], kept, content = decode_cached(source, f"decoding {part}")
-            if not len(sets[part].labels):
+            left = {file.label for file in kept}
+            lost = [name for label, name in enumerate(listing.classes) if label not in left]
+            if lost:
                 raise UserError(
-                    f"{root}: no readable image in the {part} part; see --data in --help"
+                    f"{root}: class {lost[0]!r} has no readable image for the {part} part: repair"
+                    " its files, or remove the class"
                 )
         facts[part] = [] if content is None else [part, [file.path for file in files], content]
     folder = listing.test_folder

@@ -323,7 +323,23 @@ def test_a_crash_while_decoding_leaves_no_cache(folder, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_bad_images_stop_or_are_skipped_and_counted(folder, tmp_path, capsys):
+def test_no_class_loses_all_its_images_where_bad_ones_are_skipped(tmp_path):
+    root = tmp_path / "set"
+    for part in ("train", "val"):
+        image_folder(root / part, each=2)
+    for part, taken in (("val", "test"), ("train", "train")):
+        whole = [path.read_bytes() for path in sorted((root / part / "class1").iterdir())]
+        for path in (root / part / "class1").iterdir():
+            path.write_bytes(b"no image")
+        with pytest.raises(UserError, match=rf"'class1' has no readable image for the {taken} p"):
+            load(root, tmp_path, skip_bad_images=True)
+        for path, data in zip(sorted((root / part / "class1").iterdir()), whole, strict=True):
+            path.write_bytes(data)
+    assert len(load(root, tmp_path, skip_bad_images=True).train.labels) == 6
+
+
+def test_bad_images_stop_or_are_skipped_and_counted(tmp_path, capsys):
+    folder = image_folder(tmp_path / "images", each=20)  # of which two or more are tested
     (folder / "class1" / "broken.jpg").write_bytes(b"no image")
     (folder / "class2" / "empty.png").write_bytes(b"")
     whole = (folder / "class0" / "0.png").read_bytes()
@@ -332,7 +348,7 @@ def test_bad_images_stop_or_are_skipped_and_counted(folder, tmp_path, capsys):
         load(folder, tmp_path)
     for _ in range(2):
         sets = load(folder, tmp_path, skip_bad_images=True)
-        assert len(sets.train.labels) + len(sets.test.labels) == 30
+        assert len(sets.train.labels) + len(sets.test.labels) == 60
         assert sum(int(line.split()[2]) for line in capsys.readouterr().out.splitlines()) == 3
     with pytest.raises(UserError, match="not a readable image"):  # though it is in the cache
         load(folder, tmp_path)
