@@ -149,6 +149,23 @@ def test_flags_override_the_recipe_but_not_the_surrogates_rate() -> None:
     assert set(names(planned("--methods", "fgsm"))) == alone  # of Table 3
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--opt 'sgd", '"--opt \'sgd": No closing quotation; quote as in a shell'),
+        ("--output-dir=x", "itself sets --output-dir of train.py; use its own --output-dir"),
+        ("--seed 1", "itself sets --seed of train.py; use its own --seeds"),
+        ("--amp no -b 9", "itself sets --batch-size of train.py; use its own --batch-size"),
+        ("--learning-rate 1", "itself sets --lr of train.py; use its own --lr"),
+        ("--arch cnn4", "itself sets --arch of train.py; use its own --archs"),
+        ("--resume auto", "itself sets --resume of train.py; leave it out"),
+    ],
+)
+def test_train_flags_do_not_repeat_what_the_plan_sets(flags: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"^--train-flags.*{said}$"):
+        planned(f"--train-flags={flags}")
+
+
 # ---------------------------------------------------------------------------- the run
 
 

@@ -2,8 +2,8 @@
 
 import os
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from harness.errors import UserError
 from harness.files import file_name
 from harness.images.datasets import SIZES
 from harness.reproduction.paper import BASELINE, methods_of_table
-from harness.training.config import SHAPES_RECIPE
+from harness.training.config import SHAPES_RECIPE, TrainConfig
 from harness.training.methods import METHODS
 
 # What each scale runs. None leaves a setting to train.py, whose defaults for folders are the
@@ -193,7 +193,23 @@ def _train_task(config: ReproduceConfig, arch: str, method: str, seed: int) -> T
         "cache-dir": config.cache_dir, "device": config.device, "resume": "auto",
         "output-dir": folder,
     }  # fmt: skip
-    return TrainTask(folder, _flags(settings) + shlex.split(config.train_flags))
+    return TrainTask(folder, _flags(settings) + _split_flags(config.train_flags, settings))
+
+
+def _split_flags(text: str, settings: Iterable[str]) -> list[str]:
+    """Split --train-flags into words. Raise `UserError` if one repeats what the plan sets."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--train-flags {text!r}: {error}; quote as in a shell") from None
+    _, given = parse_options(TrainConfig, words, None)
+    own = {field.name.replace("_", "-") for field in fields(ReproduceConfig)}
+    for name in settings:
+        if name.replace("-", "_") in given:
+            found = [f"--{n}" for n in (name, f"{name}s") if n in own]
+            fix = f"use its own {found[0]}" if found else "leave it out"
+            raise UserError(f"--train-flags: reproduce.py itself sets --{name} of train.py; {fix}")
+    return words
 
 
 def _eval_task(
