@@ -266,6 +266,8 @@ def test_runs_of_other_settings_or_images_are_refused_in_a_line(images: Path) ->
     assert CALLS == []
     reproduce.main(argv(images, "--tables", "3", "--methods", "standard"))
     assert CALLS == ["tiny-convnet-standard-seed0", "clean-tiny-convnet-seed0"]
+    html = (images.parent / "out" / "report.html").read_text()
+    assert "Beside the paper" in html and "What M-TLAT changes" not in html  # which has no figure
 
 
 @pytest.mark.parametrize(

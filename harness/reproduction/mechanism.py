@@ -126,6 +126,12 @@ def mechanism_section(
     """
     cues = {name: average(each) for name, each in outcomes.items()}
     plot_shares({name: dict(zip(HEADINGS, row, strict=True)) for name, row in cues.items()}, path)
+    compared = compare_gratings(outcomes, baselines)
+    if compared:
+        compared.append(
+            "These intervals account for the choice of the test images only. Two trainings of one"
+            " method can differ by more, even if only their rounding differs."
+        )
     header = ["training", *(heading.replace("\n", " ") for heading in HEADINGS)]
     rows = [[name, *(f"{100 * value:.1f} %" for value in row)] for name, row in cues.items()]
     return Section("Why: the cue that each network follows", [
@@ -136,11 +142,7 @@ def mechanism_section(
             " what remains of the accuracy without the grating or without the shape, and what a"
             " network predicts for an image whose grating is another class's."
         ),
-        *map(Text, compare_gratings(outcomes, baselines)),
-        Text(
-            "These intervals account for the choice of the test images only. Two trainings of one"
-            " method can differ by more, even if only their rounding differs."
-        ),
+        *map(Text, compared),
         Figure(path, "Accuracy with both cues, without gratings, without shapes; and predictions"
                " where gratings are exchanged between classes: the class of the shape, or of the"
                " grating"),

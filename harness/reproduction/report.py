@@ -159,7 +159,8 @@ def write_report(
         }  # fmt: skip
         sections.insert(1, mechanism_section(outcomes, baselines, out / "cues.png"))
     lead = "\n\n".join([*answers(rows), f"{conclusion(rows)}.", _describe(config, data)])
-    atomic_write(out / "report.html", render_page(title, lead, sections))
+    filled = [section for section in sections if section.blocks]
+    atomic_write(out / "report.html", render_page(title, lead, filled))
     print(f"report: {out / 'report.html'}")
 
 

@@ -90,6 +90,12 @@ def test_the_section_has_a_row_and_a_bar_for_each_network_and_says_what_is_decid
     assert "more often than standard, by 20.0 points" in iat
     texts = [block.text for block in section.blocks if isinstance(block, Text)]
     assert {mtlat, tlat, iat} < set(texts)
+    alone = mechanism.mechanism_section({"standard": found["standard"]}, {}, tmp_path / "one.png")
+    said, without = (
+        "These intervals" in "".join(block.text for block in s.blocks if isinstance(block, Text))
+        for s in (section, alone)
+    )
+    assert said and not without
 
 
 @pytest.mark.slow
