@@ -54,8 +54,9 @@ def decode_cached(source: Files, title: str) -> tuple[ImageSet, list[File], int]
     """Return image files as a memory-mapped image set, decoded now or by an earlier run.
 
     The cache file is named by a hash of everything that decides its pixels, so that a change of
-    any file or setting makes a new one. Its manifest is written last: a file without a manifest, or
-    with a wrong checksum, is decoded again.
+    any file or setting makes a new one. A file is known by its name, size and modification time:
+    another of equal size and time in its place is not noticed. The manifest is written last: a
+    cache file without one, or with a wrong checksum, is decoded again.
 
     Returns:
         The image set, its files without those that were left out, and the checksum of its pixels
