@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from corruptions import CORRUPTIONS, MIN_SIDE, SEVERITIES, corrupt, frost_source
 from corruptions.frost import FROST_DIR
-from corruptions.transform import SUFFIXES, upright_rgb
+from corruptions.transform import SUFFIXES, center_crop, upright_rgb
 
 _BATCH = 64  # images in memory at a time
 # ImageNet-C's published files were compressed as JPEG again after the corruption.
@@ -143,7 +144,7 @@ def load(path: str | Path, size: int) -> Tensor:
             Tiny-ImageNet-C: it is resized to the square.
     """
     try:
-        with Image.open(path) as file:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
             picture = upright_rgb(file)
     except MemoryError:
         raise  # not the file's fault
@@ -152,7 +153,7 @@ def load(path: str | Path, size: int) -> Tensor:
             raise
         raise ValueError(f"{path}: {str(error) or type(error).__name__}") from None
     if size == 224:
-        picture = F.center_crop(F.resize(picture, [256]), [224, 224])
+        picture = center_crop(picture, 256, 224)
     pixels: Tensor = F.pil_to_tensor(F.resize(picture, [size, size]))
     return pixels
 
@@ -263,7 +264,7 @@ def check_settings(args: argparse.Namespace, targets: list[Path]) -> None:
         "seed": args.seed,
         "frost": frost_source(args.frost_dir),
         "png": args.png,
-        "images": f"{len(targets)}, {hashlib.sha256(names.encode()).hexdigest()[:16]}",
+        "images": f"{len(targets)}, {hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}",
     }
     if args.out.is_file():
         raise ValueError(f"--out {args.out} is a file; name a folder, as the source is a folder")

@@ -1,5 +1,6 @@
 """Corruptions in data loading: image files, and a transform like those of torchvision's `v2`."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.transforms import functional as F
 
 from corruptions.apply import corrupt
 from corruptions.registry import MIN_SIDE
@@ -30,9 +32,13 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Load an opened image file as upright RGB, 8 bits per channel.
 
     Raises:
-        ValueError: the file has 32 bits per pixel, of a range that it does not tell.
+        ValueError: the file has 32 bits per pixel, of a range that it does not tell; or more pixels
+            than Pillow's limit: as Pillow advises, since it may be meant to exhaust memory.
         OSError, SyntaxError: the file is damaged.
     """
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        size = f"{image.width} x {image.height}"
+        raise ValueError(f"has {size} pixels, too many to be safe: shrink it")
     image.load()
     try:
         turn = _TURNS.get(image.getexif().get(0x0112, 1))
@@ -47,6 +53,23 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit gray, which convert() would cut off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")  # which copies even RGB
+
+
+def center_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
+    """Resize the shorter side to `resize`, bilinear and antialiased, and cut out the center.
+
+    Args:
+        image: of any shape.
+        resize: length of the resized side in pixels.
+        size: side of the square that is cut out, up to `resize`.
+    """
+    short = min(image.size)
+    if max(image.size) > 1000 * short:  # as a whole, it might not fit into memory
+        left, top = ((side - short * size / resize) / 2 for side in image.size)
+        box = (left, top, image.width - left, image.height - top)
+        return image.resize((size, size), Image.Resampling.BILINEAR, box)
+    cut: Image.Image = F.center_crop(F.resize(image, [resize]), [size, size])
+    return cut
 
 
 class Corrupt(nn.Module):

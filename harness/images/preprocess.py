@@ -11,9 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
-from torchvision.transforms import functional as F
 
-from corruptions.transform import SUFFIXES
+from corruptions.transform import SUFFIXES, center_crop
 from harness.errors import UserError
 
 # (256, 224): the shorter side is resized to 256/224 of the square's side. None: squash.
@@ -36,8 +35,7 @@ def make_square(image: Image.Image, size: int, resize: int | None) -> Image.Imag
     """
     if resize is None:
         return image.resize((size, size), Image.Resampling.BILINEAR)
-    cut: Image.Image = F.center_crop(F.resize(image, [resize]), [size, size])
-    return cut
+    return center_crop(image, resize, size)
 
 
 def kind(crop: Crop) -> str:

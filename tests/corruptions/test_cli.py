@@ -1,6 +1,8 @@
 """Test the command line of `corruptions`: the contact sheet and the folder of corrupted images."""
 
 import json
+import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,39 @@ def test_any_error_of_pillow_names_the_file(
     monkeypatch.setattr(__main__, "upright_rgb", fail)
     command = [str(source / "cat/a.png"), "--out", str(source / "x.png")]
     refused(command, f"{source / 'cat/a.png'}: TypeError", capsys)
+
+
+def test_images_above_pillows_limit_are_refused_by_name(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = source / "cat/b.png"  # of 40 x 50 pixels
+    command = [str(picture), "--out", str(source / "x.png"), "--size", "32"]
+    for limit, said in ((1999, "has 50 x 40 pixels, too many to be safe"), (900, "bomb")):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with warnings.catch_warnings(action="error"):
+            refused(command, f"{picture}: ", capsys)
+            refused(command, said, capsys)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    assert __main__.load(picture, 32).shape == (3, 32, 32)
+
+
+def test_a_very_narrow_image_is_cropped(tmp_path: Path) -> None:
+    Image.new("RGB", (100_000, 1), (10, 20, 30)).save(tmp_path / "x.png")
+    pixels = __main__.load(tmp_path / "x.png", 224)
+    assert pixels.shape == (3, 224, 224) and pixels[:, 0, 0].tolist() == [10, 20, 30]
+
+
+def test_file_names_need_not_be_utf_8(source: Path, tmp_path: Path) -> None:
+    folder, out = source / os.fsdecode(b"caf\xe9"), tmp_path / os.fsdecode(b"\xff")
+    (source / "dog").rename(folder)
+    (folder / "c.bmp").rename(folder / os.fsdecode(b"\xfc.bmp"))
+    for _ in range(2):
+        __main__.main([str(source), "--out", str(out), "--size", "32", "--only", "fog"])
+    assert (out / "fog" / "1" / folder.name / os.fsdecode(b"\xfc.JPEG")).exists()
+    sheet = os.fsdecode(b"\xff.png")
+    __main__.main([str(folder / os.fsdecode(b"\xfc.bmp")), "--out", str(tmp_path / sheet),
+                   "--size", "32", "--only", "fog"])  # fmt: skip
+    assert (tmp_path / sheet).exists()
 
 
 def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,10 +12,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import functional, v2
 
 from corruptions import Corrupt, CorruptedDataset, corrupt
-from corruptions.transform import upright_rgb
+from corruptions.transform import center_crop, upright_rgb
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randint(256, (6, 3, 20, 24), dtype=torch.uint8, generator=GENERATOR)
@@ -203,3 +203,25 @@ def test_damaged_exif_does_not_make_an_image_unreadable() -> None:
     assert np.array_equal(np.asarray(found), np.rot90(ARRAYS[0], -1))
     found = upright_rgb(stored("PNG", b"Exif\0\0no TIFF file"))
     assert np.array_equal(np.asarray(found), ARRAYS[0])
+
+
+@pytest.mark.parametrize("width, height", [(40, 30), (31, 77), (28, 28), (32, 32), (3, 2999)])
+def test_the_center_is_cropped_as_torchvision_does(width: int, height: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    expected = functional.center_crop(functional.resize(image, [32]), [28, 28])
+    assert np.array_equal(np.asarray(center_crop(image, 32, 28)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_of_a_very_narrow_image_only_the_center_is_resized(
+    axis: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ramp = np.linspace(0, 255, 4)[:, None, None] + np.zeros((4, 4003, 3))
+    ramp[:, 2002:] /= 2  # the center differs from what is beside it
+    image = Image.fromarray(ramp.swapaxes(0, axis).round().astype(np.uint8))
+    expected = functional.center_crop(functional.resize(image, [32]), [28, 28])
+    monkeypatch.setattr(functional, "resize", None)
+    difference = np.asarray(center_crop(image, 32, 28)).astype(int) - np.asarray(expected)
+    assert abs(difference).max() <= 8  # half a pixel of the ramp and of the step
+    assert np.asarray(expected).std() > 40
