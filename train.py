@@ -250,7 +250,7 @@ def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list
 def update_weights(config: TrainConfig, training: Training) -> None:
     """Take the optimizer's step, with the gradients of all processes, and average the weights."""
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
-    distributed.all_reduce_sum([p.grad for p in model.parameters() if p.grad is not None])
+    distributed.sum_gradients(list(model.parameters()))
     if config.clip_grad is not None:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)

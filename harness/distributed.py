@@ -2,7 +2,7 @@
 
     with process_group():                    # join the job for the time of the block
         rows = shard_rows(len(batch))        # this rank's rows of a minibatch
-        all_reduce_sum(gradients)            # in place, over all ranks
+        sum_gradients(parameters)            # in place, over all ranks
 
 Gradients are summed here, once a step after its last backward pass, instead of by torch's
 DistributedDataParallel. That wrapper would also see the attack's backward pass, it broadcasts
@@ -168,6 +168,27 @@ def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
         parts = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def sum_gradients(parameters: Sequence[Tensor]) -> None:
+    """Replace each gradient by its sum over the ranks.
+
+    Ranks may use different submodules, as with LayerDrop: one without a gradient adds zeros. Where
+    no rank has one it stays None, so that the optimizer leaves the parameter alone.
+    """
+    if _job.world_size > 1:
+        # On the CPU, so that no GPU is waited for.
+        owners = torch.tensor([float(p.grad is not None) for p in parameters])
+        all_reduce_sum([owners])
+        used = [p for p, count in zip(parameters, owners.tolist(), strict=True) if count]
+        all_reduce_sum([_gradient(p) for p in used])
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Return the gradient of a parameter, which begins as zeros."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def broadcast(tensors: Sequence[Tensor]) -> None:

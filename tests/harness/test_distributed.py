@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +153,29 @@ def test_the_checkpoint_holds_the_mean_of_the_running_statistics(jobs, folder, t
     assert one["0.running_mean"].abs().min() > 0.01
     assert_close(two["0.running_mean"], one["0.running_mean"])
     assert not torch.equal(two["0.running_var"], one["0.running_var"])  # of one shard
+
+
+def step_of_unequal_ranks() -> tuple[list[float | None], list[float]]:
+    """Take a step in which each of two ranks uses two of four weights, and none uses the last.
+
+    Returns the gradients and the weights.
+    """
+    model = nn.ParameterList(torch.ones(1) for _ in range(4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=1)
+    own = distributed.rank()
+    (model[own] + 10 * model[own + 1]).sum().backward()  # over both ranks: 1, 11 and 10
+    parts = {"model": model, "optimizer": optimizer, "average": None,
+             "scaler": torch.amp.GradScaler("cpu", enabled=False)}  # fmt: skip
+    train.update_weights(SimpleNamespace(clip_grad=None), SimpleNamespace(**parts))
+    found = [None if w.grad is None else w.grad.item() for w in model]
+    return found, [w.item() for w in model]
+
+
+def test_processes_that_use_different_submodules_sum_the_same_gradients(jobs):
+    """Check LayerDrop: a weight that one process alone has used, and one that none has."""
+    (gradients, weights), others = jobs[2](step_of_unequal_ranks)
+    assert gradients == [1, 11, 10, None] and others == (gradients, weights)
+    assert weights[3] == 1  # without weight decay
 
 
 def wrapped(options: dict[str, bool]) -> list[tuple[torch.Tensor, ...]]:
