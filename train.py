@@ -184,7 +184,8 @@ def train(config: TrainConfig, training: Training) -> None:
         epoch_started = time.monotonic()
         losses = train_one_epoch(config, training, epoch)
         seconds = time.monotonic() - epoch_started
-        correct = count_correct(training.tested, training.test_loader.in_order(config.batch_size))
+        share = max(1, config.batch_size // distributed.world_size())  # as much memory as a step
+        correct = count_correct(training.tested, training.test_loader.in_order(share))
         steps = len(data.train.labels) // config.minibatch_size
         images = len(losses) * steps * config.minibatch_size
         per_epoch = (time.monotonic() - started) / (epoch + 1 - first)

@@ -104,6 +104,29 @@ def test_many_processes_train_what_one_trains(jobs, folder, tmp_path, method):
         assert several["settings"]["processes"] == world
 
 
+def sizes_tested(argv: list[str]) -> list[int]:
+    """Train; return how many images each minibatch had that this process has tested."""
+    sizes, count_correct = [], train.count_correct
+
+    def count(model: nn.Module, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> int:
+        kept = list(batches)
+        sizes.extend(len(y) for _, y in kept)
+        return count_correct(model, iter(kept))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "count_correct", count)
+        train.main(argv)
+    return sizes
+
+
+def test_each_process_tests_its_share_of_a_batch(jobs, folder, tmp_path):
+    """Check 30 test images in batches of 22: one process alone, and four of which none is idle."""
+    flags = "--arch", "tiny:linear", "--epochs", "1"
+    assert sizes_tested(arguments(folder, tmp_path / "one", *flags)) == [22, 8]
+    found = jobs[4](sizes_tested, arguments(folder, tmp_path / "four", *flags))
+    assert found == [[5, 5], [5, 5], [5], [5]]
+
+
 def observe_dropout(argv: list[str]) -> tuple[int, list[list[float]]]:
     """Train two steps. Return the seed of the epoch, and each step's factors of dropout."""
     factors = []
