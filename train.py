@@ -37,12 +37,7 @@ from harness.images.loader import BatchLoader, to_device
 from harness.images.preprocess import CROPS
 from harness.models import MeanStd, check_logits, count_correct, create_model, restore_model
 from harness.training.augment import flip_crop
-from harness.training.config import (
-    TrainConfig,
-    parse_train_config,
-    refuse_overwriting,
-    schedule_change,
-)
+from harness.training.config import TrainConfig, parse_train_config, schedule_change
 from harness.training.log import header, log_csv, log_line
 from harness.training.manifold import check_mix_at, draw_layer, losses_at
 from harness.training.methods import METHODS
@@ -319,13 +314,12 @@ def save(config: TrainConfig, training: Training, settings: dict[str, Any]) -> N
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, checkpoint = parse_train_config(argv, __doc__)
-    if checkpoint and (changed := schedule_change(config, checkpoint)):
-        print(changed)
-    training = build(config, load_data(config), checkpoint)
-    with lock_folder(Path(config.output_dir)) if distributed.rank() == 0 else nullcontext():
-        refuse_overwriting(config.output_dir, config.resume if checkpoint else None)  # meanwhile
-        train(config, training)
+    out = Path(parse_train_config(argv, __doc__)[0].output_dir)
+    with lock_folder(out) if distributed.rank() == 0 else nullcontext():
+        config, checkpoint = parse_train_config(argv)  # again: another run may have ended meanwhile
+        if checkpoint and (changed := schedule_change(config, checkpoint)):
+            print(changed)
+        train(config, build(config, load_data(config), checkpoint))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import train
 from harness import checkpoints, errors
 from harness.cli import build_parser
 from harness.errors import UserError
+from harness.files import lock_folder
 from harness.images import datasets
 from harness.training.config import EARLIER, TrainConfig, parse_train_config
 from tests.support.tiny import image_folder, read_log, states_equal
@@ -182,6 +183,23 @@ def test_a_crash_between_best_and_last_repeats_the_epoch(go, tmp_path, monkeypat
     assert len(resumed[1]["log"]) == 2
 
 
+def test_what_another_run_has_written_before_the_lock_is_continued(go, tmp_path, monkeypatch):
+    """Check two runs that resume at the same time: the second one gets the lock after the first."""
+    go("--epochs", "1")
+    resumed = "--resume", "auto", "--epochs", "2"
+    lock_folder, trained = train.lock_folder, []
+
+    def lock_late(folder):
+        monkeypatch.setattr(train, "lock_folder", lock_folder)
+        go(*resumed)
+        trained.append((folder / "last.pt").read_bytes())
+        return lock_folder(folder)
+
+    monkeypatch.setattr(train, "lock_folder", lock_late)
+    go(*resumed)
+    assert (tmp_path / "out" / "last.pt").read_bytes() == trained[0]
+
+
 def test_a_checkpoint_of_an_earlier_version_resumes(go, tmp_path):
     content, last = go("--epochs", "1"), tmp_path / "out" / "last.pt"
     for name in (*EARLIER, "held_out", "test_fingerprint"):
@@ -284,6 +302,17 @@ def test_mistakes_end_in_one_line(go, folder, tmp_path, capfd):
         assert message in printed and printed.startswith("error: "), printed
         assert printed.count("\n") == 1
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_written_is_reported_before_the_data_are_loaded(
+    go, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "load_dataset", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FileExistsError):
+        go(out="file")
+    with lock_folder(tmp_path / "out"), pytest.raises(UserError, match="another run is writing"):
+        go()
 
 
 def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(go, tmp_path, monkeypatch, capsys):

@@ -203,7 +203,7 @@ def parse_train_config(
         values = _resumed(values, given, _read_settings(begun), begun)
     else:
         values = _with_defaults(values) | {"output_dir": folder}
-    refuse_overwriting(values["output_dir"], values["resume"] if checkpoint else None)
+    _refuse_overwriting(values["output_dir"], values["resume"] if checkpoint else None)
     values["device"] = resolve_device(values["device"])
     _check_combinations(values)
     return TrainConfig(**values), checkpoint
@@ -305,7 +305,7 @@ def schedule_change(config: TrainConfig, checkpoint: dict[str, Any]) -> str:
     )
 
 
-def refuse_overwriting(output_dir: str, resumed: str | None) -> None:
+def _refuse_overwriting(output_dir: str, resumed: str | None) -> None:
     """Raise `UserError` if the output folder holds another run than the resumed checkpoint's."""
     last = Path(output_dir, "last.pt")
     if last.exists() and not (resumed and last.samefile(resumed)):
