@@ -49,15 +49,13 @@ def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -
     Raises:
         UserError: there is no such model, or it is not a `torch.nn.Module`.
     """
-    library, name = arch.split(":", 1) if ":" in arch else ("torchvision", arch)
+    library, name = _split(arch)
     if arch in CONVOLUTIONS:
         model = build_cnn(arch, num_classes)
     elif library == "timm":
         model = _create_timm(arch, num_classes=num_classes)
     elif library == "torchvision":
-        known = torchvision.models.list_models(module=torchvision.models)
-        known += [] if ":" in arch else CONVOLUTIONS
-        _require_known(arch, name, known, "; for your own use --arch module:callable")
+        check_name(arch)
         extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
         model = torchvision.models.get_model(name, num_classes=num_classes, **extra)
     else:
@@ -65,6 +63,31 @@ def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -
         if not isinstance(model, nn.Module):
             raise UserError(f"--arch {arch} made a {type(model).__name__}; give a torch.nn.Module")
     return nn.Sequential(Normalize(*normalize), model) if normalize else model
+
+
+def _split(arch: str) -> tuple[str, str]:
+    """Split an architecture into its library, or the user's own module, and the name there."""
+    library, _, name = (arch if ":" in arch else f"torchvision:{arch}").partition(":")
+    return library, name
+
+
+def check_name(arch: str) -> None:
+    """Raise `UserError` if an architecture, as in `build_model`, cannot exist.
+
+    Nothing is built, and no code of the user's own runs.
+    """
+    library, name = _split(arch)
+    if library == "torchvision":
+        known = torchvision.models.list_models(module=torchvision.models)
+        known += [] if ":" in arch else CONVOLUTIONS
+        _require_known(arch, name, known, "; for your own use --arch module:callable")
+    elif library == "timm":
+        try:
+            timm = importlib.import_module("timm")
+        except ModuleNotFoundError:
+            raise UserError(f"--arch {arch}: run pip install timm to use its models") from None
+        if ":" not in name:
+            _require_known(arch, name, [*timm.list_models(), *timm.list_pretrained()])
 
 
 def _require_known(arch: str, name: str, known: list[str], advice: str = "") -> None:
@@ -79,15 +102,9 @@ def _require_known(arch: str, name: str, known: list[str], advice: str = "") -> 
 
 def _create_timm(arch: str, **keywords: Any) -> Any:
     """Create a model of timm. Of `timm:hf-hub:ORG/NAME`, the Hub's configuration is downloaded."""
+    check_name(arch)
     try:
-        timm = importlib.import_module("timm")
-    except ModuleNotFoundError:
-        raise UserError(f"--arch {arch}: run pip install timm to use its models") from None
-    name = arch.removeprefix("timm:")
-    if ":" not in name:
-        _require_known(arch, name, [*timm.list_models(), *timm.list_pretrained()])
-    try:
-        return timm.create_model(name, **keywords)
+        return importlib.import_module("timm").create_model(_split(arch)[1], **keywords)
     except Exception as error:  # of timm, of the Hub's client, or of the network
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--arch {arch}: timm cannot create it ({reason})") from None

@@ -304,7 +304,7 @@ def test_mistakes_end_in_one_line(go, folder, tmp_path, capfd):
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
-def test_a_folder_that_cannot_be_written_is_reported_before_the_data_are_loaded(
+def test_a_wrong_folder_or_architecture_is_reported_before_the_data_are_loaded(
     go, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(train, "load_dataset", lambda *_, **__: pytest.fail("loaded"))
@@ -313,6 +313,10 @@ def test_a_folder_that_cannot_be_written_is_reported_before_the_data_are_loaded(
         go(out="file")
     with lock_folder(tmp_path / "out"), pytest.raises(UserError, match="another run is writing"):
         go()
+    for arch in ("resnet5O", "torchvision:cnn4", "timm:resnet5O"):
+        with pytest.raises(UserError, match=f"--arch {arch}: "):
+            go("--arch", arch, out="new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(go, tmp_path, monkeypatch, capsys):

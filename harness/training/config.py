@@ -16,6 +16,7 @@ from harness.files import file_name
 from harness.images.cache import default_cache_dir
 from harness.images.datasets import MAX_SIDE, SIZES
 from harness.images.preprocess import CROPS
+from harness.models import check_name
 from harness.training.manifold import INPUT, METHODS_THAT_MIX
 from harness.training.methods import METHODS
 from mtlat import ALPHA, EPSILON_MAX
@@ -205,6 +206,7 @@ def parse_train_config(
         values = _with_defaults(values) | {"output_dir": folder}
     _refuse_overwriting(values["output_dir"], values["resume"] if checkpoint else None)
     values["device"] = resolve_device(values["device"])
+    check_name(values["arch"])
     _check_combinations(values)
     return TrainConfig(**values), checkpoint
 
