@@ -82,9 +82,9 @@ def read_progress(task: TrainTask, data: Dataset) -> Progress:
 
 
 def is_finished(progress: Progress) -> bool:
-    """Return whether all epochs of a training are finished."""
+    """Return whether all epochs of a training are finished, and last.pt has not been removed."""
     done, config = progress
-    return done == config.epochs
+    return done == config.epochs and Path(config.output_dir, "last.pt").exists()
 
 
 def run_task(task: TrainTask | EvalTask) -> None:

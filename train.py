@@ -173,6 +173,8 @@ def train(config: TrainConfig, training: Training) -> None:
         atomic_write(out / "args.json", json.dumps(settings, indent=2) + "\n")
         if log:
             atomic_write(out / "log.csv", log_csv(log))  # in case it was lost
+        if log and not (out / "last.pt").exists():  # resumed from best.pt, or in a new folder
+            save(config, training, settings)
     print(header(config, data), flush=True)
     started, first = time.monotonic(), len(log)
     for epoch in range(first, config.epochs):
@@ -298,7 +300,10 @@ def average_running_statistics(model: nn.Module) -> None:
 
 
 def save(config: TrainConfig, training: Training, settings: dict[str, Any]) -> None:
-    """Write log.csv, best.pt, last.pt. After a crash before last.pt, the epoch is repeated."""
+    """Write log.csv, best.pt, last.pt. After a crash before last.pt, the epoch is repeated.
+
+    Of the first epoch, best.pt is continued.
+    """
     out, log = Path(config.output_dir), training.log
     atomic_write(out / "log.csv", log_csv(log))
     scores = [row["clean_accuracy"] for row in log]

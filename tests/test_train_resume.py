@@ -155,6 +155,7 @@ def test_a_run_whose_first_epoch_was_interrupted_keeps_its_settings(go, tmp_path
     resumed = checkpoints.load_checkpoint(out / "last.pt")
     assert states_equal(resumed["model"], straight["model"]) and resumed["settings"]["alpha"] == 0.7
     (out / "last.pt").unlink()
+    (out / "best.pt").unlink()
     for content, message in (("{", "is damaged: remove it"), ("[1]", "is damaged: remove it"),
                              ("{}", "args.json has no setting alpha")):  # fmt: skip
         (out / "args.json").write_text(content)
@@ -162,25 +163,39 @@ def test_a_run_whose_first_epoch_was_interrupted_keeps_its_settings(go, tmp_path
             parse_train_config(auto)
 
 
-def test_a_crash_between_best_and_last_repeats_the_epoch(go, tmp_path, monkeypatch):
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_crash_between_best_and_last_changes_no_bit(go, tmp_path, monkeypatch, epoch):
+    """Check that the second epoch is repeated, and that the first is continued from best.pt."""
     correct = iter([1, 2, 1, 2, 2])
     monkeypatch.setattr(train, "count_correct", lambda *_: next(correct))
     go(out="straight")
     write, written = checkpoints.atomic_write, []
 
-    def crash_after_the_first_of_epoch_2(path, content):
+    def crash_after_the_first_of_an_epoch(path, content):
         write(path, content)
         written.append(path.name)
-        if len(written) == 3:
+        if len(written) == 2 * epoch - 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoints, "atomic_write", crash_after_the_first_of_epoch_2)
+        patch.setattr(checkpoints, "atomic_write", crash_after_the_first_of_an_epoch)
         go()
+    assert (tmp_path / "out" / "last.pt").exists() == (epoch == 2)
     go("--resume", "auto")
     straight, resumed = comparable(tmp_path / "straight"), comparable(tmp_path / "out")
     assert all(map(states_equal, straight, resumed))
     assert len(resumed[1]["log"]) == 2
+
+
+def test_best_is_not_overwritten_where_a_damaged_last_was_removed(go, tmp_path):
+    content, out = go("--epochs", "1"), tmp_path / "out"
+    before = (out / "best.pt").read_bytes()
+    (out / "last.pt").unlink()
+    with pytest.raises(UserError, match="holds an earlier run: add --resume auto"):
+        go()
+    assert (out / "best.pt").read_bytes() == before
+    again = go("--resume", "auto", "--epochs", "1")  # which writes last.pt
+    assert all(states_equal(again[k], content[k]) for k in content.keys() - {"settings"})
 
 
 def test_what_another_run_has_written_before_the_lock_is_continued(go, tmp_path, monkeypatch):

@@ -134,8 +134,8 @@ class TrainConfig:
     sync_bn: bool = option(False, "let BatchNorm see the images of all processes, not only its own"
         " (on CUDA)")
     resume: str | None = option(None, "continue from this checkpoint; auto: from last.pt of"
-        " --output-dir, or from the start if that is missing, with the options in the folder's"
-        " args.json if it has one",
+        " --output-dir, or from best.pt if that is missing, or from the start if both are, with"
+        " the options in the folder's args.json if it has one",
         metavar="PATH", may_change=True)
     output_dir: str = option(None, "for log and checkpoints (default: runs/ARCH-METHOD)",
         metavar="DIR", may_change=True)
@@ -190,7 +190,7 @@ def parse_train_config(
     if values["arch"] is None:
         values["arch"] = _recipe_of(values["data"])["arch"]
     folder = values["output_dir"] or f"runs/{file_name(values['arch'])}-{values['method']}"
-    path = Path(folder, "last.pt") if values["resume"] == "auto" else Path(values["resume"] or "")
+    path = _latest(folder) if values["resume"] == "auto" else Path(values["resume"] or "")
     begun, checkpoint = Path(folder, "args.json"), None
     if values["resume"] and (values["resume"] != "auto" or path.exists()):
         checkpoint = load_checkpoint(path)
@@ -307,9 +307,18 @@ def schedule_change(config: TrainConfig, checkpoint: dict[str, Any]) -> str:
     )
 
 
+def _latest(folder: str) -> Path:
+    """Name the checkpoint to continue from: last.pt, or best.pt if that is alone.
+
+    It is after a crash in the first epoch, or where a damaged last.pt has been removed.
+    """
+    last, best = Path(folder, "last.pt"), Path(folder, "best.pt")
+    return best if best.exists() and not last.exists() else last
+
+
 def _refuse_overwriting(output_dir: str, resumed: str | None) -> None:
     """Raise `UserError` if the output folder holds another run than the resumed checkpoint's."""
-    last = Path(output_dir, "last.pt")
+    last = _latest(output_dir)
     if last.exists() and not (resumed and last.samefile(resumed)):
         raise UserError(
             f"{output_dir} holds an earlier run: add --resume auto to continue it, or choose"
