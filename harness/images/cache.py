@@ -4,9 +4,11 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +29,14 @@ Array = np.ndarray[Any, Any]
 
 
 def default_cache_dir() -> Path:
-    """Return the default folder for decoded datasets: $XDG_CACHE_HOME/mtlat, or ~/.cache/mtlat."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtlat"
+    """Return the default folder for decoded datasets: $XDG_CACHE_HOME/mtlat, or ~/.cache/mtlat.
+
+    Without a home directory, as in some containers, it is in the folder of temporary files.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtlat"
+    except RuntimeError:
+        return Path(tempfile.gettempdir(), "mtlat")
 
 
 class Files(NamedTuple):
@@ -65,7 +73,7 @@ def decode_cached(source: Files, title: str) -> tuple[ImageSet, list[File], int]
     pixels = source.pixels_path()
     manifest = pixels.with_suffix(".json")
     if (found := _read_cache(pixels, manifest)) is None:
-        with lock_folder(source.cache_dir, wait=True):
+        with _locked(source.cache_dir):
             if _read_cache(pixels, manifest) is None:  # no other run made it meanwhile
                 record = _write_pixels(pixels, source, title)
                 if pixels != source.pixels_path():
@@ -79,6 +87,19 @@ def decode_cached(source: Files, title: str) -> tuple[ImageSet, list[File], int]
     if skipped:
         tqdm.write(f"{title}: {len(skipped)} bad images skipped, listed in {manifest}")
     return images, [file for file in source.files if file.path not in skipped], record["crc"]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Create and lock the cache folder. Raise `UserError` if that is impossible."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock_folder(folder, wait=True))
+        except OSError as error:
+            raise UserError(
+                f"--cache-dir {folder}: {error.strerror}: choose a folder that can be written"
+            ) from None
+        yield
 
 
 def cached_checksum(source: Files) -> int | None:

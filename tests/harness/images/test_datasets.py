@@ -340,6 +340,27 @@ def test_no_class_loses_all_its_images_where_bad_ones_are_skipped(tmp_path):
 
 def test_bad_images_stop_or_are_skipped_and_counted(tmp_path, capsys):
     folder = image_folder(tmp_path / "images", each=20)  # of which two or more are tested
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(folder, tmp_path):
+    (tmp_path / "cache").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^--cache-dir .*cache: File exists: choose a folder that"):
+        load(folder, tmp_path)
+
+
+def test_the_default_cache_needs_no_home_directory(tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache.default_cache_dir() == tmp_path / "mtlat"
+    monkeypatch.setenv("XDG_CACHE_HOME", "elsewhere")
+    assert cache.default_cache_dir() == Path("elsewhere/mtlat")
+
+
+def test_bad_images_stop_or_are_skipped_and_counted(folder, tmp_path, capsys):
     (folder / "class1" / "broken.jpg").write_bytes(b"no image")
     (folder / "class2" / "empty.png").write_bytes(b"")
     whole = (folder / "class0" / "0.png").read_bytes()
