@@ -35,6 +35,10 @@ class PeerLostError(Exception):
     """Another process of the job has ended, or hangs."""
 
 
+class LaunchError(Exception):
+    """The environment names a job of several processes, but not this one's place in it."""
+
+
 class _Job(NamedTuple):
     rank: int = 0
     world_size: int = 1
@@ -66,7 +70,13 @@ def process_group() -> Iterator[None]:
     with ExitStack() as stack:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             with _peer_errors():
-                store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
+                try:
+                    store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
+                except ValueError:  # RANK or another variable is missing
+                    raise LaunchError(
+                        f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all of torchrun's"
+                        " variables are set: start with torchrun, or unset WORLD_SIZE"
+                    ) from None
                 store = _fresh_store(store, rank)
                 backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
                 dist.init_process_group(

@@ -96,7 +96,7 @@ def _describe(error: Exception, how_to_resume: str) -> str:
             f"another process of the job has ended or hangs ({error}); what was finished is kept,"
             f" {how_to_resume}"
         )
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | distributed.LaunchError):
         return str(error)
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError):
