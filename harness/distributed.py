@@ -77,7 +77,7 @@ def process_group() -> Iterator[None]:
                         f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all of torchrun's"
                         " variables are set: start with torchrun, or unset WORLD_SIZE"
                     ) from None
-                store = _fresh_store(store, rank)
+                store = _fresh_store(store, rank, world_size)
                 backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
                 dist.init_process_group(
                     backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
@@ -93,14 +93,19 @@ def process_group() -> Iterator[None]:
         _job = _Job()
 
 
-def _fresh_store(store: Any, rank: int) -> Any:
+def _fresh_store(store: Any, rank: int, world_size: int) -> Any:
     """Return a part of the store that is new at every start: torchrun keeps it over its restarts.
 
-    Rank 0 names the part. A name that this rank has been given before is of an earlier start.
+    Rank 0 names the part. What another rank reads may be the name of an earlier start, so it asks
+    under that name until a question, which is new too, is answered.
     """
     if rank == 0:
-        store.set("start", os.urandom(8).hex())
-    while store.add(f"{(start := store.get('start').decode())} {rank}", 1) > 1:
+        store.set("start", start := os.urandom(8).hex())
+        for other in range(1, world_size):
+            store.set(store.get(f"{start} {other}").decode(), "")
+    question = os.urandom(8).hex()
+    while rank and not store.check([question]):
+        store.set(f"{(start := store.get('start').decode())} {rank}", question)
         time.sleep(0.1)
     return PrefixStore(start, store)
 

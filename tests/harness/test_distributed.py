@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
@@ -322,6 +324,18 @@ def test_one_process_of_a_machine_goes_first_at_every_start_of_a_job():
         assert first <= second
         assert sorted(job(distributed.is_first_error)) == [False, True]
         job.end()
+
+
+def test_a_process_that_is_faster_than_the_first_waits_for_the_new_start():
+    """Check a restart after rank 1 was killed before it had met rank 0 in the earlier start."""
+    store = dist.HashStore()
+    store.set("start", "of the earlier start")
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(distributed._fresh_store, store, rank, 3) for rank in (1, 2)]
+        time.sleep(0.3)
+        assert not any(other.done() for other in others)
+        distributed._fresh_store(store, 0, 3).set("key", "value")
+        assert all(other.result(30).get("key") == b"value" for other in others)
 
 
 # ---------------------------------------------------------------- evaluation
