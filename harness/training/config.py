@@ -207,12 +207,16 @@ def parse_train_config(
     _refuse_overwriting(values["output_dir"], values["resume"] if checkpoint else None)
     values["device"] = resolve_device(values["device"])
     check_name(values["arch"])
-    _check_combinations(values)
+    _check_combinations(values, given)
     return TrainConfig(**values), checkpoint
 
 
-def _check_combinations(values: dict[str, Any]) -> None:
-    """Raise `UserError` for settings that exclude each other."""
+def _check_combinations(values: dict[str, Any], given: set[str]) -> None:
+    """Raise `UserError` for settings that exclude each other, or were given in vain."""
+    step, sgd = ("schedule", "step"), ("opt", "sgd")
+    for name, (other, needed) in {"milestones": step, "gamma": step, "momentum": sgd}.items():
+        if name in given and values[other] != needed:
+            raise UserError(f"--{name} has no effect with --{other} {values[other]}: leave it out")
     if (values["mean"] is None) != (values["std"] is None):
         raise UserError("--mean and --std need each other")
     if values["sync_bn"] and not values["device"].startswith("cuda"):
