@@ -248,7 +248,7 @@ def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list
 def update_weights(config: TrainConfig, training: Training) -> None:
     """Take the optimizer's step, with the gradients of all processes, and average the weights."""
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
-    distributed.sum_gradients(list(model.parameters()))
+    distributed.sum_gradients(model.parameters())
     if config.clip_grad is not None:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)

@@ -13,7 +13,7 @@ computation.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from itertools import zip_longest
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 # Longer than any batch takes. It ends a job in which a process hangs. A process that dies is
@@ -185,25 +185,23 @@ def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def sum_gradients(parameters: Sequence[Tensor]) -> None:
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its sum over the ranks.
 
     Ranks may use different submodules, as with LayerDrop: one without a gradient adds zeros. Where
     no rank has one it stays None, so that the optimizer leaves the parameter alone.
     """
-    if _job.world_size > 1:
-        # On the CPU, so that no GPU is waited for.
-        owners = torch.tensor([float(p.grad is not None) for p in parameters])
-        all_reduce_sum([owners])
-        used = [p for p, count in zip(parameters, owners.tolist(), strict=True) if count]
-        all_reduce_sum([_gradient(p) for p in used])
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    """Return the gradient of a parameter, which begins as zeros."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+    trained = [p for p in parameters if p.requires_grad]
+    if _job.world_size > 1 and trained:
+        own = [p.grad is not None for p in trained]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        users = torch.tensor(own).to(trained[0])  # summed with the gradients, in one exchange
+        all_reduce_sum([users, *(p.grad for p in trained if p.grad is not None)])
+        if not all(own):  # otherwise the numbers are not read, which would wait for the device
+            for parameter, count in zip(trained, users.tolist(), strict=True):
+                parameter.grad = parameter.grad if count else None
 
 
 def broadcast(tensors: Sequence[Tensor]) -> None:

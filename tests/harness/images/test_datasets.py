@@ -338,10 +338,6 @@ def test_no_class_loses_all_its_images_where_bad_ones_are_skipped(tmp_path):
     assert len(load(root, tmp_path, skip_bad_images=True).train.labels) == 6
 
 
-def test_bad_images_stop_or_are_skipped_and_counted(tmp_path, capsys):
-    folder = image_folder(tmp_path / "images", each=20)  # of which two or more are tested
-
-
 def test_a_cache_folder_that_cannot_be_written_is_named(folder, tmp_path):
     (tmp_path / "cache").write_bytes(b"")
     with pytest.raises(UserError, match=r"^--cache-dir .*cache: File exists: choose a folder that"):
@@ -360,7 +356,8 @@ def test_the_default_cache_needs_no_home_directory(tmp_path, monkeypatch):
     assert cache.default_cache_dir() == Path("elsewhere/mtlat")
 
 
-def test_bad_images_stop_or_are_skipped_and_counted(folder, tmp_path, capsys):
+def test_bad_images_stop_or_are_skipped_and_counted(tmp_path, capsys):
+    folder = image_folder(tmp_path / "images", each=20)  # of which two or more are tested
     (folder / "class1" / "broken.jpg").write_bytes(b"no image")
     (folder / "class2" / "empty.png").write_bytes(b"")
     whole = (folder / "class0" / "0.png").read_bytes()
