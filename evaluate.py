@@ -9,6 +9,7 @@ torchrun --nproc-per-node=4 evaluate.py ...            # on four GPUs, or in fou
 """
 
 import json
+import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -244,7 +245,7 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     results = aggregate(cells, models, run.config.baseline, run.config.supplement)
     notes = [f"preprocessing: {run.facts['preprocess']}", *results.notes, *warnings]
     results = results._replace(notes=notes)
-    head = {"format": 1, "command": " ".join(sys.argv), "classes": run.data.classes,
+    head = {"format": 1, "command": shlex.join(sys.argv), "classes": run.data.classes,
             "weights": models, **run.facts, **run.setup}  # fmt: skip
     content = {**head, **tables.to_plain(results)}
     # R alone, as before the rows had intervals: these are in each model's "supplement".

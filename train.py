@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -166,7 +167,7 @@ def train(config: TrainConfig, training: Training) -> None:
     """Train the epochs that are left, and save a checkpoint after each."""
     data, log, out = training.data, training.log, Path(config.output_dir)
     settings = asdict(config) | environment_info(config.device) | {
-        "processes": distributed.world_size(), "command": " ".join(sys.argv),
+        "processes": distributed.world_size(), "command": shlex.join(sys.argv),
         "held_out": data.held_out, "test_fingerprint": data.test_fingerprint,
     }  # fmt: skip
     if distributed.rank() == 0:

@@ -1,6 +1,7 @@
 """Test the cells of evaluate.py: their scores, and resuming a run that was stopped."""
 
 import functools
+import json
 import signal
 import subprocess
 import sys
@@ -95,11 +96,15 @@ def test_all_cells_against_one_image_at_a_time(bench: Bench) -> None:
     assert scores["fog"]["robustness"] == pytest.approx(ratio)
 
 
-def test_the_same_command_gives_the_same_bytes(bench: Bench) -> None:
+def test_the_same_command_gives_the_same_bytes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "my model.pt"])
     for out in ("one", "two"):
         bench.run("--only", "noise", "pgd_0.04", out=out)
     one, two = (bench.root / out / "results.json" for out in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
+    assert json.loads(one.read_text())["command"] == "evaluate.py 'my model.pt'"
 
 
 @pytest.mark.slow

@@ -109,8 +109,10 @@ def test_losses_one_after_the_other_have_the_gradient_of_algorithm1():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_trains(go, method, tmp_path):
+def test_each_method_trains(go, method, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "my images"])
     first = go(method=method)
+    assert first["settings"]["command"] == "train.py --data 'my images'"  # as a shell takes it
     assert len(first["log"]) == 2 and first["settings"]["method"] == method
     assert [p.name for p in sorted((tmp_path / "out").iterdir())] == [
         ".lock", "args.json", "best.pt", "last.pt", "log.csv",
