@@ -48,16 +48,21 @@ def list_classes(root: Path) -> dict[str, list[str]]:
     """List the image files below each class folder, both sorted."""
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir())
-    return {
-        name: sorted(
-            os.path.join(folder, file)
-            for folder, _, files in os.walk(root / name, followlinks=True)
-            for file in files
-            if os.path.splitext(file)[1].lower() in SUFFIXES
-        )
-        for name in names
-        if not name.startswith(".")
-    }
+    return {name: sorted(_walk(root / name)) for name in names if not name.startswith(".")}
+
+
+def _walk(class_folder: Path) -> Iterator[str]:
+    """Yield the image files below a class folder. What several links lead to is read once."""
+    seen = set()
+    for folder, inside, files in os.walk(class_folder, followlinks=True):
+        inside.sort()  # so that it is read under the same name everywhere
+        if (real := os.path.realpath(folder)) in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        for file in files:
+            if os.path.splitext(file)[1].lower() in SUFFIXES:
+                yield os.path.join(folder, file)
 
 
 def list_folder(
@@ -103,7 +108,8 @@ def list_folder(
             lists = _hold_out(lists["test"], f"split {seed} {name}")
         for part, files in lists.items():
             if not files and not (test_only and part == "train"):
-                raise UserError(f"{root}: class {name!r} has no image for the {part} part")
+                rule = ": it needs 2 or more, because one is held out" if hold_out else ": add one"
+                raise UserError(f"{root}: class {name!r} has no image for the {part} part{rule}")
             parts[part] += [File(Path(file).relative_to(root).as_posix(), label) for file in files]
     return Listing(classes, parts, folders.get("test", root), hold_out)
 

@@ -429,6 +429,18 @@ def test_folders_behind_links_are_read(folder, tmp_path):
     assert len(load(folder, tmp_path).train.labels) == len(few.train.labels)
 
 
+def test_what_several_links_lead_to_is_read_once(folder, tmp_path):
+    before = load(folder, tmp_path)
+    (folder / "class0" / "loop").symlink_to(folder / "class0")
+    assert states_equal(content(load(folder, tmp_path)), content(before))
+    (tmp_path / "more").mkdir()
+    for name in "ab":
+        (folder / "class1" / name).symlink_to(tmp_path / "more")
+    (folder / "class1" / "0.png").rename(tmp_path / "more" / "0.png")
+    files = folders.list_classes(folder)["class1"]
+    assert len(files) == 10 and str(folder / "class1" / "a" / "0.png") in files
+
+
 def test_a_set_larger_than_the_memory_is_mapped(tmp_path):
     path, count, size = tmp_path / "huge", 2**17, 4096
     with open(path, "wb") as file:
@@ -451,9 +463,15 @@ def test_folders_that_cannot_serve(folder, tmp_path):
     cases = {
         "no such folder": tmp_path / "nowhere",
         "holds 0 class folders": tmp_path / "empty",
-        "class 'lone' has no image for the train part": tmp_path / "lone",
+        "class 'lone' has no image for the train part: it needs 2 or more, because one is held":
+            tmp_path / "lone",
         "class 'b' has no image for the train part": tmp_path / "hollow",
-    }
+        "class 'class0' has no image for the test part: add one": tmp_path / "parts",
+    }  # fmt: skip
+    for part, empty in (("train", "none"), ("val", "class0")):
+        image_folder(tmp_path / "parts" / part)
+        for file in (tmp_path / "parts" / part).glob(f"{empty}/*"):
+            file.unlink()
     (tmp_path / "empty").mkdir()
     image_folder(tmp_path / "lone", each=3)
     (tmp_path / "lone" / "lone").mkdir()
