@@ -78,8 +78,8 @@ def compare(table: int, arch: str, measured: Mapping[str, Sequence[ModelScores]]
         table: 1, 2 or 3.
         arch: ours. One that the paper's table lacks stands beside its ResNet-50.
         measured: the scores of each seed, by method; with the baseline. A perturbation counts where
-            every seed of the method and of the baseline has it. The mean of the attacks counts
-            where it leaves out the same ones, the void ones, in all seeds.
+            every seed of the method and of the baseline has it, and the mean of the attacks where
+            all leave out the same void ones.
     """
     known = {row.arch for row in PAPER_ROWS if row.table == table}
     paper_arch = arch if arch in known else "resnet50"
@@ -235,8 +235,6 @@ def comparison_caption(rows: Sequence[Compared]) -> str:
     seeds = max(len(entry.values) for entry in entries)
     spread = f"; mean ± sample standard deviation of {seeds} seeds" if seeds > 1 else ""
     mark = "; !: an attack check failed" if any(entry.doubted for entry in entries) else ""
-    mixed = any(row.void and ATTACKS_TITLE not in row.entries for row in rows)
-    mark += "; no mean of the attacks, as CW2 is void in some seeds only" if mixed else ""
     what = "clean accuracy" if first.table == 3 else "clean accuracy, then R"
     return (
         f"Table {first.table}, {first.arch} beside the paper's {first.paper_arch}: {what}"
