@@ -124,8 +124,7 @@ class TrainConfig:
 
     seed: int = option(0, "seed of the weights, the orders and the draws", group="running",
         type=number(int, 0, 2**32 - 1))
-    deterministic: bool = option(False, "compute the same bits on a GPU every time, but slower (no"
-        " effect on a CPU)")
+    deterministic: bool = option(False, "compute the same bits on a GPU every time, but slower")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...", may_change=True)
     amp: str = option("no", "mixed precision", choices=("no", "bf16", "fp16"))
     compile: bool = option(False, "compile the model with torch.compile")
