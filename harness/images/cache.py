@@ -8,7 +8,6 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +72,7 @@ def decode_cached(source: Files, title: str) -> tuple[ImageSet, list[File], int]
     pixels = source.pixels_path()
     manifest = pixels.with_suffix(".json")
     if (found := _read_cache(pixels, manifest)) is None:
-        with _locked(source.cache_dir):
+        with lock_folder(source.cache_dir, wait=True):
             if _read_cache(pixels, manifest) is None:  # no other run made it meanwhile
                 record = _write_pixels(pixels, source, title)
                 if pixels != source.pixels_path():
@@ -87,19 +86,6 @@ def decode_cached(source: Files, title: str) -> tuple[ImageSet, list[File], int]
     if skipped:
         tqdm.write(f"{title}: {len(skipped)} bad images skipped, listed in {manifest}")
     return images, [file for file in source.files if file.path not in skipped], record["crc"]
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Create and lock the cache folder. Raise `UserError` if that is impossible."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(lock_folder(folder, wait=True))
-        except OSError as error:
-            raise UserError(
-                f"--cache-dir {folder}: {error.strerror}: choose a folder that can be written"
-            ) from None
-        yield
 
 
 def cached_checksum(source: Files) -> int | None:

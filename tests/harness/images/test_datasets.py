@@ -338,12 +338,6 @@ def test_no_class_loses_all_its_images_where_bad_ones_are_skipped(tmp_path):
     assert len(load(root, tmp_path, skip_bad_images=True).train.labels) == 6
 
 
-def test_a_cache_folder_that_cannot_be_written_is_named(folder, tmp_path):
-    (tmp_path / "cache").write_bytes(b"")
-    with pytest.raises(UserError, match=r"^--cache-dir .*cache: File exists: choose a folder that"):
-        load(folder, tmp_path)
-
-
 def test_the_default_cache_needs_no_home_directory(tmp_path, monkeypatch):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
