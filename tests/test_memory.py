@@ -40,8 +40,8 @@ def test_a_thousand_steps(method: str, tmp_path: Path, monkeypatch: pytest.Monke
     retain_freed_memory()
     noted: list[int] = []
     # Called once per step, after its backward passes.
-    reduce = after_each(distributed.all_reduce_sum, noted)
-    monkeypatch.setattr(distributed, "all_reduce_sum", reduce)
+    reduce = after_each(distributed.sum_gradients, noted)
+    monkeypatch.setattr(distributed, "sum_gradients", reduce)
     folder = image_folder(tmp_path / "set", each=1250 // 3, side=12)
     train.main(["--arch", "tiny:convnet", "--data", str(folder), "--size", "12", "--device", "cpu",
                 "-b", "8", "--epochs", "4", "--cache-dir", str(tmp_path / "cache"), "--method",
