@@ -12,6 +12,7 @@ import pytest
 
 import evaluate
 from harness.benchmark.registry import COLUMNS
+from harness.benchmark.store import append_cells, read_cells
 
 RESULTS = Path(evaluate.__file__).parent / "results"
 
@@ -23,6 +24,26 @@ def test_the_tables_are_made_from_the_cells(name: str, tmp_path: Path) -> None:
     make_tables.make_tables(tmp_path)
     assert (tmp_path / "tables.md").read_text() == (RESULTS / name / "tables.md").read_text()
     assert (tmp_path / "differences.png").stat().st_size > 0
+
+
+def test_networks_with_clean_accuracy_alone_are_those_of_table_3(tmp_path: Path) -> None:
+    shutil.copy(RESULTS / "tiny50" / "cells.jsonl", tmp_path)
+    taken = {"standard-1": "fgsm-0", "mtlat-1": "ls-0"}  # whose outcomes stand for theirs
+    append_cells(tmp_path / "cells.jsonl", [
+        cell | {"label": taken[cell["label"]], "model": taken[cell["label"]]}
+        for cell in read_cells(tmp_path / "cells.jsonl")
+        if cell["label"] in taken and cell["perturbation"] == "clean"
+    ])  # fmt: skip
+    make_tables.make_tables(tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    header, _, row = text.split("**Networks of Table 3; ")[1].splitlines()[2:5]
+    printed = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    # McNemar's p is 0.3, 5e-7, 0.006 and 0.15.
+    assert printed["fgsm-0 - standard-0"] == "-0.008 (-0.023 to +0.007)"
+    assert printed["fgsm-0 - tlat-0"] == "**-0.044 (-0.061 to -0.027)**"
+    assert printed["ls-0 - standard-0"] == "**+0.024 (+0.007 to +0.040)**"
+    assert printed["ls-0 - tlat-0 |"] == "-0.012 (-0.028 to +0.004) |"
+    assert "| fgsm-0 - standard-0" not in text.split("**The networks of one seed; ")[1]
 
 
 def test_the_levels_are_means_of_the_images_outcomes() -> None:
