@@ -278,7 +278,7 @@ def frozen(model: Model) -> Iterator[Model]:
     changes: list[tuple[Any, str, Any]]
     changes = [(m, "track_running_stats", False) for m in modules if m.training]
     changes += [(p, "requires_grad", False) for m in modules for p in m.parameters(False)]
-    # Lightning Fabric's hook raises in a backward pass that Fabric did not start, as this one.
+    # Lightning Fabric's hook raises in a backward pass that Fabric did not start, such as this.
     changes += [(m, "_register_backward_hook", lambda output: output) for m in modules]
     with ExitStack() as after:
         if not modules:
@@ -303,7 +303,7 @@ def _per_image(name: str, value: Numbers, like: Tensor) -> Tensor:
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     if value.shape not in {(), (len(like),)}:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; give a float or ({len(like)},)")
-    check_values(name, value, 0, 1, "give a share: 8 / 255 for 8 of 255 levels")
+    check_values(name, value, 0, 1, "give a share, such as 8 / 255 for 8 levels")
     return value.view(-1, *[1] * (like.ndim - 1))
 
 

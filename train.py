@@ -301,9 +301,10 @@ def average_running_statistics(model: nn.Module) -> None:
 
 
 def save(config: TrainConfig, training: Training, settings: dict[str, Any]) -> None:
-    """Write log.csv, best.pt, last.pt. After a crash before last.pt, the epoch is repeated.
+    """Write log.csv, best.pt, last.pt.
 
-    Of the first epoch, best.pt is continued.
+    After a crash between the last two, a resumed run repeats the epoch. If it was the first one,
+    the run continues from best.pt.
     """
     out, log = Path(config.output_dir), training.log
     atomic_write(out / "log.csv", log_csv(log))

@@ -220,12 +220,12 @@ def write_tree(args: argparse.Namespace) -> None:
     names = sorted(name for name in folders if not name.startswith("."))
     if not names:
         raise ValueError(f"{args.source} has no class folders; the layout is DIR/class/file")
-    for name in names:
+    for name in sorted({"train", "val", "test"}.intersection(names)):
         visible = [e for e in (args.source / name).iterdir() if not e.name.startswith(".")]
         if visible and all(entry.is_dir() for entry in visible):
             raise ValueError(
-                f"{args.source / name} holds folders alone, and no images; the layout is "
-                "DIR/class/file: of a folder with train/ and val/, name its val/"
+                f"{args.source / name} holds folders alone, so it is no class; the layout is "
+                f"DIR/class/file: name {args.source / name} itself"
             )
     classes = {name: label for label, name in enumerate(names)}
     paths = [Path(path) for path, _ in make_dataset(args.source, classes, extensions=SUFFIXES)]

@@ -33,7 +33,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     Raises:
         ValueError: the file has 32 bits per pixel, of a range that it does not tell; or more pixels
-            than Pillow's limit: as Pillow advises, since it may be meant to exhaust memory.
+            than Pillow's limit, since it may be meant to exhaust memory.
         OSError, SyntaxError: the file is damaged.
     """
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):

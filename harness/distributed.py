@@ -96,16 +96,16 @@ def process_group() -> Iterator[None]:
 def _fresh_store(store: Any, rank: int, world_size: int) -> Any:
     """Return a part of the store that is new at every start: torchrun keeps it over its restarts.
 
-    Rank 0 names the part. What another rank reads may be the name of an earlier start, so it asks
-    under that name until a question, which is new too, is answered.
+    Rank 0 names the part. What another rank reads may be the name of an earlier start, so it stores
+    a random key under the name, and reads the name again until rank 0 has set that key.
     """
     if rank == 0:
         store.set("start", start := os.urandom(8).hex())
         for other in range(1, world_size):
             store.set(store.get(f"{start} {other}").decode(), "")
-    question = os.urandom(8).hex()
-    while rank and not store.check([question]):
-        store.set(f"{(start := store.get('start').decode())} {rank}", question)
+    key = os.urandom(8).hex()
+    while rank and not store.check([key]):
+        store.set(f"{(start := store.get('start').decode())} {rank}", key)
         time.sleep(0.1)
     return PrefixStore(start, store)
 
@@ -197,9 +197,11 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        users = torch.tensor(own).to(trained[0])  # summed with the gradients, in one exchange
+        users = trained[0].new_ones(len(trained))  # summed with the gradients, in one exchange
+        if not all(own):  # otherwise nothing is copied or read, which would wait for the device
+            users.copy_(torch.tensor(own))
         all_reduce_sum([users, *(p.grad for p in trained if p.grad is not None)])
-        if not all(own):  # otherwise the numbers are not read, which would wait for the device
+        if not all(own):
             for parameter, count in zip(trained, users.tolist(), strict=True):
                 parameter.grad = parameter.grad if count else None
 

@@ -86,7 +86,7 @@ TRAIN_CASES = [
     ("--data no-classes", "holds 0 class folders"), ("--data one-class", "holds 1 class folders"),
     ("--data empty-class", "class 'hollow' has no image"), ("--data only-train", "but no val/"),
     ("--data only-val", "but no train/"), ("--data unequal", "only one has 'class2'"),
-    ("--data loop -b 2", "self.png: not a readable image"), ("--data loops", "self"),
+    ("--data loop -b 2", "self.png: not a usable image"), ("--data loops", "self"),
     ("--data set/class0", "holds 0 class folders"),
     ("--data cifar10 --cache-dir empty", "cifar10 is not in empty: name its folder"),
     *((f"--data bad/{name} -b 2", message) for name, (_, message) in BAD_IMAGES.items()),

@@ -177,7 +177,7 @@ def test_official_files_give_what_was_written(
         bench.run(*options, "--imagenet-c", str(bench.root / "c"), out="made")
     last = bench.root / "c" / layout.format(name="shot_noise") / "5"
     (last / "red" / "0.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"red.0.png: not a readable image.*fetch the file again"):
+    with pytest.raises(UserError, match=r"red.0.png: not a usable image.*fetch the file again"):
         bench.run("--only", "shot_noise", "--imagenet-c", str(bench.root / "c"), out="broken")
     (last / "red" / "0.png").unlink()
     with pytest.raises(UserError, match=r"5 lacks 1 of the 30 test images, such as red/0; the lay"):

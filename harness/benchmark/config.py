@@ -67,7 +67,7 @@ class EvalConfig:
         type=Path, metavar="DIR")
 
     only: list[str] = option(None, "measure these, by name or by group:"
-        f" {', '.join(GROUPS)}; clean: nothing else (default: all but validation)",
+        f" {', '.join(GROUPS)}; clean, which is always measured (default: all but validation)",
         group="perturbations", nargs="+", metavar="NAME")
     skip: list[str] = option(None, "leave these out", nargs="+", metavar="NAME")
     attack: list[str] = option(None, "add attacks of others, x_adv = callable(model, x, y); this"
@@ -115,7 +115,7 @@ class EvalConfig:
         """The names of what is measured, in order."""
         papers = [name for name in self.supplement if name in PERTURBATIONS]
         chosen = choose_perturbations(self.only and [*self.only, *papers], self.skip)
-        return [*chosen, *(name for name in self.supplement if name not in PERTURBATIONS)]
+        return list(dict.fromkeys([*chosen, *self.supplement]))
 
     def find_corruption(self, name: str) -> Path | None:
         """Return the folder or the array of a corruption below --imagenet-c, if there is one."""

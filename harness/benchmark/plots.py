@@ -177,7 +177,7 @@ def plot_step(
 ) -> None:
     """Plot the attacked half of a step: two images, their mix, the attack, x_mtlat, its label.
 
-    Each image is mixed with the one before it. Of these B couples, the one is shown where most can
+    Each image is mixed with the one before it. Of these B mixes, the one is shown where most can
     be seen: three classes, an even mix, a large epsilon.
 
     Args:
@@ -192,7 +192,7 @@ def plot_step(
         ValueError: fewer than 4 images.
     """
     if len(x) < 4:
-        raise ValueError(f"{len(x)} images; the couple that is shown is chosen from 4 or more")
+        raise ValueError(f"{len(x)} images; the mix that is shown is chosen from 4 or more")
     draws = draw(len(x), len(classes), alpha=ALPHA, epsilon_max=EPSILON_MAX,
                  generator=torch.Generator().manual_seed(seed), device=x.device)  # fmt: skip
     x4, y4 = x.roll(1, 0), y.roll(1, 0)
@@ -206,10 +206,10 @@ def plot_step(
             * compute_logits(model, images).softmax(1).gather(1, draws.target[:, None]).squeeze(1)
             for images in (x_mix2, x_mtlat)
         )
-    couples = list(zip(y.tolist(), y4.tolist(), draws.target.tolist(), strict=True))
-    i = _most_visible(couples, draws)
+    mixes = list(zip(y.tolist(), y4.tolist(), draws.target.tolist(), strict=True))
+    i = _most_visible(mixes, draws)
     lam, epsilon = float(draws.lam2[i]), float(draws.epsilon[i])
-    first, second, target = (_short(classes[k], 18) for k in couples[i])
+    first, second, target = (_short(classes[k], 18) for k in mixes[i])
     enlarged = (x_mtlat - x_mix2)[i] / (2 * epsilon) + 0.5
     tiles = [
         (f"x3\n{first}", x[i]),
@@ -219,7 +219,7 @@ def plot_step(
          f"epsilon {epsilon:.4f}, towards {target}", enlarged),
         (f"x_mtlat\np({target}): {before[i]:.2f} % before, {after[i]:.2f} % after", x_mtlat[i]),
     ]  # fmt: skip
-    label = {classes[k]: float(y_mtlat[i, k]) for k in couples[i]}
+    label = {classes[k]: float(y_mtlat[i, k]) for k in mixes[i]}
     title = f"y_mtlat\n{1 - epsilon:.4f} y_mix2 + {epsilon:.4f} y_target"
     _plot_tiles(tiles, title, label, path)
 
@@ -239,10 +239,10 @@ def _plot_tiles(
     _finish(figure, path)
 
 
-def _most_visible(couples: list[tuple[int, int, int]], draws: Draws) -> int:
-    """Choose a couple of three different classes with an even mix and a large epsilon."""
+def _most_visible(mixes: list[tuple[int, int, int]], draws: Draws) -> int:
+    """Choose a mix of three different classes with an even mix and a large epsilon."""
     visible = torch.minimum(draws.lam2, 1 - draws.lam2) * draws.epsilon
-    return max(range(len(couples)), key=lambda i: (len(set(couples[i])), float(visible[i])))
+    return max(range(len(mixes)), key=lambda i: (len(set(mixes[i])), float(visible[i])))
 
 
 def _plot_label(axes: Any, shares: Mapping[str, float]) -> None:

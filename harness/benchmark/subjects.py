@@ -227,7 +227,7 @@ def inspect_subject(subject: Subject, x: Tensor, y: Tensor, num_classes: int) ->
     if broken := int(broken_gradients(module, x, y).sum()):
         warnings.append(
             f"{label}: the gradient is zero or NaN for {broken} of {len(x)} sampled images, so"
-            " attacks cannot move them and their scores mean nothing"
+            " attacks cannot change these, and the scores under attacks are too high"
         )
     return warnings
 

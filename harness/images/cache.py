@@ -184,4 +184,4 @@ def decode(path: Path, size: int, resize: int | None = None) -> Array | str:
     except MemoryError:
         raise  # not the file's fault
     except Exception as error:  # Pillow raises nearly every kind on a broken file
-        return f"not a readable image ({str(error) or type(error).__name__})"
+        return f"not a usable image ({str(error) or type(error).__name__})"

@@ -52,7 +52,7 @@ def list_classes(root: Path) -> dict[str, list[str]]:
 
 
 def _walk(class_folder: Path) -> Iterator[str]:
-    """Yield the image files below a class folder. What several links lead to is read once."""
+    """Yield the image files below a class folder, and read no folder twice that links lead to."""
     seen = set()
     for folder, inside, files in os.walk(class_folder, followlinks=True):
         inside.sort()  # so that it is read under the same name everywhere

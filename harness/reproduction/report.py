@@ -48,7 +48,7 @@ from harness.training.config import TrainConfig
 from harness.training.methods import METHODS
 
 VERSIONS = ("hardware", "python", "torch", "torchvision", "revision")
-STEP_IMAGES = 32  # from which plot_step chooses one couple
+STEP_IMAGES = 32  # from which plot_step chooses two to mix
 
 
 class Trained(NamedTuple):

@@ -311,9 +311,9 @@ def schedule_change(config: TrainConfig, checkpoint: dict[str, Any]) -> str:
 
 
 def _latest(folder: str) -> Path:
-    """Name the checkpoint to continue from: last.pt, or best.pt if that is alone.
+    """Name the checkpoint to continue from: last.pt, or best.pt if there is no last.pt.
 
-    It is after a crash in the first epoch, or where a damaged last.pt has been removed.
+    That is so after a crash in the first epoch, or where a damaged last.pt was removed.
     """
     last, best = Path(folder, "last.pt"), Path(folder, "best.pt")
     return best if best.exists() and not last.exists() else last

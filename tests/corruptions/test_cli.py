@@ -234,8 +234,10 @@ def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     refused([str(source), "--out", str(tmp_path / "out")], "differ only in their suffix", capsys)
     (tmp_path / "empty").mkdir()
     refused([str(tmp_path / "empty"), *out], "empty has no class folders; the layout is", capsys)
-    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "test").mkdir(parents=True)  # may be an empty class
     source.rename(tmp_path / "whole" / "val")
     (tmp_path / "whole" / "val" / ".DS_Store").touch()
     whole = [str(tmp_path / "whole"), "--out", str(tmp_path / "out")]
-    refused(whole, "val holds folders alone, and no images; the layout is DIR/class/file", capsys)
+    refused(
+        whole, "val holds folders alone, so it is no class; the layout is DIR/class/file", capsys
+    )

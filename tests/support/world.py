@@ -67,14 +67,14 @@ BAD_IMAGES = {
     "text.png": (b"<html>not found</html>", "cannot identify image file"),
     "cut.jpg": (png(90, 90, format="JPEG")[:2000], "truncated"),
     "cut.png": (png()[:300], "truncated"),
-    "half.gif": (png(format="GIF")[:60], "not a readable image"),
-    "header.jpg": (png(format="JPEG")[:20], "not a readable image"),
-    "flipped.png": (png().replace(b"IDAT", b"IDAU", 1), "not a readable image"),
+    "half.gif": (png(format="GIF")[:60], "not a usable image"),
+    "header.jpg": (png(format="JPEG")[:20], "not a usable image"),
+    "flipped.png": (png().replace(b"IDAT", b"IDAU", 1), "not a usable image"),
     "huge.png": (claimed(50_000, 50_000), "decompression bomb"),
     "large.png": (claimed(10_000, 10_000), "has 10000 x 10000 pixels, too many to be safe"),
-    "none.png": (claimed(0, 16), "not a readable image"),
+    "none.png": (claimed(0, 16), "not a usable image"),
     "half.bmp": (png(format="BMP")[:200], "truncated"),
-    "cut.webp": (png(format="WEBP")[:100], "not a readable image"),
+    "cut.webp": (png(format="WEBP")[:100], "not a usable image"),
 }
 
 

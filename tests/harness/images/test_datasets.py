@@ -356,13 +356,13 @@ def test_bad_images_stop_or_are_skipped_and_counted(tmp_path, capsys):
     (folder / "class2" / "empty.png").write_bytes(b"")
     whole = (folder / "class0" / "0.png").read_bytes()
     (folder / "class0" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"(broken\.jpg|empty\.png|cut\.png): not a readable image"):
+    with pytest.raises(UserError, match=r"(broken\.jpg|empty\.png|cut\.png): not a usable image"):
         load(folder, tmp_path)
     for _ in range(2):
         sets = load(folder, tmp_path, skip_bad_images=True)
         assert len(sets.train.labels) + len(sets.test.labels) == 60
         assert sum(int(line.split()[2]) for line in capsys.readouterr().out.splitlines()) == 3
-    with pytest.raises(UserError, match="not a readable image"):  # though it is in the cache
+    with pytest.raises(UserError, match="not a usable image"):  # though it is in the cache
         load(folder, tmp_path)
     for seed in range(9):  # in most of these draws, a bad image is in the test part
         sets = load(folder, tmp_path, skip_bad_images=True, seed=seed)
