@@ -33,7 +33,8 @@ from harness.checkpoints import save_checkpoint
 from harness.devices import environment_info, require_same_on_all_ranks
 from harness.errors import UserError, run_script
 from harness.files import atomic_write, lock_folder
-from harness.images.datasets import Dataset, load_dataset
+from harness.images.datasets import SIZES, Dataset, load_dataset
+from harness.images.folders import require_folder
 from harness.images.loader import BatchLoader, to_device
 from harness.images.preprocess import CROPS
 from harness.models import MeanStd, check_logits, count_correct, create_model, restore_model
@@ -321,8 +322,10 @@ def save(config: TrainConfig, training: Training, settings: dict[str, Any]) -> N
 
 
 def main(argv: list[str] | None = None) -> None:
-    out = Path(parse_train_config(argv, __doc__)[0].output_dir)
-    with lock_folder(out) if distributed.rank() == 0 else nullcontext():
+    asked, _ = parse_train_config(argv, __doc__)
+    if asked.data not in SIZES:
+        require_folder(Path(asked.data))  # before an output folder is made
+    with lock_folder(Path(asked.output_dir)) if distributed.rank() == 0 else nullcontext():
         config, checkpoint = parse_train_config(argv)  # again: another run may have ended meanwhile
         if checkpoint and (changed := schedule_change(config, checkpoint)):
             print(changed)

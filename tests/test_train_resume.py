@@ -331,6 +331,8 @@ def test_a_wrong_folder_or_architecture_is_reported_before_the_data_are_loaded(
     for arch in ("resnet5O", "torchvision:cnn4", "timm:resnet5O"):
         with pytest.raises(UserError, match=f"--arch {arch}: "):
             go("--arch", arch, out="new")
+    with pytest.raises(UserError, match="--data nowhere: no such folder"):
+        go("--data", "nowhere", out="new")
     assert not (tmp_path / "new").exists()
 
 

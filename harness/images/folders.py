@@ -44,6 +44,12 @@ def choose_classes(names: list[str], num_classes: int | None, seed: int) -> list
     return sorted(random.Random(f"classes {seed}").sample(names, num_classes))
 
 
+def require_folder(root: Path) -> None:
+    """Raise `UserError` unless the folder of a dataset exists."""
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such folder, and not shapes, cifar10 or cifar100")
+
+
 def list_classes(root: Path) -> dict[str, list[str]]:
     """List the image files below each class folder, both sorted."""
     with os.scandir(root) as entries:
@@ -82,8 +88,7 @@ def list_folder(
     Raises:
         UserError: the folder has another layout, or a class lacks images.
     """
-    if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder, and not shapes, cifar10 or cifar100")
+    require_folder(root)
     folders = _find_parts(root, test_only)
     found = {part: list_classes(folder) for part, folder in folders.items()}
     if not folders:
