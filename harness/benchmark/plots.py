@@ -178,7 +178,7 @@ def plot_step(
     """Plot the attacked half of a step: two images, their mix, the attack, x_mtlat, its label.
 
     Each image is mixed with the one before it. Of these B mixes, the one is shown where most can
-    be seen: three classes, an even mix, a large epsilon.
+    be seen: three classes, lambda near 1/2, a large epsilon.
 
     Args:
         model: attacked in the mode that it is in.
@@ -240,7 +240,7 @@ def _plot_tiles(
 
 
 def _most_visible(mixes: list[tuple[int, int, int]], draws: Draws) -> int:
-    """Choose a mix of three different classes with an even mix and a large epsilon."""
+    """Choose a mix of three different classes with lambda near 1/2 and a large epsilon."""
     visible = torch.minimum(draws.lam2, 1 - draws.lam2) * draws.epsilon
     return max(range(len(mixes)), key=lambda i: (len(set(mixes[i])), float(visible[i])))
 

@@ -180,15 +180,16 @@ def test_the_checkpoint_holds_the_mean_of_the_running_statistics(jobs, folder, t
     assert not torch.equal(two["0.running_var"], one["0.running_var"])  # of one shard
 
 
-def step_of_unequal_ranks() -> tuple[list[float | None], list[float]]:
-    """Take a step in which each of two ranks uses two of four weights, and none uses the last.
+def step_of_unequal_ranks(
+    used: list[dict[int, float]],
+) -> tuple[list[float | None], list[float]]:
+    """Take a step in which each rank uses some of four weights: by their number, the gradients.
 
     Returns the gradients and the weights.
     """
     model = nn.ParameterList(torch.ones(1) for _ in range(4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=1)
-    own = distributed.rank()
-    (model[own] + 10 * model[own + 1]).sum().backward()  # over both ranks: 1, 11 and 10
+    sum(value * model[i].sum() for i, value in used[distributed.rank()].items()).backward()
     parts = {"model": model, "optimizer": optimizer, "average": None,
              "scaler": torch.amp.GradScaler("cpu", enabled=False)}  # fmt: skip
     train.update_weights(SimpleNamespace(clip_grad=None), SimpleNamespace(**parts))
@@ -198,9 +199,13 @@ def step_of_unequal_ranks() -> tuple[list[float | None], list[float]]:
 
 def test_processes_that_use_different_submodules_sum_the_same_gradients(jobs):
     """Check LayerDrop: a weight that one process alone has used, and one that none has."""
-    (gradients, weights), others = jobs[2](step_of_unequal_ranks)
+    (gradients, weights), others = jobs[2](step_of_unequal_ranks, [{0: 1, 1: 10}, {1: 1, 2: 10}])
     assert gradients == [1, 11, 10, None] and others == (gradients, weights)
     assert weights[3] == 1  # without weight decay
+    (gradients, weights), others = jobs[2](
+        step_of_unequal_ranks, [{0: 1, 1: 2, 2: 3, 3: 4}, {1: 5}]
+    )
+    assert gradients == [1, 7, 3, 4] and others == (gradients, weights)
 
 
 def wrapped(options: dict[str, bool]) -> list[tuple[torch.Tensor, ...]]:
