@@ -145,8 +145,9 @@ def plot_severities(results: Results, path: Path) -> None:
         axes.set_ylim(0, 1.04)  # shows a marker at 1 as a whole
         axes.set_xticks(range(6), ["0", *"12345"])
         axes.grid(alpha=0.3)
+    for axes in panels[::columns]:  # not of the figure, where a long legend would cover it
+        axes.set_ylabel("accuracy", fontsize=10)
     figure.supxlabel("severity (0: clean)", fontsize=10)
-    figure.supylabel("accuracy", fontsize=10)
     _finish(figure, path)
 
 
