@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from scipy import stats
 
 from harness.benchmark import paired, plots, tables
 from harness.benchmark.metrics import Results, aggregate, score_differences
@@ -143,16 +144,31 @@ def _seeds_together(measured: Measured, seeds: list[int], figure: Path) -> Itera
     for title in MEANS:
         each = [found for column in columns.values() if (found := column[title])]
         mean[title] = paired.uncorrected(paired.combine_seeds(each))
-    columns["mean over the seeds"] = mean
     yield from _beside_the_paper(table)
+    yield _by_seeds_alone(mean, columns)
+    columns["mean over the seeds"] = mean
     yield f"**Clean accuracy and R, means over the seeds; M-TLAT minus `standard`; {NOTE}**"
     yield measured.table(levels, columns)
     for pair in pairs:
         yield from _say(pair)
-    yield f"**Trainings of one method with several seeds; {NOTE}**"
+    yield f"**Trainings of one method with several seeds (surrogates of MI FGSM differ); {NOTE}**"
     again = [(f"{m}-{seed}", f"{m}-{seeds[0]}") for m in PAIR for seed in seeds[1:]]
     yield measured.table(
         {}, {f"{one} - {first}": measured.differ(one, first) for one, first in again}
+    )
+
+
+def _by_seeds_alone(mean: Differences, columns: Mapping[str, Differences]) -> str:
+    """Say what a t test decides that takes nothing but one difference of each seed."""
+    names, known = zip(*[(n, d) for n, d in mean.items() if d and n not in MEANS], strict=True)
+    values = [[found.value for c in columns.values() if (found := c[n])] for n in names]
+    p = stats.ttest_1samp(values, 0.0, axis=1).pvalue
+    tested = paired.holm([d._replace(p=float(x)) for d, x in zip(known, p, strict=True)])
+    found = [ROWS[name] for name, d in zip(names, tested, strict=True) if d and d.decided]
+    return (
+        "The intervals add the variance between the seeds to that of the test images. A t test of"
+        f" the {len(columns)} differences alone ({len(columns) - 1} degrees of freedom, Holm's"
+        f" correction) decides {len(found)} of {len(names)}: {', '.join(found) or 'none'}."
     )
 
 
