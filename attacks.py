@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtlat import Model, check_images, check_values, frozen, log_odds, logits_of
+from mtlat import Model, check_images, check_values, frozen, log_odds_against, logits_of
 
 __all__ = ["CW2Result", "cw2", "cw2_result", "full_precision", "mi_fgsm", "pgd", "pgd_ll"]
 
@@ -265,7 +265,8 @@ def _cw2_round(
         adam.step()
         x_adv = (torch.tanh(w) + 1) / 2
         moved = (x_adv - origin).square().flatten(1).sum(1)
-        wrong_by = _margin(logits_of(model(x_adv), y), y).to(w.dtype)
+        output = model(x_adv.clone())  # a model may change its input in place
+        wrong_by = _margin(logits_of(output, y), y).to(w.dtype)
         if step < steps - 1:  # the result of another update would not be judged
             loss = (moved + const * (confidence - wrong_by).clamp_min(0)).sum()
             (gradient,) = torch.autograd.grad(loss, w)
@@ -297,13 +298,14 @@ def draw_starts(
 
 
 def input_gradient(model: Model, x: Tensor, labels: Tensor) -> Tensor:
-    """Return the gradient of the summed log-odds with respect to the pixels.
+    """Return the gradient of the summed log-odds against the labels, with respect to the pixels.
 
-    In eval mode no image moves another's logits: its log-odds and its cross-entropy have gradients
+    In eval mode no image moves another's logits: the log-odds and the cross-entropy have gradients
     of the same direction, and only the former survives rounding when the model is certain.
     """
     x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(log_odds(logits_of(model(x), labels), labels).sum(), x)
+    logits = logits_of(model(x), labels)
+    (gradient,) = torch.autograd.grad(log_odds_against(logits, labels).sum(), x)
     return gradient
 
 

@@ -50,8 +50,9 @@ class Draws(NamedTuple):
 
 
 def algorithm1(
-    model: Model, pair1: Pair, pair2: Pair, pair3: Pair, pair4: Pair, draws: Draws, **attack: Any
-) -> Iterator[Tensor]:
+    model: Model, pair1: Pair, pair2: Pair, pair3: Pair, pair4: Pair, draws: Draws,
+    *, steps: int = 1, clip: bool = False,
+) -> Iterator[Tensor]:  # fmt: skip
     """Yield the two losses of Algorithm 1, scalars; the model is trained on their sum.
 
     Run the backward pass of loss1 before asking for loss2: then the step keeps the activations of
@@ -61,7 +62,7 @@ def algorithm1(
         model: see "Shapes", above.
         pair1, pair2, pair3, pair4: four couples of images and labels, (x, y) each.
         draws: one lam1, lam2, epsilon and target for each image.
-        attack: `steps` and `clip` of `targeted_fgsm`.
+        steps, clip: see `targeted_fgsm`.
     """
     (x1, y1), (x2, y2), (x3, y3), (x4, y4) = pair1, pair2, pair3, pair4
     lam1, lam2, epsilon, target = draws
@@ -72,7 +73,7 @@ def algorithm1(
     x_mix2, y_mix2 = mixup(x3, y3, x4, y4, lam2)  # Eq. 1
     # Reading 2: epsilon is the same number in the pixels and in the label, so pixels are in [0, 1]
     # and normalization belongs inside the model (`Normalize`).
-    x_mtlat = targeted_fgsm(model, x_mix2, target, epsilon, **attack)  # Eq. 5
+    x_mtlat = targeted_fgsm(model, x_mix2, target, epsilon, steps=steps, clip=clip)  # Eq. 5
     y_mtlat = target_labels(y_mix2, target, epsilon)  # Eq. 6
     yield cross_entropy(model(x_mtlat), y_mtlat)  # loss2
 
@@ -124,7 +125,7 @@ def targeted_fgsm(
     """Attack images by one step towards their target, Eq. 5: x - epsilon sign(grad_x L(x, target)).
 
     Args:
-        model: see "Shapes", above. Its parameters, their gradients and its running
+        model: see "Shapes", above. Its parameters, their gradients and BatchNorm's running
             statistics stay as they are.
         x: images.
         target: class indices (B,) or distributions (B, N).
@@ -174,7 +175,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def mtlat_loss(
     model: Model, x: Tensor, y: Tensor, *, num_classes: int, alpha: float = ALPHA,
     epsilon_max: float = EPSILON_MAX, per_batch: bool = False,
-    generator: torch.Generator | None = None, **attack: Any,
+    generator: torch.Generator | None = None, steps: int = 1, clip: bool = False,
 ) -> Tensor:  # fmt: skip
     """Compute loss1 + loss2 of Algorithm 1 on one minibatch: the line for a training loop.
 
@@ -183,22 +184,22 @@ def mtlat_loss(
         x: images (B, ...) in [0, 1].
         y: class indices (B,) int64, or distributions (B, num_classes).
         num_classes: N.
-        alpha, epsilon_max, per_batch, generator: see `draw`; the defaults are the paper's.
-        attack: `steps` and `clip` of `targeted_fgsm`.
+        others: see `draw` and `targeted_fgsm`; the defaults are the paper's.
 
     Returns:
         A scalar. Costs 8/3 of the plain step, and updates BatchNorm's running statistics twice.
     """
+    check_images(x)
+    draws = draw(len(x), num_classes, alpha=alpha, epsilon_max=epsilon_max, per_batch=per_batch,
+                 generator=generator, device=x.device)  # fmt: skip
     check_labels(x, y, num_classes=num_classes)
     if y.ndim == 1:
         y = F.one_hot(y, num_classes).to(torch.promote_types(x.dtype, torch.float32))
-    draws = draw(len(x), num_classes, alpha=alpha, epsilon_max=epsilon_max, per_batch=per_batch,
-                 generator=generator, device=x.device)  # fmt: skip
     # Reading 8: the four couples are the minibatch and three random permutations of it. Otherwise:
-    # give `algorithm1` four independent minibatches.
+    # give `algorithm1` four independent minibatches. (An image may be mixed with itself.)
     orders = torch.rand(3, len(x), generator=generator, device=(generator or x).device).argsort()
     pair2, pair3, pair4 = ((x[order], y[order]) for order in orders.to(x.device))
-    loss1, loss2 = algorithm1(model, (x, y), pair2, pair3, pair4, draws, **attack)
+    loss1, loss2 = algorithm1(model, (x, y), pair2, pair3, pair4, draws, steps=steps, clip=clip)
     return loss1 + loss2
 
 
@@ -210,8 +211,10 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if not (len(mean) == len(std) > 0 and all(s > 0 for s in std)):
-            raise ValueError(f"mean {mean} and std {std}: one of each per channel, every std > 0")
+        positive = all(s > 0 for s in std)
+        if not (len(mean) == len(std) > 0 and positive and all(0 <= m <= 1 for m in mean)):
+            rule = "one of each per channel, of pixels in [0, 1], every std > 0"
+            raise ValueError(f"mean {mean} and std {std}: {rule}; divide by 255 if given in levels")
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
@@ -221,20 +224,22 @@ class Normalize(nn.Module):
 
 # ---------------------------------------------------------------- numerics and input checks
 
+_checked: set[str] = set()
+
 
 def attack_loss(logits: Tensor, y: Tensor) -> Tensor:
     """Compute a scalar whose gradient is that of the batch's summed L times a positive number.
 
     Cross-entropy's own gradient vanishes in float32 where p_y rounds to 1; that of the log-odds
-    does not. Each image's log-odds are weighted by 1 - p_y, because BatchNorm in training mode lets
-    every image change all logits. The weights are relative to the batch's largest, and large enough
-    for a backward pass in the logits' dtype. Soft labels keep the cross-entropy.
+    against y does not. They are weighted by 1 - p_y, because BatchNorm in training mode lets every
+    image change all logits. The weights are relative to the batch's largest, and large enough for a
+    backward pass in the logits' dtype. Soft labels keep the cross-entropy.
     """
     logits = logits_of(logits, y)
     limits = torch.finfo(logits.dtype)
     floor = math.log(limits.tiny * limits.eps) / 2  # half of the exponents; gradients use the rest
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = log_odds(logits, y if y.ndim == 1 else y.argmax(1))
+    loss = log_odds_against(logits, y if y.ndim == 1 else y.argmax(1))
     log_weight = F.logsigmoid(loss.detach())  # log(1 - p_y)
     if y.ndim == 2:
         one_hot = y.amax(1) == 1
@@ -249,18 +254,14 @@ def logits_of(output: Any, y: Tensor) -> Tensor:
     logits = logits[0] if isinstance(logits, tuple | list) and logits else logits
     if not isinstance(logits, Tensor):
         raise TypeError(f"the model returns {type(logits).__name__}; give logits ({len(y)}, N)")
-    made = tuple(logits.shape)
-    if len(made) != 2 or made[1] < 2:
+    if len(made := tuple(logits.shape)) != 2 or made[1] < 2:
         raise ValueError(f"the model returns shape {made}; logits are ({len(y)}, N), N above 1")
-    if y.shape not in {made, made[:1]} or (y.ndim == 1 and y.dtype != torch.int64):
-        raise ValueError(f"labels {tuple(y.shape)}, logits {made}; give int64, or the same N")
-    if y.ndim == 1:
-        check_values("class indices in labels", y, 0, made[1] - 1, "count from 0 to N - 1")
+    check_labels(logits, y, num_classes=made[1], sums=False)
     return logits
 
 
-def log_odds(logits: Tensor, y: Tensor) -> Tensor:
-    """Compute -log(p_y / (1 - p_y)) per image, (B,). Its gradient is L's divided by 1 - p_y."""
+def log_odds_against(logits: Tensor, y: Tensor) -> Tensor:
+    """Compute log((1 - p_y) / p_y) per image, (B,). Its gradient is L's divided by 1 - p_y."""
     own = y[:, None]
     return logits.scatter(1, own, -math.inf).logsumexp(1) - logits.gather(1, own).squeeze(1)
 
@@ -275,8 +276,7 @@ def frozen(model: Model) -> Iterator[Model]:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    changes: list[tuple[Any, str, Any]]
-    changes = [(m, "track_running_stats", False) for m in modules if m.training]
+    changes: list[Any] = [(m, "track_running_stats", False) for m in modules if m.training]
     changes += [(p, "requires_grad", False) for m in modules for p in m.parameters(False)]
     # Lightning Fabric's hook raises in a backward pass that Fabric did not start, such as this.
     changes += [(m, "_register_backward_hook", lambda output: output) for m in modules]
@@ -315,27 +315,27 @@ def check_images(*images: Tensor) -> None:
             raise TypeError(f"images are {kind}; give floating point: x.float() / 255")
         if x.shape != images[0].shape:
             raise ValueError(f"images {tuple(images[0].shape)} do not match {tuple(x.shape)}")
-        check_values("pixels", x, 0, 1, "divide by 255, or normalize inside the model: Normalize")
+        check_values("pixels", x, 0, 1, "divide by 255, clamp, or put Normalize inside the model")
 
 
-def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0) -> None:
+def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0, sums: bool = True) -> None:
     """Raise unless labels are distributions (B, N) or, where N is given, class indices (B,)."""
-    n = num_classes or labels[0].shape[-1]
     for y in labels:
+        if not isinstance(y, Tensor):
+            raise TypeError(f"labels are {type(y).__name__}; give a tensor of class indices")
+        n = num_classes or labels[0].shape[-1]
         if y.shape != (len(x), n) and not (num_classes and y.shape == (len(x),)):
             rule = f"({len(x)},) or ({len(x)}, {n})" if num_classes else f"({len(x)}, N)"
-            rule += "; class indices become distributions by F.one_hot(y, N).float()"
-            raise ValueError(f"labels have shape {tuple(y.shape)}; these images need {rule}")
+            rule = f"images or logits {tuple(x.shape)} need {rule}; indices become distributions by"
+            raise ValueError(f"labels have shape {tuple(y.shape)}; {rule} F.one_hot(y, N).float()")
         if y.dtype != torch.int64 if y.ndim == 1 else not y.is_floating_point():
-            raise TypeError(f"labels are {y.dtype}; give int64 indices or float distributions")
+            raise TypeError(f"labels are {y.dtype}; give int64 indices (B,), or float (B, N)")
         if y.ndim == 1:
-            check_values("class indices", y, 0, num_classes - 1, "count the classes from 0")
-        else:
-            check_values("label weights", y, 0, 1, "give probabilities, not logits")
+            check_values("class indices", y, 0, n - 1, "count the classes from 0")
+            continue
+        check_values("label weights", y, 0, 1, "give probabilities, not logits")
+        if sums:
             check_values("sums of label weights", y.sum(1), 1, 1, "divide each row by its sum")
-
-
-_checked: set[str] = set()
 
 
 def check_values(name: str, values: Tensor, low: int, high: int, fix: str) -> None:

@@ -262,6 +262,15 @@ def test_cw2_result_is_true_of_its_images() -> None:
     assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
 
 
+def test_cw2_of_a_model_that_changes_its_input_in_place() -> None:
+    model, x, y = network(), images(8, batch=16), labels(8, batch=16)
+    plain = cw2_result(lambda z: model((z - 0.5) / 0.2), x, y, confidence=0.0, steps=10)
+    within = cw2_result(lambda z: model(z.sub_(0.5).div_(0.2)), x, y, confidence=0.0, steps=10)
+    assert plain.reached.any() and within.x_adv.min() >= 0 and within.x_adv.max() <= 1
+    for expected, found in zip(plain, within, strict=True):
+        assert_close(found, expected)
+
+
 def test_cw2_leaves_what_is_wrong_already_where_it_is() -> None:
     model, x = network(), images(9)
     y = model(x).argmin(1)

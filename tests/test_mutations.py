@@ -132,7 +132,7 @@ FAULTS["images not weighted by 1 - p_y"] = (
     "attack_loss",
     lambda right: (
         lambda logits, y: (
-            mtlat.log_odds(logits.float(), y).sum() if y.ndim == 1 else right(logits, y)
+            mtlat.log_odds_against(logits.float(), y).sum() if y.ndim == 1 else right(logits, y)
         )
     ),
 )
