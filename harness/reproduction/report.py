@@ -63,11 +63,15 @@ class Trained(NamedTuple):
         checkpoint = load_checkpoint(folder / "last.pt")
         return cls(checkpoint["log"], checkpoint["settings"])
 
+    def epoch(self, images: int) -> tuple[int, int]:
+        """Return the updates in an epoch of that many images, and the images that losses see."""
+        config = TrainConfig.from_settings(self.settings)
+        steps = images // config.minibatch_size
+        return steps, steps * config.minibatch_size * METHODS[config.method].terms
+
     def minutes(self, images: int) -> float:
         """Return the time spent on the steps, for a training set of that many images."""
-        config = TrainConfig.from_settings(self.settings)
-        size = config.minibatch_size
-        seen = images // size * size * METHODS[config.method].terms
+        _, seen = self.epoch(images)
         return float(sum(seen / row["images_per_second"] for row in self.log) / 60)
 
 
@@ -326,8 +330,7 @@ def _updates_table(trained: Mapping[str, Trained], data: Dataset) -> list[list[s
     """List how often each training updated its weights, and how many images its losses saw."""
     table = [["training", "epochs", "updates", "images seen"]]
     for name, run in trained.items():
-        config = TrainConfig.from_settings(run.settings)
-        steps = len(run.log) * (len(data.train.labels) // config.minibatch_size)
-        seen = steps * config.minibatch_size * METHODS[config.method].terms
-        table.append([name, str(len(run.log)), f"{steps:,}", f"{seen:,}"])
+        epochs = len(run.log)
+        steps, seen = run.epoch(len(data.train.labels))
+        table.append([name, str(epochs), f"{epochs * steps:,}", f"{epochs * seen:,}"])
     return table
