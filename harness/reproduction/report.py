@@ -131,7 +131,7 @@ def write_report(
     """
     out, tables = Path(config.output_dir), compare_all(found)
     rows = [row for table in tables for row in table]
-    trained = {folder.name: Trained.read(folder) for folder in trainings}
+    trained = {folder: Trained.read(folder) for folder in trainings}
     updates = _updates_table(trained, data)
     for table in tables:
         print("", comparison_caption(table), *align_columns(comparison_table(table)), sep="\n")
@@ -145,7 +145,7 @@ def write_report(
     }
     outcomes = {}
     if config.data == "shapes" and len(data.classes) == len(embedded.NAMES):
-        folders = {one.models[m].name: one.models[m] for one in found for m in one.models}
+        folders = {path.name: path for one in found for path in one.models.values()}
         outcomes = follow_all(folders, config.size)
     facts = {
         "format": 2, "recipe": recipe, "images": data.fingerprint, "rows": to_plain(rows),
@@ -155,7 +155,7 @@ def write_report(
     atomic_write(out / "tables.json", json.dumps(facts, indent=1) + "\n")
     atomic_write(out / "tables.md", _markdown(config, commands, tables, updates, found))
     title = f"M-TLAT, reproduced at the scale “{config.scale}”"
-    sections = _make_sections(config, commands, tables, trained, trainings, found, data)
+    sections = _make_sections(config, commands, tables, trained, found, data)
     if outcomes:
         baselines = {
             path.name: one.models[BASELINE].name
@@ -211,8 +211,7 @@ def _markdown(
 
 def _make_sections(
     config: ReproduceConfig, commands: list[str], tables: list[list[Compared]],
-    trained: Mapping[str, Trained], trainings: list[Path], found: Sequence[Evaluated],
-    data: Dataset,
+    trained: Mapping[Path, Trained], found: Sequence[Evaluated], data: Dataset,
 ) -> list[Section]:  # fmt: skip
     """Make the parts of report.html: the answer, the tables, the details."""
     out, first = Path(config.output_dir), [one for one in found if one.seed == 0]
@@ -227,14 +226,14 @@ def _make_sections(
     for arch in config.archs:
         folders = {m: path for one in first if one.arch == arch for m, path in one.models.items()}
         path = out / f"curves-{file_name(arch)}.png"
-        plots.plot_curves({m: trained[folder.name].log for m, folder in folders.items()}, path)
+        plots.plot_curves({m: trained[folder].log for m, folder in folders.items()}, path)
         curves.append(Figure(path, f"{arch}, seed 0: losses and clean accuracy by epoch"))
     return [
         Section("What M-TLAT changes", list(_answer_figures(tables, out))),
         Section("Beside the paper", beside),
         *(Section(f"{one.arch}, seed 0", list(_measured(one, out))) for one in full),
         Section("Training curves", curves),
-        Section("One step of M-TLAT", [_step(trainings, data, out / "step.png")]),
+        Section("One step of M-TLAT", [_step(list(trained), data, out / "step.png")]),
         Section("Images", [
             Figure(one.folder / "images.png", f"{one.arch}: test images under every perturbation,"
                    " with the standard network's predictions")
@@ -304,16 +303,16 @@ def _step(trainings: Sequence[Path], data: Dataset, path: Path) -> Block:
 
 
 def _provenance(
-    commands: list[str], trained: Mapping[str, Trained], found: Sequence[Evaluated], data: Dataset
+    commands: list[str], trained: Mapping[Path, Trained], found: Sequence[Evaluated], data: Dataset
 ) -> Iterator[Block]:
     """Yield commands, versions, digests and times."""
     yield Code("\n".join(commands))
-    digests = {one.models[m].name: digest for one in found for m, digest in one.digests.items()}
+    digests = {one.models[m]: digest for one in found for m, digest in one.digests.items()}
     rows = [["training", "epochs", "clean %", "minutes", "weights", *VERSIONS]]
-    for name, run in trained.items():
+    for folder, run in trained.items():
         clean, images = 100 * run.log[-1]["clean_accuracy"], len(data.train.labels)
         numbers = [str(len(run.log)), f"{clean:.1f}", f"{run.minutes(images):.1f}"]
-        rows.append([name, *numbers, digests.get(name, "surrogate"),
+        rows.append([folder.name, *numbers, digests.get(folder, "surrogate"),
                      *(run.settings[key] for key in VERSIONS)])  # fmt: skip
     yield Table("Trainings: updates of the weights, and images that the losses saw",
                 _updates_table(trained, data))  # fmt: skip
@@ -326,11 +325,11 @@ def _provenance(
     yield Text(f"The images have the fingerprint {data.fingerprint}.")
 
 
-def _updates_table(trained: Mapping[str, Trained], data: Dataset) -> list[list[str]]:
+def _updates_table(trained: Mapping[Path, Trained], data: Dataset) -> list[list[str]]:
     """List how often each training updated its weights, and how many images its losses saw."""
     table = [["training", "epochs", "updates", "images seen"]]
-    for name, run in trained.items():
+    for folder, run in trained.items():
         epochs = len(run.log)
         steps, seen = run.epoch(len(data.train.labels))
-        table.append([name, str(epochs), f"{epochs * steps:,}", f"{epochs * seen:,}"])
+        table.append([folder.name, str(epochs), f"{epochs * steps:,}", f"{epochs * seen:,}"])
     return table
