@@ -8,9 +8,9 @@ import base64
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jinja2
 
@@ -46,7 +46,7 @@ class Figure:
 
     path: Path
     caption: str
-    kind: str = field(default="figure", init=False)
+    kind: ClassVar[str] = "figure"
 
     def __post_init__(self) -> None:
         data = self.path.read_bytes()
@@ -69,7 +69,7 @@ class Table:
     rows: list[list[str]]
     notes: Sequence[str] = ()
     fold: bool = False  # whether the page shows it only when the reader asks
-    kind: str = field(default="table", init=False)
+    kind: ClassVar[str] = "table"
 
     def __post_init__(self) -> None:
         header, *rows = self.rows
@@ -83,7 +83,7 @@ class Text:
     """Plain text; an empty line begins a new paragraph."""
 
     text: str
-    kind: str = field(default="text", init=False)
+    kind: ClassVar[str] = "text"
 
     @property
     def paragraphs(self) -> list[str]:
@@ -96,7 +96,7 @@ class Code:
     """Commands or output, shown unchanged."""
 
     text: str
-    kind: str = field(default="code", init=False)
+    kind: ClassVar[str] = "code"
 
 
 Block = Figure | Table | Text | Code
