@@ -278,9 +278,8 @@ def contact_sheets(run: Evaluation) -> list[list[plots.Tile]]:
         entry = run.config.registry[name]
         if run.config.find_corruption(name) or (entry.black_box and not run.surrogate):
             continue
-        victim = run.surrogate if entry.black_box else model if entry.white_box else None
         severity = SHEET_SEVERITY if len(entry.severities) > 1 else None
-        images, _ = perturb(run, name, severity, victim, batch)
+        images, _ = perturb(run, name, severity, model, batch)
         predictions = compute_logits(model.module, images).argmax(1)
         title = f"{COLUMNS.get(name, name)} {severity or ''}".strip()
         for sheet, image, k, y in zip(sheets, images, predictions, batch[2], strict=True):

@@ -127,7 +127,7 @@ def clean_batches(run: Evaluation, name: str, severity: int | None) -> Iterator[
 
 
 def perturb(
-    run: Evaluation, name: str, severity: int | None, victim: Subject | None, batch: Batch
+    run: Evaluation, name: str, severity: int | None, model: Subject | None, batch: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Corrupt or attack a batch.
 
@@ -137,21 +137,23 @@ def perturb(
     Args:
         run: the evaluation.
         name, severity: of the perturbation.
-        victim: the model whose gradient an attack uses; None for corruptions.
+        model: the tested one. Only a white-box attack needs it.
         batch: indices, clean images, class indices.
 
     Returns:
         The perturbed images, and what else there is to report of each image, (B,) tensors by name.
     """
     indices, x, y = batch
-    attack = run.config.registry[name].attack
+    entry = run.config.registry[name]
+    attack = entry.attack
+    victim = run.surrogate if entry.black_box else model  # whose gradient the attack uses
     if attack is None or victim is None:
         if name in ALL_CORRUPTIONS and run.config.find_corruption(name) is None:
             x = corrupt(x, name, severity, seed=run.config.seed, index=indices)
         return x, {}
-    settings, model = attack.keywords, victim.module
+    settings = attack.keywords
     if attack.function is broken_gradients:
-        return x, {"broken": broken_gradients(model, x, y)}
+        return x, {"broken": broken_gradients(victim.module, x, y)}
     if attack.function is cw2:
         return _perturb_cw2(victim, x, y, settings)
     extra: dict[str, Any] = {}
@@ -161,7 +163,7 @@ def perturb(
         extra["start"] = start.mul_(2).sub_(1).transpose(0, 1).squeeze(0)  # one run: x.shape
     if attack.function is pgd_ll and victim.digest in run.least_likely:
         extra["target"] = run.least_likely[victim.digest][indices]
-    return attack.function(model, x, y, **settings, **extra), {}
+    return attack.function(victim.module, x, y, **settings, **extra), {}
 
 
 def _perturb_cw2(
@@ -196,7 +198,6 @@ def measure(
         The records, in the order of `models`.
     """
     white_box = run.config.registry[name].white_box
-    victim = run.surrogate if run.config.registry[name].black_box else None
     found: list[list[dict[str, Tensor]]] = [[] for _ in models]  # of each batch, image by image
     seconds = [0.0] * (len(models) + 1)  # of each model, and of the perturbing
     clock = _now(run)
@@ -204,7 +205,7 @@ def measure(
         y = batch[2]
         about: dict[str, Tensor] = {}
         if not white_box:
-            images, _ = perturb(run, name, severity, victim, batch)
+            images, _ = perturb(run, name, severity, None, batch)
         seconds[-1], clock = seconds[-1] + _now(run) - clock, _now(run)
         for i, model in enumerate(models):
             if white_box:
