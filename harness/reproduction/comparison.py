@@ -184,26 +184,20 @@ def orders(rows: Sequence[Compared]) -> list[Order]:
             ours = {r.method: r.entries for r in rows if (r.table, r.arch) == (table, arch)}
             entries = {m: ours[m][name] for m in (better, worse) if name in ours.get(m, {})}
             if len(entries) == 2:
-                lists = [None if m == BASELINE else entries[m].by_seed for m in (better, worse)]
-                difference = _subtract_seeds(*lists)
+                difference = _subtract_seeds(entries, better, worse)
                 verdict = _verdict(difference, "+")
                 found.append(Order(text, arch, name, entries, difference, verdict))
     return found
 
 
-def _subtract_seeds(
-    first: list[Difference] | None, second: list[Difference] | None
-) -> Difference | None:
-    """Compare two methods by their differences to the baseline; None is the baseline itself."""
-    if second is None:
-        found = first
-    elif first is None:
-        found = [subtract(None, b) for b in second]
-    elif len(first) == len(second):
-        found = [subtract(a, b) for a, b in zip(first, second, strict=True)]
-    else:
-        found = None
-    return uncorrected(combine_seeds(found)) if found else None
+def _subtract_seeds(entries: Mapping[str, Entry], better: str, worse: str) -> Difference | None:
+    """Compare two methods by their differences to the baseline, in the paper never the worse."""
+    second = entries[worse].by_seed
+    first = [None] * len(second) if better == BASELINE else entries[better].by_seed
+    if not second or len(first) != len(second):
+        return None
+    found = [subtract(a, b) for a, b in zip(first, second, strict=True)]
+    return uncorrected(combine_seeds(found))
 
 
 # ---------------------------------------------------------------------------- text
