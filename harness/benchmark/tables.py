@@ -141,11 +141,8 @@ def answer(model: str, baseline: str, differences: Mapping[str, Difference | Non
     """
     clean = differences.get("clean")
     others = [d for name, d in differences.items() if name != "clean" and d]
-    counts = [
-        sum(1 for d in others if (d.value > 0) == higher and d.value and (d.decided or not decided))
-        for higher in (True, False)
-        for decided in (False, True)
-    ]
+    higher = [d.decided for d in others if d.value > 0]  # whether each is decided
+    lower = [d.decided for d in others if d.value < 0]
     points = "not compared"
     if clean:
         decided = "decided" if clean.decided else "not decided"
@@ -154,8 +151,8 @@ def answer(model: str, baseline: str, differences: Mapping[str, Difference | Non
     if not others:
         return said
     return (
-        f"{said} Robustness is higher under {counts[0]} of {len(others)} perturbations (decided"
-        f" under {counts[1]}), and lower under {counts[2]} (decided under {counts[3]})."
+        f"{said} Robustness is higher under {len(higher)} of {len(others)} perturbations (decided"
+        f" under {sum(higher)}), and lower under {len(lower)} (decided under {sum(lower)})."
     )
 
 
