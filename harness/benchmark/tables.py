@@ -182,6 +182,13 @@ def table_notes(results: Results, title: str) -> list[str]:
     ]
 
 
+def format_tables(results: Results) -> Iterator[tuple[str, list[list[str]], list[str]]]:
+    """Yield the caption, the cells and the notes of each of `measured_tables`, as text."""
+    for title in measured_tables(results):
+        cells, notes = table_cells(results, title), table_notes(results, title)
+        yield table_caption(results, title), cells, notes
+
+
 def align_columns(table: list[list[str]]) -> list[str]:
     """Format a table's lines for the terminal."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -204,40 +211,37 @@ def markdown_rows(table: list[list[str]]) -> list[str]:
 def to_text(results: Results) -> str:
     """Format all tables for the terminal."""
     blocks = []
-    for title in measured_tables(results):
-        rows = align_columns(table_cells(results, title))
-        notes = table_notes(results, title)
-        blocks.append("\n".join([table_caption(results, title), *rows, *notes]))
+    for caption, cells, notes in format_tables(results):
+        blocks.append("\n".join([caption, *align_columns(cells), *notes]))
     return "\n\n".join([*blocks, *answers(results), *(f"note: {n}" for n in results.notes)]) + "\n"
 
 
 def to_markdown(results: Results) -> str:
     """Format all tables in Markdown."""
     blocks = []
-    for title in measured_tables(results):
-        table = markdown_rows(table_cells(results, title))
-        notes = [f"- {line}" for line in table_notes(results, title)]
-        caption = f"**{table_caption(results, title)}**"
-        blocks.append("\n".join([caption, "", *table, "", *notes]).rstrip())
+    for caption, cells, notes in format_tables(results):
+        lines = [f"**{caption}**", "", *markdown_rows(cells), "", *(f"- {note}" for note in notes)]
+        blocks.append("\n".join(lines).rstrip())
     return "\n\n".join([*blocks, *answers(results), *(f"*{n}*" for n in results.notes)]) + "\n"
 
 
 def to_latex(results: Results) -> str:
     """Format all tables in LaTeX, for an \\input; the last one's caption has the notes."""
     blocks = []
-    titles = measured_tables(results)
-    for title in titles:
+    tables = list(format_tables(results))
+    for i, (caption, cells, notes) in enumerate(tables, 1):
         rows = [
             " & ".join(re.sub(SIGN, r"$\1$\2", _escape(cell)) for cell in row) + r" \\"
-            for row in table_cells(results, title)
+            for row in cells
         ]
         columns = "l" + "r" * (rows[0].count("&"))
-        notes = [*table_notes(results, title), *(results.notes if title == titles[-1] else [])]
-        caption = _escape(". ".join([table_caption(results, title), *notes]))
+        if i == len(tables):
+            notes = [*notes, *results.notes]
+        described = _escape(". ".join([caption, *notes]))
         blocks.append("\n".join([
             r"\begin{table}", r"\centering", r"\small", rf"\begin{{tabular}}{{{columns}}}",
             r"\hline", rows[0], r"\hline", *rows[1:], r"\hline", r"\end{tabular}",
-            rf"\caption{{{caption}.}}", r"\end{table}",
+            rf"\caption{{{described}.}}", r"\end{table}",
         ]))  # fmt: skip
     return "\n\n".join(blocks) + "\n"
 

@@ -13,12 +13,9 @@ from harness.benchmark.metrics import Results, aggregate
 from harness.benchmark.store import read_cells
 from harness.benchmark.tables import (
     align_columns,
+    format_tables,
     margin_table,
     markdown_rows,
-    measured_tables,
-    table_caption,
-    table_cells,
-    table_notes,
     to_markdown,
     to_plain,
 )
@@ -274,10 +271,8 @@ def paper_differences(rows: Mapping[str, Compared]) -> dict[str, float]:
 
 def _measured(one: Evaluated, out: Path) -> Iterator[Block]:
     """Yield the tables and the figures of an evaluation."""
-    for title in measured_tables(one.results):
-        notes = table_notes(one.results, title)
-        cells = table_cells(one.results, title)
-        yield Table(table_caption(one.results, title), cells, notes, fold=True)
+    for caption, cells, notes in format_tables(one.results):
+        yield Table(caption, cells, notes, fold=True)
     if margins := margin_table(one.results):
         yield Table(
             "Share of correctly classified images on which CW2 at confidence 50 made a wrong class"
