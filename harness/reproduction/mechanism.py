@@ -73,11 +73,12 @@ def follow_cues(model: nn.Module, images: Mapping[str, Tensor]) -> Outcomes:
     model.eval()
     labels = torch.tensor(INDICES["test"]) % len(NAMES)
     exchanged = predict("exchanged")
-    found = [
-        *(predict(name) == labels for name in ("both", "shape", "grating")),
-        exchanged == labels, exchanged == (labels + SHIFT) % len(NAMES),
-    ]  # fmt: skip
-    return {name: right.double().numpy() for name, right in zip(Cues._fields, found, strict=True)}
+    found = {
+        **{name: predict(name) == labels for name in ("both", "shape", "grating")},
+        "follows_shape": exchanged == labels,
+        "follows_grating": exchanged == (labels + SHIFT) % len(NAMES),
+    }
+    return {name: right.double().numpy() for name, right in found.items()}
 
 
 def average(outcomes: Outcomes) -> Cues:
