@@ -67,12 +67,15 @@ def load_data(
     known: list[dict[str, Any]] = [content["settings"] for content in checkpoints.values()]
     holding = [settings for settings in known if settings.get("held_out", True)]
     first, trained = [*known, {}][0], [*holding, *known, {}][0]
-    if not (config.data or first.get("data")):
+    source = config.data or first.get("data")
+    if not source:
         raise UserError("--data is missing: only a checkpoint of train.py knows its images")
-    source, sizes = config.data or first["data"], (size for size, _ in expected.values())
-    own, tree = {spec: crop for spec, (_, crop) in expected.items()}, config.imagenet_c
-    own, tree = ({}, None) if source in SIZES else (own, tree)  # whose images are squares
-    crop = choose_crop(config.preprocess, tree, own)
+    if source in SIZES:  # whose images are squares
+        crop = choose_crop(config.preprocess, None, {})
+    else:
+        own = {spec: crop for spec, (_, crop) in expected.items()}
+        crop = choose_crop(config.preprocess, config.imagenet_c, own)
+    sizes = (size for size, _ in expected.values())
     with distributed.local_rank_zero_first():
         data = load_dataset(
             source, size=config.size or next(sizes, None), crop=crop,
