@@ -248,7 +248,8 @@ def _answer_figures(tables: list[list[Compared]], out: Path) -> Iterator[Block]:
             m: {n: e.difference for n, e in row.entries.items()}
             for m, row in rows.items() if m != BASELINE
         }  # fmt: skip
-        if table[0].table < 3 and any(map(any, (d.values() for d in compared.values()))):
+        paired = any(d for differences in compared.values() for d in differences.values())
+        if table[0].table < 3 and paired:
             arch = file_name(table[0].arch)
             path = out / f"differences-{arch}-table{table[0].table}.png"
             papers = paper_differences(rows)
