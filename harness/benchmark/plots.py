@@ -201,14 +201,13 @@ def plot_step(
     x_mix2, y_mix2 = mixup(x, one_hot, x4, one_hot4, draws.lam2)
     x_mtlat = targeted_fgsm(model, x_mix2, draws.target, draws.epsilon)
     y_mtlat = target_labels(y_mix2, draws.target, draws.epsilon)
-    with frozen(model):
-        before, after = (
-            100
-            * compute_logits(model, images).softmax(1).gather(1, draws.target[:, None]).squeeze(1)
-            for images in (x_mix2, x_mtlat)
-        )
     mixes = list(zip(y.tolist(), y4.tolist(), draws.target.tolist(), strict=True))
     i = _most_visible(mixes, draws)
+    with frozen(model):
+        before, after = (
+            100 * compute_logits(model, images).softmax(1)[i, draws.target[i]]
+            for images in (x_mix2, x_mtlat)
+        )
     lam, epsilon = float(draws.lam2[i]), float(draws.epsilon[i])
     first, second, target = (_short(classes[k], 18) for k in mixes[i])
     enlarged = (x_mtlat - x_mix2)[i] / (2 * epsilon) + 0.5
@@ -218,7 +217,7 @@ def plot_step(
         (f"x_mix2\n{lam:.2f} x3 + {1 - lam:.2f} x4", x_mix2[i]),
         (f"x_mtlat - x_mix2, times {0.5 / epsilon:.0f}\n"
          f"epsilon {epsilon:.4f}, towards {target}", enlarged),
-        (f"x_mtlat\np({target}): {before[i]:.2f} % before, {after[i]:.2f} % after", x_mtlat[i]),
+        (f"x_mtlat\np({target}): {before:.2f} % before, {after:.2f} % after", x_mtlat[i]),
     ]  # fmt: skip
     label = {classes[k]: float(y_mtlat[i, k]) for k in mixes[i]}
     title = f"y_mtlat\n{1 - epsilon:.4f} y_mix2 + {epsilon:.4f} y_target"
