@@ -45,12 +45,13 @@ def _read_paper() -> list[PaperRow]:
     content = json.loads(Path(__file__).with_name("paper.json").read_text())
     rows = []
     for row in content["rows"]:
-        columns = ["clean", *content["columns"]] if "scores" in row else ["clean"]
+        full = "scores" in row  # Table 3 has clean accuracies alone, without signs
+        columns = ["clean", *content["columns"]] if full else ["clean"]
         cells = [row["clean"], *row.get("scores", "").split()]
+        signed = full and row["method"] != BASELINE
         scores = {}
         for name, cell in zip(columns, cells, strict=True):
             value, mark = re.fullmatch(r"([\d.]+)([+-]?)", cell).groups()  # type: ignore[union-attr]
-            signed = row["method"] != BASELINE and "scores" in row
             scores[name] = Printed(float(value), mark if signed else None)
         for name, names in MEANS.items():
             if scores.keys() >= set(names):
