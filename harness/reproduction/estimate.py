@@ -58,6 +58,10 @@ def time_second_call(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def _first(part: ImageSet, count: int) -> ImageSet:
+    return ImageSet(part.images[:count], part.labels[:count])
+
+
 class Meter:
     """Estimates times in seconds; what it needs it measures once.
 
@@ -117,15 +121,12 @@ class Meter:
 
     def _epoch(self, config: TrainConfig) -> float:
         size = config.minibatch_size
-        few = [
-            ImageSet(part.images[:count], part.labels[:count])
-            for part, count in (
-                (self.data.train, STEPS * size),
-                (self.data.test, config.batch_size),
-            )
-        ]
-        step, test = self.time_epoch(config, self.data._replace(train=few[0], test=few[1]))
-        return len(self.data.train.labels) // size * step + len(self.data.test.labels) * test
+        train, test = self.data.train, self.data.test
+        few = self.data._replace(
+            train=_first(train, STEPS * size), test=_first(test, config.batch_size)
+        )
+        per_step, per_image = self.time_epoch(config, few)
+        return len(train.labels) // size * per_step + len(test.labels) * per_image
 
     def _batch(self) -> Tensor:
         return self.data.test.images[:IMAGES].to(self.device).float().div_(255)
