@@ -122,6 +122,7 @@ def aggregate(
     rows = []
     for name, digest in models.items():
         own, other = measured[name], measured[baseline]
+        accuracies = _accuracies(own)
         by_name = {c["perturbation"]: c for c in by_key.values() if c["model"] == digest}
         differences: dict[str, Difference] = {}
         if name != baseline:
@@ -130,9 +131,9 @@ def aggregate(
             differences = {title: d for title, d in compared.items() if title not in own}
         rows.append(
             ModelScores(
-                name, own, _means(own, void), relative_mce(*map(_accuracies, (own, other))),
+                name, own, _means(own, void), relative_mce(accuracies, _accuracies(other)),
                 _describe_cw2(by_name), _findings(by_name), differences, void,
-                corrupted_accuracy(_accuracies(own)), mce(_accuracies(own)), extra[name],
+                corrupted_accuracy(accuracies), mce(accuracies), extra[name],
             )
         )  # fmt: skip
     total = max((cell["total"] for cell in by_key.values()), default=0)
@@ -155,6 +156,7 @@ def _scores(
     cells: Cells, digest: str, outcomes: Outcomes, severities: Severities
 ) -> dict[str, Score]:
     clean = cells[digest, "clean", None]
+    base = clean["correct"] / clean["n"]
     scores: dict[str, Score] = {}
     for name, own in severities.items():
         found = [cells[key] for s in own if (key := (digest, name, s)) in cells]
@@ -162,7 +164,6 @@ def _scores(
             shares = tuple(cell["correct"] / cell["n"] for cell in found)
             accuracy, n = math.fsum(shares) / len(shares), min(cell["n"] for cell in found)
             low, high = wilson(accuracy * n, n)
-            base = clean["correct"] / clean["n"]
             interval = robustness(low, base), robustness(high, base)
             if name in outcomes and "clean" in outcomes and 0 < accuracy:
                 interval = robustness_interval(outcomes[name], outcomes["clean"])
