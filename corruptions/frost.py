@@ -120,20 +120,24 @@ def _resize(picture: Tensor, scale: float) -> Tensor:
     Pixel centers are aligned, and there is no antialiasing. Weights have 11 bits. The vertical pass
     drops 4 bits of the horizontal sums and 16 bits of each product before it rounds.
     """
-    values = picture.long()
-    for axis in (2, 1):
-        side = picture.shape[axis]
-        length = math.ceil(side * scale) if scale > 1 else round(side * scale)
-        position = torch.arange(length, dtype=torch.float64, device=picture.device)
-        position = (position + 0.5) / scale - 0.5
-        position = position.clamp(0, side - 1).float()
-        first = position.long().clamp(max=side - 2)
-        share = position - first if axis == 2 else (position - first)[:, None]
-        values = values if axis == 2 else values >> 4
-        near = (2048 * (1 - share)).round().long() * values.index_select(axis, first)
-        far = (2048 * share).round().long() * values.index_select(axis, first + 1)
-        values = near + far if axis == 2 else ((near >> 16) + (far >> 16) + 2) >> 2
-    return values.to(torch.uint8)
+    values = torch.add(*_weigh_neighbors(picture.long(), 2, scale)) >> 4
+    above, below = _weigh_neighbors(values, 1, scale)
+    return (((above >> 16) + (below >> 16) + 2) >> 2).to(torch.uint8)
+
+
+def _weigh_neighbors(values: Tensor, axis: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the pixels before and behind each place of a resized axis, times 11-bit weights."""
+    side = values.shape[axis]
+    length = math.ceil(side * scale) if scale > 1 else round(side * scale)
+    position = torch.arange(length, dtype=torch.float64, device=values.device)
+    position = ((position + 0.5) / scale - 0.5).clamp(0, side - 1).float()
+    first = position.long().clamp(max=side - 2)
+    share = position - first
+    if axis == 1:
+        share = share[:, None]
+    near = (2048 * (1 - share)).round().long() * values.index_select(axis, first)
+    far = (2048 * share).round().long() * values.index_select(axis, first + 1)
+    return near, far
 
 
 SIDE = 512  # side of a procedural texture in px
