@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -154,17 +154,18 @@ def _sort_options(
 
     If the draw function has an argument `images`, its entry is None. `corrupt` sets it later.
     """
-    ours = {"images", "profile"}
-    drawn, applied = (
-        {
-            parameter.name
-            for parameter in (inspect.signature(half).parameters.values() if half else ())
-            if parameter.kind is parameter.KEYWORD_ONLY
-        }
-        for half in (entry.draw, entry.function)
-    )
-    known = (drawn | applied) - ours
+    drawn = _keyword_only(entry.draw) if entry.draw else set()
+    applied = _keyword_only(entry.function)
+    known = (drawn | applied) - {"images", "profile"}
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"{name} has no option {unknown[0]!r}; options: {sorted(known) or 'none'}")
-    draw_options = {key: options.get(key) for key in drawn & (options.keys() | ours)}
+    draw_options = {key: options[key] for key in drawn & options.keys()}
+    if "images" in drawn:
+        draw_options["images"] = None
     return draw_options, {key: options[key] for key in applied & options.keys()}
+
+
+def _keyword_only(function: Callable[..., Any]) -> set[str]:
+    """Return the names of a function's keyword-only arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
