@@ -81,9 +81,9 @@ def _zoom(planes: Tensor, factor: float) -> Tensor:
         share = torch.from_numpy(part).to(planes.device, planes.dtype)
         if axis == 1:
             share = share[:, None]
-        planes = planes.index_select(axis, behind) * (1 - share) + share * planes.index_select(
-            axis, behind + 1
-        )
+        near = planes.index_select(axis, behind) * (1 - share)
+        far = planes.index_select(axis, behind + 1) * share
+        planes = near + far
     return planes
 
 
