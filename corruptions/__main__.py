@@ -11,6 +11,7 @@ To resume an interrupted tree, run the same command again.
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -216,19 +217,7 @@ def draw_sheet(args: argparse.Namespace) -> None:
 
 def write_tree(args: argparse.Namespace) -> None:
     """Write out/name/severity/class/file for all images. Existing files are skipped."""
-    folders = (entry.name for entry in args.source.iterdir() if entry.is_dir())
-    names = sorted(name for name in folders if not name.startswith("."))
-    if not names:
-        raise ValueError(f"{args.source} has no class folders; the layout is DIR/class/file")
-    for name in sorted({"train", "val", "test"}.intersection(names)):
-        visible = [e for e in (args.source / name).iterdir() if not e.name.startswith(".")]
-        if visible and all(entry.is_dir() for entry in visible):
-            raise ValueError(
-                f"{args.source / name} holds folders alone, so it is no class; the layout is "
-                f"DIR/class/file: name {args.source / name} itself"
-            )
-    classes = {name: label for label, name in enumerate(names)}
-    paths = [Path(path) for path, _ in make_dataset(args.source, classes, extensions=SUFFIXES)]
+    paths = find_images(args.source)
     suffix = ".png" if args.png else ".JPEG"
     targets = [path.relative_to(args.source).with_suffix(suffix) for path in paths]
     if len(set(targets)) < len(targets):
@@ -238,18 +227,34 @@ def write_tree(args: argparse.Namespace) -> None:
         for start in range(0, len(paths), _BATCH):
             batch = range(start, min(start + _BATCH, len(paths)))
             images: Tensor | None = None
-            for name in args.only:
-                for severity in SEVERITIES:
-                    folder = args.out / name / str(severity)
-                    missing = [i for i in batch if not (folder / targets[i]).exists()]
-                    if missing:
-                        if images is None:
-                            images = torch.stack([load(paths[i], args.size) for i in batch])
-                        chosen = images[torch.tensor(missing) - start]
-                        corrupted = apply(args, chosen, name, severity, missing)
-                        for i, image in zip(missing, corrupted, strict=True):
-                            save(image, folder / targets[i], png=args.png)
-                    bar.update(len(batch))
+            for name, severity in itertools.product(args.only, SEVERITIES):
+                folder = args.out / name / str(severity)
+                missing = [i for i in batch if not (folder / targets[i]).exists()]
+                if missing:
+                    if images is None:
+                        images = torch.stack([load(paths[i], args.size) for i in batch])
+                    chosen = images[torch.tensor(missing) - start]
+                    corrupted = apply(args, chosen, name, severity, missing)
+                    for i, image in zip(missing, corrupted, strict=True):
+                        save(image, folder / targets[i], png=args.png)
+                bar.update(len(batch))
+
+
+def find_images(source: Path) -> list[Path]:
+    """List the images of all class folders. Raise ValueError if there are no such folders."""
+    folders = (entry.name for entry in source.iterdir() if entry.is_dir())
+    names = sorted(name for name in folders if not name.startswith("."))
+    if not names:
+        raise ValueError(f"{source} has no class folders; the layout is DIR/class/file")
+    for name in sorted({"train", "val", "test"}.intersection(names)):
+        visible = [e for e in (source / name).iterdir() if not e.name.startswith(".")]
+        if visible and all(entry.is_dir() for entry in visible):
+            raise ValueError(
+                f"{source / name} holds folders alone, so it is no class; the layout is "
+                f"DIR/class/file: name {source / name} itself"
+            )
+    classes = {name: label for label, name in enumerate(names)}
+    return [Path(path) for path, _ in make_dataset(source, classes, extensions=SUFFIXES)]
 
 
 def check_settings(args: argparse.Namespace, targets: list[Path]) -> None:
