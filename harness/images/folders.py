@@ -91,10 +91,8 @@ def list_folder(
     require_folder(root)
     folders = _find_parts(root, test_only)
     found = {part: list_classes(folder) for part, folder in folders.items()}
-    if not folders:
-        found = {"test": list_classes(root)}
     for part, by_class in found.items():
-        _refuse_nested(folders.get(part, root), by_class)
+        _refuse_nested(folders[part], by_class)
     if "train" in found and found["train"].keys() != found["test"].keys():
         odd = sorted(found["train"].keys() ^ found["test"].keys())
         names = " and ".join(f"{folder.name}/" for folder in folders.values())
@@ -104,7 +102,7 @@ def list_folder(
             f"{root} holds {len(found['test'])} class folders; a classifier needs at least 2"
             f" ({LAYOUT})"
         )
-    hold_out = hold_out and not folders
+    hold_out = hold_out and folders["test"] == root
     classes = choose_classes(sorted(found["test"]), num_classes, seed)
     parts: dict[str, list[File]] = {"train": [], "test": []}
     for label, name in enumerate(classes):
@@ -116,11 +114,11 @@ def list_folder(
                 rule = ": it needs 2 or more, because one is held out" if hold_out else ": add one"
                 raise UserError(f"{root}: class {name!r} has no image for the {part} part{rule}")
             parts[part] += [File(Path(file).relative_to(root).as_posix(), label) for file in files]
-    return Listing(classes, parts, folders.get("test", root), hold_out)
+    return Listing(classes, parts, folders["test"], hold_out)
 
 
 def _find_parts(root: Path, test_only: bool) -> dict[str, Path]:
-    """Find the folders of the training and the test part; none in a folder of class folders."""
+    """Find the folders of the training and the test part. All of CLASS/* alone is the test part."""
     there = {path.name.lower(): path for path in sorted(root.iterdir(), reverse=True)}
     found = {
         part: next((there[n] for n in names if n in there and any(_are_folders(there[n]))), None)
@@ -134,7 +132,7 @@ def _find_parts(root: Path, test_only: bool) -> dict[str, Path]:
             f" it, or give --data {one}, of which train.py holds out ten percent of every class as"
             " test set"
         )
-    return folders
+    return folders or {"test": root}
 
 
 def _are_folders(path: Path) -> Iterator[bool]:
