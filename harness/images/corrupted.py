@@ -78,12 +78,11 @@ def _find_files(folder: Path, data: Dataset, chosen: list[int]) -> dict[int, Fil
     holds training images gives the scores of the test images.
     """
     found = list_classes(folder) if folder.is_dir() else {}
-    there = {
-        splitext(relative)[0]: File(relative, label)
-        for label, name in enumerate(data.classes)
-        for path in found.get(name, [])
-        for relative in [Path(path).relative_to(folder).as_posix()]
-    }
+    there = {}
+    for label, name in enumerate(data.classes):
+        for path in found.get(name, []):
+            relative = Path(path).relative_to(folder).as_posix()
+            there[splitext(relative)[0]] = File(relative, label)
     names = {i: splitext(data.paths[i])[0] for i in chosen}
     if missing := [name for name in names.values() if name not in there]:
         raise UserError(
