@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from harness.errors import UserError, downloading
 from harness.images import embedded
 from harness.images.cache import Files, cached_checksum, decode_cached, default_cache_dir
-from harness.images.folders import Listing, choose_classes, list_folder
+from harness.images.folders import File, Listing, choose_classes, list_folder
 from harness.images.loader import ImageSet
 from harness.images.preprocess import Crop, resize_side
 
@@ -137,32 +137,39 @@ def _load_cifar(
 
 
 def _load_folder(listing: Listing, source: Files, test_only: bool) -> Dataset:
-    root, size = source.root, source.size
-    nothing = torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-    sets = {"train": ImageSet(*nothing)}
-    facts: dict[str, list[Any]] = {}
-    for part, files in listing.parts.items():
-        source = source._replace(files=files)
-        if part == "train" and test_only:
-            content = cached_checksum(source)
-        else:
-            sets[part], kept, content = decode_cached(source, f"decoding {part}")
-            left = {file.label for file in kept}
-            lost = [name for label, name in enumerate(listing.classes) if label not in left]
-            if lost:
-                raise UserError(
-                    f"{root}: class {lost[0]!r} has no readable image for the {part} part: repair"
-                    " its files, or remove the class"
-                )
-        facts[part] = [] if content is None else [part, [file.path for file in files], content]
-    folder = listing.test_folder
-    paths = [(root / file.path).relative_to(folder).as_posix() for file in kept]
+    classes, folder = listing.classes, listing.test_folder
+    if test_only:
+        nothing = torch.empty(0, 3, source.size, source.size, dtype=torch.uint8)
+        train = ImageSet(nothing, torch.empty(0, dtype=torch.int64))
+        train_crc = cached_checksum(source._replace(files=listing.parts["train"]))
+    else:
+        train, _, train_crc = _decode_part("train", listing, source)
+    test, kept, test_crc = _decode_part("test", listing, source)
+    fingerprint = ""
+    if train_crc is not None:
+        names = {part: [file.path for file in files] for part, files in listing.parts.items()}
+        facts = ["train", names["train"], train_crc, "test", names["test"], test_crc]
+        fingerprint = _hash([classes, *facts])
+    paths = [(source.root / file.path).relative_to(folder).as_posix() for file in kept]
+    test_fingerprint = _hash([classes, paths, test_crc])
     origin = f"{'a tenth, held out,' if listing.held_out else 'all'} of {folder}"
     return Dataset(
-        sets["train"], sets["test"], listing.classes, paths,
-        _hash([listing.classes, *facts["train"], *facts["test"]]) if facts["train"] else "",
-        _hash([listing.classes, paths, facts["test"][-1]]), origin, listing.held_out,
-    )  # fmt: skip
+        train, test, classes, paths, fingerprint, test_fingerprint, origin, listing.held_out
+    )
+
+
+def _decode_part(part: str, listing: Listing, source: Files) -> tuple[ImageSet, list[File], int]:
+    """Decode a part as `decode_cached` does. Raise `UserError` if a class has no image left."""
+    source = source._replace(files=listing.parts[part])
+    images, kept, crc = decode_cached(source, f"decoding {part}")
+    left = {file.label for file in kept}
+    for label, name in enumerate(listing.classes):
+        if label not in left:
+            raise UserError(
+                f"{source.root}: class {name!r} has no readable image for the {part} part: repair"
+                " its files, or remove the class"
+            )
+    return images, kept, crc
 
 
 def _hash(facts: list[Any]) -> str:
