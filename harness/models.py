@@ -80,20 +80,20 @@ def check_name(arch: str) -> None:
     if library == "torchvision":
         known = torchvision.models.list_models(module=torchvision.models)
         known += [] if ":" in arch else CONVOLUTIONS
-        _require_known(arch, name, known, "; for your own use --arch module:callable")
+        _require_known(arch, known, "; for your own use --arch module:callable")
     elif library == "timm":
         try:
             timm = importlib.import_module("timm")
         except ModuleNotFoundError:
             raise UserError(f"--arch {arch}: run pip install timm to use its models") from None
         if ":" not in name:
-            _require_known(arch, name, [*timm.list_models(), *timm.list_pretrained()])
+            _require_known(arch, [*timm.list_models(), *timm.list_pretrained()])
 
 
-def _require_known(arch: str, name: str, known: list[str], advice: str = "") -> None:
-    """Raise `UserError` with close names unless a library's classifiers include `name`."""
+def _require_known(arch: str, known: list[str], advice: str = "") -> None:
+    """Raise `UserError` with close names unless `known`, a library's classifiers, has this one."""
+    library, name = _split(arch)
     if name not in known:
-        library = "timm" if arch.startswith("timm:") else "torchvision"
         close = ", ".join(difflib.get_close_matches(name, known, 3) or known[:3])
         raise UserError(
             f"--arch {arch}: {library} has no such classifier; close names: {close}{advice}"
