@@ -41,14 +41,13 @@ def environment_info(device: str) -> dict[str, str]:
     except OSError:
         revision = ""
     cuda = device.startswith("cuda")
+    hardware = torch.cuda.get_device_name(device) if cuda else f"{device} {platform.machine()}"
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # torch's own string class is refused by weights_only
         "torchvision": torchvision.__version__,
         "revision": revision or "unknown",
-        "hardware": torch.cuda.get_device_name(device)
-        if cuda
-        else f"{device} {platform.machine()}",
+        "hardware": hardware,
     }
 
 
