@@ -73,14 +73,14 @@ def decode_cached(source: Files, title: str) -> tuple[ImageSet, list[File], int]
     manifest = pixels.with_suffix(".json")
     if (found := _read_cache(pixels, manifest)) is None:
         with lock_folder(source.cache_dir, wait=True):
-            if _read_cache(pixels, manifest) is None:  # no other run made it meanwhile
+            if (found := _read_cache(pixels, manifest)) is None:  # no other run made it meanwhile
                 record = _write_pixels(pixels, source, title)
                 if pixels != source.pixels_path():
                     raise UserError(f"{source.root} changed while it was read; start again")
                 atomic_write(manifest, json.dumps(record))
-            found = _read_cache(pixels, manifest)
-        if found is None:
-            raise UserError(f"{pixels} differs from what was written: is the disk full or faulty?")
+                found = _read_cache(pixels, manifest)
+    if found is None:
+        raise UserError(f"{pixels} differs from what was written: is the disk full or faulty?")
     images, record = found
     skipped = set(record["skipped"])
     if skipped:
