@@ -54,13 +54,13 @@ def list_classes(root: Path) -> dict[str, list[str]]:
     """List the image files below each class folder, both sorted."""
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir())
-    return {name: sorted(_walk(root / name)) for name in names if not name.startswith(".")}
+    return {name: sorted(walk_images(root / name)) for name in names if not name.startswith(".")}
 
 
-def _walk(class_folder: Path) -> Iterator[str]:
-    """Yield the image files below a class folder, and read no folder twice that links lead to."""
+def walk_images(root: Path) -> Iterator[str]:
+    """Yield the image files below a folder, and read no folder twice that links lead to."""
     seen = set()
-    for folder, inside, files in os.walk(class_folder, followlinks=True):
+    for folder, inside, files in os.walk(root, followlinks=True):
         inside.sort()  # so that it is read under the same name everywhere
         if (real := os.path.realpath(folder)) in seen:
             inside.clear()

@@ -5,15 +5,15 @@ side, and cuts out the center, as ImageNet-C was made.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
 
-from corruptions.transform import SUFFIXES, center_crop
+from corruptions.transform import center_crop
 from harness.errors import UserError
+from harness.images.folders import walk_images
 
 # (256, 224): the shorter side is resized to 256/224 of the square's side. None: squash.
 Crop = tuple[int, int] | None
@@ -66,11 +66,9 @@ def tree_crop(tree: Path) -> Crop:
 
 def _first_side(tree: Path) -> int:
     """Return the width of the first image that is found in a folder; 224 if there is none."""
-    for folder, _, names in os.walk(tree, followlinks=True):
-        for name in names:
-            if os.path.splitext(name)[1].lower() in SUFFIXES:
-                with suppress(OSError), Image.open(Path(folder, name)) as image:
-                    return image.width
+    for path in walk_images(tree):
+        with suppress(OSError), Image.open(path) as image:
+            return image.width
     return 224
 
 
