@@ -179,15 +179,8 @@ def parse_train_config(
             that holds another run.
     """
     values, given = parse_options(TrainConfig, argv, description)
-    if "arch" not in given and values["weights"] and os.path.exists(values["weights"]):
-        values["arch"] = load_weights(values["weights"]).get("arch")
-        if values["arch"] is None:
-            raise UserError(
-                f"--weights {values['weights']} is a plain state dict: name its architecture with"
-                " --arch"
-            )
-    if values["arch"] is None:
-        values["arch"] = _recipe_of(values["data"])["arch"]
+    if "arch" not in given:
+        values["arch"] = _default_arch(values["weights"], values["data"])
     folder = values["output_dir"] or f"runs/{file_name(values['arch'])}-{values['method']}"
     path = _latest(folder) if values["resume"] == "auto" else Path(values["resume"] or "")
     begun, checkpoint = Path(folder, "args.json"), None
@@ -208,6 +201,18 @@ def parse_train_config(
     check_name(values["arch"])
     _check_combinations(values, given)
     return TrainConfig(**values), checkpoint
+
+
+def _default_arch(weights: str | None, data: str) -> Any:
+    """Return the architecture of the checkpoint --weights, or that of the dataset's recipe."""
+    if not (weights and os.path.exists(weights)):
+        return _recipe_of(data)["arch"]
+    arch = load_weights(weights).get("arch")
+    if arch is None:
+        raise UserError(
+            f"--weights {weights} is a plain state dict: name its architecture with --arch"
+        )
+    return arch
 
 
 def _check_combinations(values: dict[str, Any], given: set[str]) -> None:
