@@ -120,8 +120,8 @@ def _resize(picture: Tensor, scale: float) -> Tensor:
     Pixel centers are aligned, and there is no antialiasing. Weights have 11 bits. The vertical pass
     drops 4 bits of the horizontal sums and 16 bits of each product before it rounds.
     """
-    values = torch.add(*_weigh_neighbors(picture.long(), 2, scale)) >> 4
-    above, below = _weigh_neighbors(values, 1, scale)
+    left, right = _weigh_neighbors(picture.long(), 2, scale)
+    above, below = _weigh_neighbors((left + right) >> 4, 1, scale)
     return (((above >> 16) + (below >> 16) + 2) >> 2).to(torch.uint8)
 
 
