@@ -254,10 +254,10 @@ def _findings(cells: Mapping[str, Cell]) -> dict[str, list[str]]:
     shares = {name: cell["correct"] / cell["n"] for name, cell in cells.items()}
     checks = {key.removeprefix(CHECK): v for key, v in shares.items() if key.startswith(CHECK)}
     whole = {key: v for key, v in shares.items() if key == "clean" or key in ATTACKS}
-    few = cells.get(f"{CHECK}clean", {"n": 0, "broken": 0})
-    said = failed_checks(whole) + [f"{c} (on {few['n']} images)" for c in failed_checks(checks)]
-    if few["broken"]:
-        said.append(f"the gradient is zero or NaN for {few['broken']} of {few['n']} images")
+    few = max((cell["n"] for key, cell in cells.items() if key.startswith(CHECK)), default=0)
+    said = failed_checks(whole) + [f"{c} (on {few} images)" for c in failed_checks(checks)]
+    if broken := cells.get(f"{CHECK}clean", {}).get("broken"):
+        said.append(f"the gradient is zero or NaN for {broken} of {few} images")
     if said:
         found["pgd_0.04"] = said
     if (cell := cells.get("cw2")) and (right := cell["right"]) and cell["reached"] < right:

@@ -222,6 +222,8 @@ def _make_sections(
     curves: list[Block] = []
     for arch in config.archs:
         folders = {m: path for one in first if one.arch == arch for m, path in one.models.items()}
+        if not folders:  # Tables 2 and 3 have one architecture
+            continue
         path = out / f"curves-{file_name(arch)}.png"
         plots.plot_curves({m: trained[folder].log for m, folder in folders.items()}, path)
         curves.append(Figure(path, f"{arch}, seed 0: losses and clean accuracy by epoch"))

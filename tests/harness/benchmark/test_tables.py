@@ -315,6 +315,9 @@ def test_findings_stand_beside_the_score() -> None:
         assert words in found
     assert "another model" not in found and found.count("(on 100 images)") == 3
     assert ["another model" in said for said in beta.findings["pgd_0.04"]] == [True]
+    few = [line(A, "clean", 80), line(A, "pgd_0.04", 0), line(A, "check_pgd_0.5", 30)]
+    alone = metrics.aggregate(few, {"alpha": A}, "alpha")
+    assert "(on 100 images)" in alone.rows[0].findings["pgd_0.04"][0]  # without the clean check
     marked = tables.table_cells(made, "Adversarial attacks")[1:]
     assert [row[3] for row in marked] == ["0.00!", "0.10(+)!"]
     assert marked[0][-3:] == ["80 %", "0.25", "0.12"] and marked[1][-3:] == ["-"] * 3
