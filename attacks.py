@@ -265,7 +265,7 @@ def _cw2_round(
         adam.step()
         x_adv = (torch.tanh(w) + 1) / 2
         moved = (x_adv - origin).square().flatten(1).sum(1)
-        output = model(x_adv.clone())  # a model may change its input in place
+        output = model(x_adv.clone())  # the model may change its input in place
         wrong_by = _margin(logits_of(output, y), y).to(w.dtype)
         if step < steps - 1:  # the result of another update would not be judged
             loss = (moved + const * (confidence - wrong_by).clamp_min(0)).sum()
@@ -322,8 +322,9 @@ def _spread(values: Tensor, x: Tensor) -> Tensor:
 
 def _check_labels(name: str, y: Tensor, x: Tensor) -> Tensor:
     """Return a copy of the class indices, which autograd accepts even from inference mode."""
-    if y.dtype != torch.int64:
-        raise TypeError(f"{name} are {y.dtype}; give int64 class indices: y.long()")
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"{name} are {kind}; give int64 class indices: torch.as_tensor(y).long()")
     if y.shape != (len(x),):
         raise ValueError(f"{name} have shape {tuple(y.shape)}; these images need ({len(x)},)")
     return y.clone()

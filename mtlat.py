@@ -10,12 +10,11 @@ Paper          Code                Paper      Code             Paper      Code
 Algorithm 1    algorithm1          Eq. 1      mixup            Eq. 5      targeted_fgsm
 "Require"      Draws, draw         Eq. 4, 6   target_labels    L          cross_entropy
 
-Shapes: images x are (B, ...), floating point, with pixels in [0, 1]; labels y are distributions
-over the N classes, (B, N); a target is class indices (B,) or distributions (B, N); lam and epsilon
-are a float or (B,), in [0, 1]. A model is an nn.Module, or a function without state, that maps x to
-logits (B, N), to an object with `.logits`, or to a tuple or list that begins with them. Bad input
-raises ValueError or TypeError with the value, the rule and the fix. On a GPU, values are checked in
-the first call only, because reading them stalls it.
+Shapes: images x are (B, ...), floating point, in [0, 1]; labels y are distributions over N classes,
+(B, N); a target is class indices (B,) or distributions (B, N); lam and epsilon are a float or (B,),
+in [0, 1]. A model is an nn.Module, or a function without state, that maps x to logits (B, N), to an
+object with `.logits`, or to a tuple or list that begins with them. Bad input raises ValueError or
+TypeError with value, rule and fix; on a GPU, values are checked in the first call only.
 
 Comments that begin with "Reading" mark what the paper leaves open, and how to do otherwise.
 """
@@ -158,6 +157,7 @@ def targeted_fgsm(
 
 def target_labels(y: Tensor, target: Tensor, epsilon: Numbers) -> Tensor:
     """Label attacked images partly as their target, Eq. 4 and 6: (1-epsilon) y + epsilon target."""
+    check_labels(y, y)
     check_labels(y, target, num_classes=y.shape[1])
     if target.ndim == 1:
         target = F.one_hot(target, y.shape[1]).to(y.dtype)
@@ -326,7 +326,7 @@ def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0, sums: bool = 
         n = num_classes or labels[0].shape[-1]
         if y.shape != (len(x), n) and not (num_classes and y.shape == (len(x),)):
             rule = f"({len(x)},) or ({len(x)}, {n})" if num_classes else f"({len(x)}, N)"
-            rule = f"images or logits {tuple(x.shape)} need {rule}; indices become distributions by"
+            rule = f"images or logits {tuple(x.shape)} need {rule}; is N right? Indices become"
             raise ValueError(f"labels have shape {tuple(y.shape)}; {rule} F.one_hot(y, N).float()")
         if y.dtype != torch.int64 if y.ndim == 1 else not y.is_floating_point():
             raise TypeError(f"labels are {y.dtype}; give int64 indices (B,), or float (B, N)")
@@ -339,7 +339,7 @@ def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0, sums: bool = 
 
 
 def check_values(name: str, values: Tensor, low: int, high: int, fix: str) -> None:
-    """Raise unless all values are in [low, high]; off the CPU in the first call only."""
+    """Raise unless all values are in [low, high]; on a GPU once, as reading stalls it."""
     if not values.numel():
         raise ValueError(f"{name}: none; rule: at least one image; fix: leave out empty batches")
     place = f"{name} {values.device.type}"

@@ -11,6 +11,7 @@ has their initial weights.
 """
 
 import argparse
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,7 +146,8 @@ def _seeds_together(measured: Measured, seeds: list[int], figure: Path) -> Itera
         each = [found for column in columns.values() if (found := column[title])]
         mean[title] = paired.uncorrected(paired.combine_seeds(each))
     yield from _beside_the_paper(table)
-    yield _by_seeds_alone(mean, columns)
+    if len(seeds) > 1:
+        yield _by_seeds_alone(mean, columns)
     columns["mean over the seeds"] = mean
     yield f"**Clean accuracy and R, means over the seeds; M-TLAT minus `standard`; {NOTE}**"
     yield measured.table(levels, columns)
@@ -163,7 +165,8 @@ def _by_seeds_alone(mean: Differences, columns: Mapping[str, Differences]) -> st
     names, known = zip(*[(n, d) for n, d in mean.items() if d and n not in MEANS], strict=True)
     values = [[found.value for c in columns.values() if (found := c[n])] for n in names]
     p = stats.ttest_1samp(values, 0.0, axis=1).pvalue
-    tested = paired.holm([d._replace(p=float(x)) for d, x in zip(known, p, strict=True)])
+    replaced = [d._replace(p=float(x), adjusted=math.nan) for d, x in zip(known, p, strict=True)]
+    tested = paired.holm(replaced)
     found = [ROWS[name] for name, d in zip(names, tested, strict=True) if d and d.decided]
     return (
         "The intervals add the variance between the seeds to that of the test images. A t test of"

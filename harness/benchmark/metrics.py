@@ -256,8 +256,8 @@ def _findings(cells: Mapping[str, Cell]) -> dict[str, list[str]]:
     whole = {key: v for key, v in shares.items() if key == "clean" or key in ATTACKS}
     few = max((cell["n"] for key, cell in cells.items() if key.startswith(CHECK)), default=0)
     said = failed_checks(whole) + [f"{c} (on {few} images)" for c in failed_checks(checks)]
-    if broken := cells.get(f"{CHECK}clean", {}).get("broken"):
-        said.append(f"the gradient is zero or NaN for {broken} of {few} images")
+    if (clean := cells.get(f"{CHECK}clean")) and clean["broken"]:
+        said.append(f"the gradient is zero or NaN for {clean['broken']} of {clean['n']} images")
     if said:
         found["pgd_0.04"] = said
     if (cell := cells.get("cw2")) and (right := cell["right"]) and cell["reached"] < right:
