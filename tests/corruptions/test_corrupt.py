@@ -249,6 +249,7 @@ UNIT = GOOD.float() / 255
         ((UNIT.masked_fill(UNIT > 0.9, torch.inf), "fog", 1), {}, ValueError, "inf"),
         ((GOOD, "fog", 1), {"index": [1]}, ValueError, r"\(2,\), one per image.*\(1,\)"),
         ((GOOD, "fog", 1), {"index": [0.0, 1.0]}, TypeError, "integers.*float32"),
+        ((GOOD, "fog", 1), {"index": [True, False]}, TypeError, "integers.*bool"),
         ((GOOD, "fog", 1), {"profile": 100}, ValueError, "profile.*224, 64, 32.*100"),
         ((GOOD, "fog", 1), {"grey": 0.5}, TypeError, "fog has no option 'grey'.*none"),
         ((GOOD, "occlusion", 1), {"gray": 0.5}, TypeError, "'gray'.*bounds.*grey"),

@@ -88,6 +88,18 @@ def test_every_bit_of_a_checkpoint(tmp_path: Path) -> None:
     assert wrong == 0 and refused > 100
 
 
+@pytest.mark.parametrize("name", CONTENT)
+def test_a_checkpoint_needs_every_field(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "last.pt"
+    for found, content in (
+        ("missing", {k: v for k, v in CONTENT.items() if k != name}),
+        ("float", CONTENT | {name: 0.5}),
+    ):
+        checkpoints.save_checkpoint([path], **content)
+        with pytest.raises(UserError, match=rf"last\.pt is not .*: its {name} is {found}$"):
+            checkpoints.load_checkpoint(path)
+
+
 LINES = [
     {"model": "ab", "label": "net", "perturbation": name, "severity": 1, "n": 100, "correct": n,
      "total": 100, "margin": 0.1 * n, "seconds": 0.123}
