@@ -293,6 +293,25 @@ def test_a_file_of_another_size_is_decoded_again_even_if_its_time_is_the_same(fo
     assert not load(folder, tmp_path).test.images[0].any()
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_other_pixels_are_another_dataset(folder, tmp_path, part):
+    before = load(folder, tmp_path)
+    tested = {folder / path for path in before.paths}
+    path = next(p for p in folder.rglob("*.png") if (p in tested) == (part == "test"))
+    os.utime(path, (1, 1))
+    touched = load(folder, tmp_path)
+    assert (touched.fingerprint, touched.test_fingerprint) == (
+        before.fingerprint,
+        before.test_fingerprint,
+    )
+    pixels = np.array(Image.open(path))
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(path)
+    after = load(folder, tmp_path)
+    assert after.fingerprint != before.fingerprint
+    assert (after.test_fingerprint != before.test_fingerprint) == (part == "test")
+
+
 def test_the_training_part_is_not_decoded_for_a_test(folder, tmp_path, monkeypatch):
     calls = []
     decode = cache.decode
