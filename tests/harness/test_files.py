@@ -1,13 +1,16 @@
 """Test file locking and error messages that the tests of the scripts do not cover."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from harness.benchmark.store import append_cells
 from harness.errors import UserError, run_script
-from harness.files import atomic_path, lock_folder
+from harness.files import atomic_path, atomic_write, lock_folder
 
 
 def test_a_lock_keeps_others_out_and_clears_up(tmp_path: Path) -> None:
@@ -23,6 +26,18 @@ def test_a_lock_keeps_others_out_and_clears_up(tmp_path: Path) -> None:
             unfinished.touch()
     with lock_folder(out):
         assert sorted(path.name for path in out.iterdir()) == [".lock", "last.pt", "mine.tmp"]
+
+
+def test_the_whole_content_is_on_disk_before_a_file_is_replaced_or_a_cell_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check the order of the calls, because a test cannot cut the power."""
+    done: list[Any] = []
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_size))
+    monkeypatch.setattr(os, "replace", lambda *_: done.append("replaced"))
+    atomic_write(tmp_path / "last.pt", b"12345")
+    append_cells(tmp_path / "cells.jsonl", [{"correct": 1}])
+    assert done == [5, "replaced", (tmp_path / "cells.jsonl").stat().st_size]
 
 
 @pytest.mark.parametrize("cause", [lambda: torch.empty(10**15), lambda: bytearray(2**62)])
