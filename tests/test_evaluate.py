@@ -24,6 +24,7 @@ from harness.benchmark import measure, paired, registry, store, subjects
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import CHECKS
 from harness.errors import UserError
+from harness.files import lock_folder
 from harness.images import embedded
 from tests.support.bench import CLASSES, SIDE, Bench
 
@@ -341,6 +342,12 @@ def test_killed_and_started_again(bench: Bench) -> None:
     assert path.read_bytes() == before
     ours, theirs = (bench.results(out) for out in ("killed", "whole"))
     assert ours["rows"] == theirs["rows"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(bench: Bench) -> None:
+    with lock_folder(bench.root / "out"), pytest.raises(UserError, match="another run is writing"):
+        bench.run("--only", "clean", models="standard")
+    assert [path.name for path in (bench.root / "out").iterdir()] == [".lock"]
 
 
 def test_a_model_can_be_added_to_finished_results(bench: Bench) -> None:
