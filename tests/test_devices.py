@@ -61,6 +61,28 @@ def test_the_stand_in_refuses_what_it_must():
         x.double()
 
 
+def test_values_off_the_cpu_are_read_in_the_first_call_only(monkeypatch):
+    monkeypatch.setattr(mtlat, "_checked", set())
+    x = torch.rand(2, 3, device=META)
+    for check in (mtlat.check_images, lambda x: mtlat.check_values("shares", x, 0, 1, "")):
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            check(x)
+        check(x)
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator()])
+def test_the_loss_is_on_the_device_of_the_images_wherever_numbers_are_drawn(generator):
+    model, x, y = convnet(3).to(META), torch.rand(8, 3, 8, 8, device=META), torch.zeros(8).long()
+    draws = mtlat.draw(8, 3, alpha=0.4, epsilon_max=0.1, generator=generator, device=META)
+    assert {drawn.device for drawn in draws} == {META}
+    state = generator and generator.get_state()
+    with NoFloat64():
+        loss = mtlat.mtlat_loss(model, x, y.to(META), num_classes=3, generator=generator)
+        loss.backward()
+    assert loss.device == META
+    assert generator is None or not torch.equal(generator.get_state(), state)
+
+
 @pytest.mark.parametrize("flags", ["", "--channels-last --opt sgd --attack-steps 2"])
 @pytest.mark.parametrize("method", [*METHODS, "mtlat --mix-at 2 --augment flip-crop --clip-grad 1"])
 def test_an_epoch_asks_for_no_value_but_the_losses_that_are_printed(monkeypatch, method, flags):
