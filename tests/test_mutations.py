@@ -103,10 +103,10 @@ FAULTS["weights not frozen"] = "frozen", lambda right: contextlib.nullcontext
 def _(right: Callable[..., Any]) -> Callable[..., Any]:
     @contextlib.contextmanager
     def frozen(model: Any) -> Any:
-        with contextlib.ExitStack() as kept:
-            bare = kept.enter_context(right(model))
-            kept.pop_all()
+        with right(model) as bare:
             yield bare
+        if isinstance(model, torch.nn.Module):
+            model.requires_grad_(False)
 
     return frozen
 
