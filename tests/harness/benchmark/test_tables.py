@@ -4,13 +4,13 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from PIL import Image
 from scipy.stats import binomtest
 
@@ -388,14 +388,24 @@ def test_severities_have_a_panel_for_each_measured_corruption(
 ) -> None:
     drawn = collect_figures(monkeypatch)
     cells = [x for name in names for x in corruption(A, name, 70, 60, 50, 40, 20)]
+    cells += [x for name in names for x in corruption(B, name, 45, 40, 35, 30, 25)]
     plots.plot_severities(
-        make([line(A, "clean", 80), line(B, "clean", 80), *cells]), tmp_path / "f"
+        make([line(A, "clean", 80), line(B, "clean", 50), *cells]), tmp_path / "f"
     )
     with Image.open(tmp_path / "f") as image:
         assert image.height == pytest.approx(plots.DPI * (1 + 1.9 * lines), abs=0.6 * plots.DPI)
     (figure,) = drawn
-    titles = [axes.get_title() for axes in figure.axes if axes.get_visible()]
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    titles = [axes.get_title() for axes in panels]
     assert titles == [registry.COLUMNS[name] for name in FIFTEEN if name in names]
+    for axes in panels:
+        assert {curve.get_color(): [round(100 * y) for y in curve.get_ydata()]
+                for curve in axes.lines} == {
+            plots.GRAY: [80, 70, 60, 50, 40, 20], plots.PALETTE[0]: [50, 45, 40, 35, 30, 25],
+        }  # fmt: skip
+        corners = axes.collections[0].get_paths()[0].vertices
+        last = corners[corners[:, 0] == 5, 1]
+        assert (last.min(), last.max()) == pytest.approx(metrics.wilson(20, 100))
 
 
 def test_no_caveat_where_the_intervals_overlap() -> None:
@@ -511,17 +521,49 @@ def draw_differences(results: metrics.Results, path: Path) -> None:
     plots.plot_differences({"other": {}, **compared}, "alpha", path, {"fog": 0.2})
 
 
-@pytest.mark.parametrize("draw", [plots.plot_robustness, plots.plot_severities])
-def test_the_figures_show_every_model(
-    draw: Callable[[metrics.Results, Path], None], tmp_path: Path
+def test_the_bars_are_robustness_with_its_intervals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw(make(), tmp_path / "figure.png")
-    assert {rgb(plots.GRAY), rgb(plots.PALETTE[0])} <= colours(tmp_path / "figure.png")
+    drawn, made = collect_figures(monkeypatch), make()
+    plots.plot_robustness(made, tmp_path / "figure.png")
+    (axes,) = drawn[0].axes
+    ticks = [label.get_text() for label in axes.get_xticklabels()]
+    bars = [container for container in axes.containers if hasattr(container, "errorbar")]
+    assert [to_hex(bar[0].get_facecolor()) for bar in bars] == [plots.GRAY, plots.PALETTE[0]]
+    for row, container in zip(made.rows, bars, strict=True):
+        scores = {registry.COLUMNS[name]: s for name, s in row.scores.items() if name != "clean"}
+        intervals = container.errorbar.lines[2][0].get_segments()
+        assert len(container) == len(scores) >= 20
+        for bar, interval in zip(container, intervals, strict=True):
+            middle = bar.get_x() + bar.get_width() / 2
+            nearest = int(np.argmin([abs(place - middle) for place in axes.get_xticks()]))
+            score = scores.pop(ticks[nearest])
+            assert bar.get_height() == pytest.approx(score.robustness)
+            assert interval[:, 1] == pytest.approx([score.r_low, score.r_high], abs=1e-9)
 
 
-def test_differences_are_drawn_with_the_papers_beside_them(tmp_path: Path) -> None:
-    draw_differences(make(paired(CELLS)), tmp_path / "figure.png")
-    assert {rgb("#222222"), rgb(plots.PALETTE[1])} <= colours(tmp_path / "figure.png")
+def test_differences_are_drawn_with_the_papers_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, made = collect_figures(monkeypatch), make(paired(CELLS))
+    draw_differences(made, tmp_path / "figure.png")
+    (axes,) = drawn[0].axes
+    found = metrics.score_differences(made.rows[1])
+    names = [name for name in registry.COLUMNS if found.get(name)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        registry.COLUMNS[name] for name in names
+    ]
+    # Without those of the legend alone; the last one marks 0.
+    *of_beta, paper, _ = [line for line in axes.lines if len(line.get_xdata())]
+    for i, name in enumerate(names):
+        interval, point = of_beta[2 * i : 2 * i + 2]
+        assert interval.get_xdata().tolist() == [found[name].low, found[name].high]
+        assert point.get_xdata().tolist() == [found[name].value]
+        assert [round(y) for y in (*interval.get_ydata(), *point.get_ydata())] == [i, i, i]
+        assert (point.get_markerfacecolor() != "white") == found[name].decided
+    assert len(of_beta) == 2 * len(names)
+    assert {interval.get_color() for interval in of_beta[::2]} == {plots.PALETTE[1]}
+    assert paper.get_xydata().tolist() == [[0.2, names.index("fog")]]
 
 
 def test_no_two_of_many_models_have_one_color() -> None:
