@@ -571,45 +571,13 @@ def test_other_classes_are_refused(bench: Bench) -> None:
             bench.run("--surrogate", other)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--only", "fogg"], "'fogg' is not a perturbation or a group; close names: fog"),
-        (["--skip", "wether"], "close names: weather"),
-        (["--only", "zz"], "close names: noise, blur, weather"),
-        (["--only", "fog", "--skip", "weather"], "leave nothing to measure"),
-        (["--baseline", "best"], "--baseline best is not one of the models: standard, mtlat"),
-        (["--weights", "DEFAULT"], "timm:NAME, and --weights NAME need each other"),
-        (["--mean", "0", "0", "0"], "--mean and --std need each other"),
-        (["--mean", "0", "0", "0", "--std", "1", "1", "1"], "are for module:callable"),
-        (["--imagenet-c", "nowhere"], "--imagenet-c nowhere: no such folder"),
-        (["--data", "nowhere"], "--data nowhere: no such folder"),
-        (["--surrogate", "nowhere/last.pt"], "nowhere/last.pt: No such file"),
-        (["--surrogate", __file__], "is not a checkpoint of train.py"),
-        (["--device", "abacus"], "--device abacus: "), (["--limit", "0"], "out of range: from 1"),
-        (["--size", "15"], "out of range: from 16"),
-        (["--batch-size", "x"], "'x' is not of type int"),
-        (["--std", "0", "1", "1"], "out of range: above 0"), (["--dump-images", "-1"], "from 0"),
-    ],
-)  # fmt: skip
-def test_wrong_usage_ends_in_one_line(bench: Bench, options: list[str], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        bench.run(*options)
-    assert message in str(error.value) and "\n" not in str(error.value)
-    assert not (bench.root / "out").exists()
-
-
-def test_more_wrong_usage(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="is named twice: name each model once"):
-        bench.run(models="standard standard")
+def test_wrong_usage_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--data is missing"):
         bench.run(models="tinynets:net")
     with pytest.raises(
         UserError, match=r"--weights .* name the file itself as a model, with --arch"
     ):
         bench.run("--weights", __file__, models="torchvision:resnet18")
-    with pytest.raises(UserError, match="need each other"):
-        bench.run(models="torchvision:resnet18")
     small = bench.checkpoint("small", "0", 0, 20.0, size=12)
     with pytest.raises(UserError, match="--size 12: the corruptions need images of 16 px or more"):
         evaluate.main([small, *bench.argv(models="")])

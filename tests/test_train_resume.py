@@ -20,7 +20,7 @@ from harness.errors import UserError
 from harness.files import lock_folder
 from harness.images import datasets
 from harness.training.config import EARLIER, TrainConfig, parse_train_config
-from tests.support.tiny import image_folder, read_log, states_equal
+from tests.support.tiny import read_log, states_equal
 
 ROOT = Path(train.__file__).parent
 
@@ -268,55 +268,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(go, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- wrong usage
-
-
-def test_mistakes_end_in_one_line(go, folder, tmp_path, capfd):
-    go()
-    last = str(tmp_path / "out" / "last.pt")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    (tmp_path / "junk.pt").write_bytes(b"junk")
-    torch.save({"model": {}}, tmp_path / "foreign.pt")
-    torch.save({"format": checkpoints.FORMAT, "x": Path("x")}, tmp_path / "pickle.pt")
-    cases = {
-        "holds an earlier run: add --resume auto": [],
-        "close names: resnet50": ["--arch", "resnet5O", "--output-dir", str(tmp_path / "new")],
-        "no such classifier": ["--arch", "", "--output-dir", str(tmp_path / "new")],
-        "tiny:nothing": ["--arch", "tiny:nothing", "--output-dir", str(tmp_path / "new")],
-        "No module named": ["--arch", "nowhere:net", "--output-dir", str(tmp_path / "new")],
-        "--batch-size 200 makes minibatches of 100, and there are 27": [
-            "-b", "200", "--output-dir", str(tmp_path / "new")],
-        "--batch-size 1 makes minibatches of 0": ["-b", "1", "--output-dir", str(tmp_path / "new")],
-        "--data nowhere: no such folder": [
-            "--data", "nowhere", "--output-dir", str(tmp_path / "new")],
-        "--classes 4: the dataset has 3": ["--classes", "4", "--output-dir", str(tmp_path / "new")],
-        "--lr is 3.0, but": ["--resume", last, "--lr", "3"],
-        "--arch is tiny:linear, but": ["--resume", last, "--arch", "tiny:linear"],
-        "differs from the dataset that": ["--resume", last, "--data", str(folder.parent / "other")],
-        "not a checkpoint of train.py, or is damaged": ["--resume", str(tmp_path / "junk.pt")],
-        "not a checkpoint of this version": ["--resume", str(tmp_path / "foreign.pt")],
-        "or is damaged (Weights only": ["--resume", str(tmp_path / "pickle.pt")],
-        "No such file": ["--resume", str(tmp_path / "none.pt")],
-        "--weights nothing: no such file": ["--weights", "nothing", "--arch", "resnet18",
-                                            "--output-dir", str(tmp_path / "new")],
-        "'x' is not of type int": ["--epochs", "x"],
-        "argument --lr/--learning-rate: 0 is out of range: above 0": ["--lr", "0"],
-        "nan is out of range": ["--alpha", "nan"],
-        "1.5 is out of range: from 0 to 1": ["--epsilon-max", "1.5"],
-        "invalid choice: 'mlat'": ["--method", "mlat"],
-        "unrecognized arguments: --lrr": ["--lrr", "1"],
-        "--device tpu9": ["--device", "tpu9", "--output-dir", str(tmp_path / "new")],
-        "File exists": ["--output-dir", str(tmp_path / "junk.pt")],
-    }  # fmt: skip
-    image_folder(folder.parent / "other", each=11)
-    for message, flags in cases.items():
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            errors.run_script(lambda flags=flags: go(*flags))
-        printed = capfd.readouterr().err
-        assert exit_info.value.code == 2, message
-        assert message in printed and printed.startswith("error: "), printed
-        assert printed.count("\n") == 1
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
 def test_a_wrong_folder_or_architecture_is_reported_before_the_data_are_loaded(
