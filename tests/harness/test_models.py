@@ -129,6 +129,29 @@ def test_timm_is_imported_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPa
         evaluate.main(["timm:resnet18", "--weights", "DEFAULT", "--data", "shapes"])
 
 
+def test_weights_are_downloaded_only_where_they_are_asked_for(
+    timm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def load(*_: Any, **__: Any) -> Any:
+        asked.append("torchvision")
+        return torchvision.models.squeezenet1_1().state_dict()
+
+    monkeypatch.setattr(
+        "timm.models._builder.load_pretrained", lambda *_, **__: asked.append("timm")
+    )
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", load)
+    models._timm_config.cache_clear()  # of what another test asked for
+    for arch, library in ((TIMM, "timm"), ("squeezenet1_1", "torchvision")):
+        models.create_model(arch, list("abc"), None)
+        models.build_model(arch, 3)
+        assert not asked
+        models.create_model(arch, list("abc"), "DEFAULT")
+        assert asked == [library]
+        asked.clear()
+
+
 def test_logits_are_found_in_objects_tuples_and_lists() -> None:
     network, x, y = convnet(3).eval(), torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
     expected, correct = network(x).detach(), models.count_correct(network, iter([(x, y)]))
