@@ -14,7 +14,6 @@ from torch import Tensor
 
 import attacks
 import mtlat
-from corruptions import corrupt
 from harness import checkpoints, models
 from harness.benchmark.checks import failed_checks
 from harness.errors import UserError
@@ -58,10 +57,6 @@ def pgd(x: Any = X, y: Any = Y, model: Any = NET, **options: Any) -> Any:
 
 def cw2(**options: Any) -> Any:
     return attacks.cw2(NET, X, Y, **options)
-
-
-def fog(images: Any = U8, severity: Any = 1, name: str = "fog", **options: Any) -> Any:
-    return corrupt(images, name, severity, **options)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -162,24 +157,6 @@ FUNCTION_CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (partial(cw2, step_size=NAN), ValueError, "step_size is nan"),
     (partial(cw2, const_range=(2, 1)), ValueError, "const_range"),
     (partial(attacks.mi_fgsm, NET, X, Y, decay=-1), ValueError, "decay is -1"),
-    (partial(fog, [1]), TypeError, "torch.Tensor"),
-    (partial(fog, U8[0]), ValueError, r"got \(3, 16, 16\)"),
-    (partial(fog, U8[:, :1]), ValueError, r"got \(4, 1, 16, 16\)"),
-    (partial(fog, U8[..., :9]), ValueError, "16 px"),
-    (partial(fog, U8.int()), TypeError, "int32"),
-    (partial(fog, 2 * X), ValueError, "divide by 255"),
-    (partial(fog, broken(X, NAN)), ValueError, "values from nan to nan"),
-    (partial(fog, severity=0), ValueError, "severity must be .*, got 0$"),
-    (partial(fog, severity=6), ValueError, "severity must be .*, got 6$"),
-    (partial(fog, severity=1.5), TypeError, "severity must be .*, got 1.5$"),
-    (partial(fog, severity=None), TypeError, "severity must be .*, got None$"),
-    (partial(fog, name="fogg"), ValueError, r"'fogg'; did you mean fog\?"),
-    (partial(fog, seed=1.5), TypeError, "seed must be an integer, got 1.5"),
-    (partial(fog, index=[1]), ValueError, r"index must have shape \(4,\).*, got \(1,\)"),
-    (partial(fog, index=torch.rand(4)), TypeError, "float32"),
-    (partial(fog, x=1), TypeError, "fog has no option 'x'"),
-    (partial(fog, profile=100), ValueError, "profile must be .*, got 100"),
-    (partial(fog, name=None), ValueError, "unknown corruption None"),
     (partial(datasets.load_dataset, "nowhere"), UserError, "no such folder"),
     (partial(datasets.load_dataset, "shapes", size=-1), UserError, "--size -1 is out of range"),
     (partial(datasets.load_dataset, "shapes", size=10**9), UserError, "out of range"),

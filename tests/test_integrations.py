@@ -142,7 +142,7 @@ def test_fabric(run: Run) -> None:
         generator = torch.Generator().manual_seed(0)
         loss = mtlat.mtlat_loss(fabric.setup(network(N)), x, y, num_classes=N, generator=generator)
         losses.append(loss.item())
-    assert losses[0] != losses[1] != losses[2]  # each has its precision
+    assert len(set(losses)) == 3  # each has its precision
     assert_close(losses, [losses[2]] * 3, rtol=0.02, atol=0)
 
 

@@ -277,15 +277,6 @@ def test_lambda_follows_beta():
                 assert distance < scipy.stats.kstwo.isf(1e-4, len(tail)), alpha
 
 
-def test_lambda_follows_beta_by_the_plain_test():
-    for alpha in (0.4, 1.0, 4.0):
-        lam = mtlat.draw(20000, 3, alpha=alpha, epsilon_max=0, generator=seeded(3)).lam1
-        assert (
-            scipy.stats.kstest(lam.double().numpy(), scipy.stats.beta(alpha, alpha).cdf).pvalue
-            > 1e-3
-        )
-
-
 def test_epsilon_and_target_are_uniform_and_all_draws_independent():
     draws = mtlat.draw(40000, 7, alpha=0.4, epsilon_max=0.025, generator=seeded(1))
     assert 0 <= draws.epsilon.min() and draws.epsilon.max() <= 0.025

@@ -231,6 +231,7 @@ UNIT = GOOD.float() / 255
     [
         ((GOOD, "motion_blurr", 1), {}, ValueError, "motion_blurr.*motion_blur"),
         ((GOOD, "x", 1), {}, ValueError, "'x'.*gaussian_noise.*rotation"),
+        ((GOOD, None, 1), {}, ValueError, "unknown corruption None"),
         ((GOOD, "fog", 0), {}, ValueError, "severity.*1, 2, 3, 4, 5.*got 0"),
         ((GOOD, "fog", 6), {}, ValueError, "severity.*got 6"),
         ((GOOD, "fog", -1), {}, ValueError, "severity.*got -1"),
@@ -243,7 +244,7 @@ UNIT = GOOD.float() / 255
         ((GOOD[..., :15], "fog", 1), {}, ValueError, r"16 px.*\(32, 15\)"),
         ((GOOD.int(), "fog", 1), {}, TypeError, "torch.int32"),
         ((GOOD.float(), "fog", 1), {}, ValueError, r"\[0, 1\]"),
-        ((1.5 * UNIT, "fog", 1), {}, ValueError, r"\[0, 1\]"),
+        ((1.5 * UNIT, "fog", 1), {}, ValueError, r"\[0, 1\].*divide by 255"),
         ((UNIT - 0.5, "fog", 1), {}, ValueError, r"\[0, 1\]"),
         ((UNIT.masked_fill(UNIT > 0.9, torch.nan), "fog", 1), {}, ValueError, "nan"),
         ((UNIT.masked_fill(UNIT > 0.9, torch.inf), "fog", 1), {}, ValueError, "inf"),

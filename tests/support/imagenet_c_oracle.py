@@ -35,7 +35,6 @@ _SHOT = (60, 25, 12, 5, 3)
 _GLASS = ((1, 2), (2, 1), (2, 3), (3, 2), (4, 2))  # largest offset, passes
 _ELASTIC = (24.4, 48.8, 4.88, 4.88, 4.88)  # affine jitter, px
 _FROST_SIZES = ((600, 900), (315, 560), (315, 560), (350, 527), (495, 660))
-FROST_PICTURES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
 
 
 def frost_dir() -> str:

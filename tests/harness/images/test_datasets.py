@@ -390,37 +390,12 @@ def test_bad_images_stop_or_are_skipped_and_counted(tmp_path, capsys):
             assert np.array_equal(image, expected)
 
 
-def test_every_kind_of_image_becomes_upright_rgb(tmp_path):
-    random = np.random.default_rng(0)
-    rgb = Image.fromarray(random.integers(0, 255, (30, 20, 3)).astype(np.uint8))
-    smooth = rgb.resize((20, 30)).resize((200, 300), Image.Resampling.BICUBIC)
-
-    def pixels(name: str) -> np.ndarray:
-        result = cache.decode(tmp_path / name, 16)
-        assert not isinstance(result, str), result
-        assert result.shape == (3, 16, 16) and result.dtype == np.uint8
-        return result.astype(int)
-
-    smooth.save(tmp_path / "rgb.png")
-    reference = pixels("rgb.png")
-    expected = np.asarray(smooth.resize((16, 16), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    assert_close(reference, expected.astype(int))
-    smooth.convert("RGBA").save(tmp_path / "rgba.png")
-    assert_close(pixels("rgba.png"), reference)
-    smooth.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
-    assert abs(pixels("cmyk.jpg") - reference).mean() < 3
-    smooth.quantize(256).save(tmp_path / "palette.gif")
-    assert abs(pixels("palette.gif") - reference).mean() < 12
-    grey = smooth.convert("L")
-    grey.save(tmp_path / "grey.png")
-    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "grey16.png")
-    assert abs(pixels("grey16.png") - pixels("grey.png")).max() <= 1
-    assert (pixels("grey.png") == pixels("grey.png")[:1]).all()
-    turned = smooth.transpose(Image.Transpose.ROTATE_90)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the viewer must rotate the image clockwise
-    turned.save(tmp_path / "turned.png", exif=exif)
-    assert_close(pixels("turned.png"), reference)
+def test_images_are_resized_as_pillow_does(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 41, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    expected = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BILINEAR)
+    found = cache.decode(tmp_path / "x.png", 16)
+    assert found.dtype == np.uint8 and np.array_equal(found.transpose(1, 2, 0), expected)
 
 
 def test_pixels_of_an_unknown_range_are_refused(tmp_path):
@@ -465,11 +440,6 @@ def test_a_set_larger_than_the_memory_is_mapped(tmp_path):
     assert images.shape == (count, 3, size, size) and images[-1, 2, -1, -1] == 0
     del images
     mapping.close()
-
-
-def test_a_picture_too_large_to_decode_is_bad(tmp_path):
-    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
-    assert "decompression bomb" in cache.decode(tmp_path / "bomb.png", 16)
 
 
 def test_folders_that_cannot_serve(folder, tmp_path):
