@@ -256,7 +256,7 @@ def logits_of(output: Any, y: Tensor) -> Tensor:
         raise TypeError(f"the model returns {type(logits).__name__}; give logits ({len(y)}, N)")
     if len(made := tuple(logits.shape)) != 2 or made[1] < 2:
         raise ValueError(f"the model returns shape {made}; logits are ({len(y)}, N), N above 1")
-    check_labels(logits, y, num_classes=made[1], sums=False)
+    check_labels(logits, y, num_classes=made[1], sums=False)  # Table 3's LS sums to less than 1
     return logits
 
 
