@@ -288,6 +288,18 @@ def test_bad_input_names_the_value_the_rule_and_the_fix():
             ValueError,
             r"class indices: 1 to 4; rule: \[0, 3\]",
         ),
+        (
+            lambda: mtlat.cross_entropy(soft, 1.5 * torch.eye(4)),
+            ValueError,
+            "label weights: 0 to 1.5",
+        ),
+        (
+            lambda: mtlat.target_labels(soft, y[:, None], 0.1),
+            ValueError,
+            r"shape \(4, 1\)",
+        ),
+        (lambda: mtlat.Normalize([1.001], [0.5]), ValueError, "divide by 255"),
+        (lambda: mtlat.Normalize([-0.001], [0.5]), ValueError, "divide by 255"),
         (lambda: mtlat.Normalize([0.5], [0.0]), ValueError, "every std > 0"),
         (lambda: mtlat.Normalize([0.5, 0.5], [1.0]), ValueError, "one of each per channel"),
     ]
@@ -305,9 +317,9 @@ def test_rounding_passes_and_more_does_not():
 
 
 def test_normalize():
-    normalize = mtlat.Normalize([0.1, 0.2, 0.3], [0.5, 1.0, 2.0])
+    normalize = mtlat.Normalize([0.0, 0.2, 1.0], [0.5, 1.0, 2.0])
     x = images(0, 2)
-    expected = v2.functional.normalize(x, [0.1, 0.2, 0.3], [0.5, 1.0, 2.0])
+    expected = v2.functional.normalize(x, [0.0, 0.2, 1.0], [0.5, 1.0, 2.0])
     assert_close(normalize(x), expected)
     assert set(normalize.state_dict()) == {"mean", "std"}
 
