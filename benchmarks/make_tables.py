@@ -11,7 +11,6 @@ has their initial weights.
 """
 
 import argparse
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -165,13 +164,12 @@ def _by_seeds_alone(mean: Differences, columns: Mapping[str, Differences]) -> st
     names, known = zip(*[(n, d) for n, d in mean.items() if d and n not in MEANS], strict=True)
     values = [[found.value for c in columns.values() if (found := c[n])] for n in names]
     p = stats.ttest_1samp(values, 0.0, axis=1).pvalue
-    replaced = [d._replace(p=float(x), adjusted=math.nan) for d, x in zip(known, p, strict=True)]
-    tested = paired.holm(replaced)
-    found = [ROWS[name] for name, d in zip(names, tested, strict=True) if d and d.decided]
+    tested = paired.holm([d._replace(p=float(x)) for d, x in zip(known, p, strict=True)])
+    decided = [ROWS[name] for name, d in zip(names, tested, strict=True) if d and d.decided]
     return (
         "The intervals add the variance between the seeds to that of the test images. A t test of"
         f" the {len(columns)} differences alone ({len(columns) - 1} degrees of freedom, Holm's"
-        f" correction) decides {len(found)} of {len(names)}: {', '.join(found) or 'none'}."
+        f" correction) decides {len(decided)} of {len(names)}: {', '.join(decided) or 'none'}."
     )
 
 

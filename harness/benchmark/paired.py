@@ -135,7 +135,8 @@ def uncorrected(difference: Difference | None) -> Difference | None:
 def holm(differences: Sequence[Difference | None]) -> list[Difference | None]:
     """Correct the p-values of these differences for their number."""
     known = sorted((d.p, i) for i, d in enumerate(differences) if d and not math.isnan(d.p))
-    corrected, largest = list(differences), 0.0
+    corrected = [d and d._replace(adjusted=math.nan) for d in differences]  # stays where p is NaN
+    largest = 0.0
     for rank, (p, i) in enumerate(known):
         largest = max(largest, min(1.0, (len(known) - rank) * p))
         difference = differences[i]

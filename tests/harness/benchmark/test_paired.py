@@ -189,6 +189,8 @@ def test_holm_is_the_step_down_procedure():
     assert adjusted == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert [d.decided for d in paired.holm(made)] == [True, False, False, True]
     assert not made[0].decided
+    unknown = paired.holm(made)[3]._replace(p=math.nan)  # which was decided by another p
+    assert [d.decided for d in paired.holm([made[0], unknown])] == [True, False]
 
 
 def test_degenerate_cases_have_no_interval_or_an_undecided_one():
