@@ -1,6 +1,6 @@
 """Make the tables and the figure of a folder of measurements from its cells alone.
 
-    python benchmarks/make_tables.py results/tiny50
+    python benchmarks/make_tables.py results/tiny50 [--arch resnet18]
 
 reads cells.jsonl, whose labels are METHOD-SEED, and writes tables.md and differences.png there.
 M-TLAT with a seed is compared with `standard` of that seed, and every other network with `standard`
@@ -129,12 +129,12 @@ def _say(results: Results) -> Iterator[str]:
         yield f"{sentence} Relative mCE: {row.relative_mce:.0f} % of {base.model}'s."
 
 
-def _seeds_together(measured: Measured, seeds: list[int], figure: Path) -> Iterator[str]:
+def _seeds_together(measured: Measured, arch: str, seeds: list[int], figure: Path) -> Iterator[str]:
     """Yield what all seeds of M-TLAT and `standard` decide together, and each alone; draw it."""
     levels = {method: [f"{method}-{seed}" for seed in seeds] for method in PAIR}
     pairs = [measured.score(*(f"{method}-{seed}" for method in PAIR)) for seed in seeds]
     rows = {method: [pair.rows[i] for pair in pairs] for i, method in enumerate(PAIR)}
-    table = comparison.compare(1, "resnet18", rows)
+    table = comparison.compare(1, arch, rows)
     mean = {name: entry.difference for name, entry in table[1].entries.items() if name in ROWS}
     single = {name: difference for name, difference in mean.items() if name in COLUMNS}
     paper = paper_differences({row.method: row for row in table})
@@ -147,16 +147,20 @@ def _seeds_together(measured: Measured, seeds: list[int], figure: Path) -> Itera
     yield from _beside_the_paper(table)
     if len(seeds) > 1:
         yield _by_seeds_alone(mean, columns)
-    columns["mean over the seeds"] = mean
+        columns["mean over the seeds"] = mean
     yield f"**Clean accuracy and R, means over the seeds; M-TLAT minus `standard`; {NOTE}**"
     yield measured.table(levels, columns)
     for pair in pairs:
         yield from _say(pair)
-    yield f"**Trainings of one method with several seeds (surrogates of MI FGSM differ); {NOTE}**"
-    again = [(f"{m}-{seed}", f"{m}-{seeds[0]}") for m in PAIR for seed in seeds[1:]]
-    yield measured.table(
-        {}, {f"{one} - {first}": measured.differ(one, first) for one, first in again}
-    )
+    again = {
+        f"{m}-{seed} - {m}-{seeds[0]}": measured.differ(f"{m}-{seed}", f"{m}-{seeds[0]}")
+        for m in PAIR
+        for seed in seeds[1:]
+    }
+    if again:
+        several = "Trainings of one method with several seeds (surrogates of MI FGSM differ)"
+        yield f"**{several}; {NOTE}**"
+        yield measured.table({}, again)
 
 
 def _by_seeds_alone(mean: Differences, columns: Mapping[str, Differences]) -> str:
@@ -173,14 +177,14 @@ def _by_seeds_alone(mean: Differences, columns: Mapping[str, Differences]) -> st
     )
 
 
-def _one_seed(measured: Measured, labels: list[str]) -> Iterator[str]:
+def _one_seed(measured: Measured, arch: str, labels: list[str]) -> Iterator[str]:
     """Yield the tables of the networks that were trained with seed 0 alone."""
     for number, methods in PAPER_TABLES.items():
         names = [f"{method}-0" for method in methods]
         if {*names} <= measured.digests.keys():
             rows = measured.score(*names).rows
             alone = {method: [row] for method, row in zip(methods, rows, strict=True)}
-            yield from _beside_the_paper(comparison.compare(number, "resnet18", alone))
+            yield from _beside_the_paper(comparison.compare(number, arch, alone))
     clean = [x for x in labels if not any((x, name) in measured.hits for name in COLUMNS)]
     if clean:
         yield from _clean_alone(measured, clean)
@@ -212,8 +216,8 @@ def _two_surrogates(cells: list[Cell], other: list[Cell]) -> Iterator[str]:
     yield Measured([]).table({}, columns)
 
 
-def make_tables(folder: Path) -> None:
-    """Write the tables and the figure of a folder."""
+def make_tables(folder: Path, arch: str) -> None:
+    """Write the tables and the figure of a folder, whose networks have this architecture."""
     cells, other = read_cells(folder / "cells.jsonl"), read_cells(folder / "surrogate-2.jsonl")
     own = {(c["label"], c["perturbation"]): c for c in other if c["label"].endswith("-1")}
     kept = [cell for cell in cells if (cell["label"], cell["perturbation"]) not in own]
@@ -223,8 +227,8 @@ def make_tables(folder: Path) -> None:
     together = [f"{method}-{seed}" for method in PAIR for seed in seeds]
     alone = [label for label in labels if label not in together]
     blocks = [
-        *_seeds_together(measured, seeds, folder / "differences.png"),
-        *_one_seed(measured, alone),
+        *_seeds_together(measured, arch, seeds, folder / "differences.png"),
+        *_one_seed(measured, arch, alone),
         *(_two_surrogates(cells, other) if other else []),
         tables.to_markdown(measured.score(*together, *alone)).rstrip(),
     ]
@@ -235,7 +239,9 @@ def main() -> None:
     """Write the tables of the folder that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="with cells.jsonl")
-    make_tables(parser.parse_args().folder)
+    parser.add_argument("--arch", default="resnet18", help="of the networks")
+    args = parser.parse_args()
+    make_tables(args.folder, args.arch)
 
 
 if __name__ == "__main__":
