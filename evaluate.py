@@ -115,7 +115,10 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
          "versions": environment_info(config.device)},
     )  # fmt: skip
     x, y = run.loader(run.sample(16))
-    warnings = [w for s in subjects.values() for w in inspect_subject(s, x, y, len(data.classes))]
+    warnings = []
+    for spec, subject in subjects.items():
+        attacked = config.uses_gradient(spec)
+        warnings += inspect_subject(subject, x, y, len(data.classes), attacked=attacked)
     run.models = [fuse_subject(model, x) for model in run.models]
     if run.surrogate:
         run.surrogate = fuse_subject(run.surrogate, x)

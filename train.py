@@ -42,7 +42,7 @@ from harness.training.augment import flip_crop
 from harness.training.config import TrainConfig, parse_train_config, schedule_change
 from harness.training.log import header, log_csv, log_line
 from harness.training.manifold import check_mix_at, draw_layer, losses_at
-from harness.training.methods import METHODS
+from harness.training.methods import METHODS, check_trainable
 from mtlat import Draws, Pair, draw
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -150,6 +150,7 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
         x, _ = loaders[0](rows)
         check_logits(f"--arch {config.arch}", model, x, len(data.classes))
         check_mix_at(config.mix_at, model, x, len(data.classes))
+        check_trainable(f"--arch {config.arch}", model, x)
     average = build_average(config, model, checkpoint)
     optimizer = build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")

@@ -12,7 +12,8 @@ from torch import Tensor
 from harness.errors import UserError
 from harness.files import atomic_write
 
-WRAPPER = "module."  # what DataParallel and DistributedDataParallel put before every name
+# What DistributedDataParallel and torch.compile, in either order, put before every name.
+WRAPPERS = ("module.", "_orig_mod.", "module.")
 FORMAT = "mtlat checkpoint 1"
 FIELDS = {
     "arch": str, "classes": list, "size": int, "fingerprint": str, "model": dict, "log": list,
@@ -48,7 +49,7 @@ def load_weights(path: str | Path) -> dict[str, Any]:
 
     Args:
         path: a file that `save_checkpoint`, `torch.save` or safetensors wrote. A state dict may lie
-            under "state_dict" or "model", and its names may begin with "module.".
+            under "state_dict" or "model", and its names may begin with `WRAPPERS`.
 
     Returns:
         The checkpoint as `load_checkpoint` returns it; or {"model": state dict} without "format".
@@ -67,8 +68,10 @@ def load_weights(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is neither a checkpoint of train.py nor a state dict: save model.state_dict()"
         )
-    wrapped = all(name.startswith(WRAPPER) for name in content)
-    return {"model": {k.removeprefix(WRAPPER if wrapped else ""): v for k, v in content.items()}}
+    for prefix in WRAPPERS:
+        if all(name.startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): value for name, value in content.items()}
+    return {"model": content}
 
 
 def _read(path: str | Path, *, only_zip: bool = False) -> Any:
@@ -77,19 +80,22 @@ def _read(path: str | Path, *, only_zip: bool = False) -> Any:
         file = open(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+    intact = False
     try:
         with file:
             if only_zip or zipfile.is_zipfile(file):
                 # A zip archive has checksums, which PyTorch writes but does not compare.
                 if damaged := zipfile.ZipFile(file).testzip():
                     raise ValueError(f"checksum of {damaged}")
+                intact = True
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly every kind on a damaged file
-        reason = str(error).split("\n")[0][:80] or type(error).__name__
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        kind = "nor a state dict" if intact else "or is damaged"
+        fix = "save model.state_dict()" if intact else "restore or remove it"
         raise UserError(
-            f"{path} is not a checkpoint of train.py, or is damaged ({reason}): restore or remove"
-            " it"
+            f"{path} is not a checkpoint of train.py, {kind} ({reason}): {fix}"
         ) from None
 
 

@@ -59,7 +59,7 @@ def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -
         extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
         model = torchvision.models.get_model(name, num_classes=num_classes, **extra)
     else:
-        model = import_callable("--arch", arch, num_classes=num_classes)(num_classes=num_classes)
+        model = import_callable("--arch ", arch, num_classes=num_classes)(num_classes=num_classes)
         if not isinstance(model, nn.Module):
             raise UserError(f"--arch {arch} made a {type(model).__name__}; give a torch.nn.Module")
     return nn.Sequential(Normalize(*normalize), model) if normalize else model
@@ -125,7 +125,7 @@ def import_callable(option: str, spec: str, *args: Any, **keywords: Any) -> Any:
     """Import `module:callable`, which runs the module's code.
 
     Args:
-        option: what the command line calls it, for messages.
+        option: what precedes it on the command line, for messages.
         spec: `module:callable`.
         args, keywords: what it will be called with. They are compared with its signature.
 
@@ -139,7 +139,7 @@ def import_callable(option: str, spec: str, *args: Any, **keywords: Any) -> Any:
         function = getattr(importlib.import_module(module), name)
         inspect.signature(function).bind(*args, **keywords)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"{option} {spec}: {error}") from None
+        raise UserError(f"{option}{spec}: {error}") from None
     return function
 
 
@@ -290,6 +290,15 @@ def restore_model(checkpoint: dict[str, Any]) -> nn.Module:
             " network that was trained"
         ) from None
     return model
+
+
+def set_mode(name: str, model: nn.Module, *, training: bool) -> None:
+    """Set the model to training or eval mode. Raise `UserError` if it has no modes."""
+    try:
+        model.train() if training else model.eval()
+    except NotImplementedError:
+        fix = "give the nn.Module that was exported"
+        raise UserError(f"{name} has no eval mode, like programs of torch.export; {fix}") from None
 
 
 def compute_logits(model: Model, x: Tensor) -> Tensor:

@@ -60,11 +60,24 @@ def test_checks_and_the_supplement_go_with_their_attacks() -> None:
 
 
 @pytest.mark.parametrize(("only", "skip"), [
-    (["clean"], ["nonsense"]), (["fogg"], []), ([], ["clean"]), (["fog"], ["clean"]),
+    ([], ["clean"]), (["fog"], ["clean"]), (["clean"], ["clean"]),
 ])  # fmt: skip
-def test_unknown_names_are_refused(only: list[str], skip: list[str]) -> None:
-    with pytest.raises(UserError, match="is not a perturbation or a group; close names: "):
+def test_clean_images_are_never_skipped(only: list[str], skip: list[str]) -> None:
+    with pytest.raises(UserError, match="--skip clean: R is relative to clean accuracy"):
         registry.choose_perturbations(only, skip)
+
+
+@pytest.mark.parametrize(("word", "advice"), [
+    ("fogg", "close names: fog"), ("xyz", "groups: noise, blur, weather,"),
+    ("pgd", "close names: pgd_0.04, pgd_ll_0.04,"), ("PGD LL", "close names: pgd_ll_0.04"),
+    ("MI-FGSM", "close names: mi_fgsm_0.04, mi_fgsm_0.08"), ("CW2", "close names: cw2, cw2_0"),
+    ("Obstru", "close names: occlusion"), ("jpeg", "close names: jpeg_compression"),
+])  # fmt: skip
+def test_unknown_names_are_refused_with_names_that_exist(word: str, advice: str) -> None:
+    for arguments in (([word], []), (["fog"], [word])):
+        with pytest.raises(UserError) as error:
+            registry.choose_perturbations(*arguments)
+        assert f"{word!r} is not a perturbation or a group; {advice}" in str(error.value)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 70), st.integers(0, 99))
@@ -278,6 +291,9 @@ def test_a_plain_state_dict_is_evaluated_with_its_architecture(bench: Bench) -> 
     assert [plain[k] for k in ("n", "hits")] == [known[k] for k in ("n", "hits")]
     shift = ["--mean", "0.9", "0.5", "0", "--std", "1", "2", "1"]
     assert run("--arch", "tinynets:net", *shift, out="shifted")["hits"] != known["hits"]
+    assert plain["label"] == "plain"
+    torch.save({f"_orig_mod.module.{k}": v for k, v in state.items()}, path)
+    assert run("--arch", "tinynets:net", out="compiled")["hits"] == known["hits"]
     with pytest.raises(UserError, match=r"plain.pth is a plain state dict: name its .* --arch"):
         run(out="none")
     with pytest.raises(
@@ -449,12 +465,23 @@ def test_models_that_attacks_may_fail_on_are_marked(
         assert "standard returns" not in text
 
 
+def test_a_model_without_a_gradient_is_measured_where_no_attack_needs_it(bench: Bench) -> None:
+    options = ["--data", str(bench.root / "images"), "--size", "16", "--surrogate", "tinynets:net"]
+    names = "brightness", "mi_fgsm_0.04"
+    bench.run(*options, "--only", *names, models="tinynets:net tinynets:Detached")
+    rows = bench.results()["rows"]
+    assert same_scores(*rows) and {*names} < {*rows[0]["scores"]}
+    for attack, models in (("pgd_0.04", "tinynets:Detached"), ("mi_fgsm_0.04", "tinynets:net")):
+        with pytest.raises(UserError, match="Detached has no gradient with respect to"):
+            bench.run(*options[:-1], "tinynets:Detached", "--only", attack, models=models, out="b")
+
+
 def test_logits_that_sum_to_1_are_not_taken_for_probabilities() -> None:
     x, y = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
 
     def warnings(wrap: Callable[[torch.Tensor], torch.Tensor]) -> list[str]:
         model = Wrapped(linear(3), wrap).eval()
-        return subjects.inspect_subject(subjects.Subject("m", model, ""), x, y, 3)
+        return subjects.inspect_subject(subjects.Subject("m", model, ""), x, y, 3, attacked=True)
 
     assert warnings(lambda z: 9 * (z - z.mean(1, keepdim=True)) + 1 / 3) == []
     (warning,) = warnings(lambda z: z.softmax(1))

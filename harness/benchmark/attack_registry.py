@@ -52,7 +52,7 @@ def load_attack(name: str, spec: str, seed: int) -> Attack:
             unless x_adv has the shape, dtype and device of x, and finite pixels in [0, 1].
     """
     title = f"--attack {name}"
-    function = import_callable(title, spec, "model", "x", "y")
+    function = import_callable(f"{title}=", spec, "model", "x", "y")
 
     def attack(model: Model, x: Tensor, y: Tensor) -> Tensor:
         torch.manual_seed(seed)

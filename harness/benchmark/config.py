@@ -23,6 +23,12 @@ from harness.images.preprocess import CROPS
 from harness.models import LIBRARIES
 
 
+def _short_name(path: str) -> str:
+    """Return the folder of a training's checkpoint, and the stem of any other file."""
+    file = Path(os.path.abspath(path))
+    return file.parent.name if file.stem in ("last", "best") else file.stem
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """All options of evaluate.py. `baseline` is a label, see `labels`."""
@@ -96,7 +102,7 @@ class EvalConfig:
     @property
     def labels(self) -> dict[str, str]:
         """The name of each model in the report: a checkpoint's folder, if that tells them apart."""
-        names = [Path(os.path.abspath(s)).parent.name if is_file(s) else s for s in self.models]
+        names = [_short_name(spec) if is_file(spec) else spec for spec in self.models]
         names = names if len(set(names)) == len(names) else self.models
         return dict(zip(self.models, map(escape_unprintable, names), strict=True))
 
@@ -116,6 +122,13 @@ class EvalConfig:
         papers = [name for name in self.supplement if name in PERTURBATIONS]
         chosen = choose_perturbations(self.only and [*self.only, *papers], self.skip)
         return list(dict.fromkeys([*chosen, *self.supplement]))
+
+    def uses_gradient(self, spec: str) -> bool:
+        """Return whether an attack uses the gradient of this model."""
+        chosen = [self.registry[name] for name in self.perturbations]
+        return (spec in self.models and any(entry.white_box for entry in chosen)) or (
+            spec == self.surrogate and any(entry.black_box for entry in chosen)
+        )
 
     def find_corruption(self, name: str) -> Path | None:
         """Return the folder or the array of a corruption below --imagenet-c, if there is one."""

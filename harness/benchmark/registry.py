@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from corruptions import ALL_CORRUPTIONS, CORRUPTIONS, VALIDATION_CORRUPTIONS
@@ -100,6 +101,15 @@ def supplementary(attacks: list[str], epsilons: list[float], seed: int) -> dict[
     return rows
 
 
+def _similar(word: str, known: Iterable[str]) -> str:
+    """List the names that contain a word, also in their headings, or else similar ones."""
+    plain = word.lower().replace("-", "_").replace(" ", "_")
+    titles = {name: COLUMNS.get(name, "").lower().replace(" ", "_") for name in known}
+    found = [name for name, title in titles.items() if plain in name or plain in title]
+    found = found[:5] or difflib.get_close_matches(plain, titles, 3)
+    return f"close names: {', '.join(found)}" if found else f"groups: {', '.join(GROUPS)}"
+
+
 def choose_perturbations(only: list[str], skip: list[str]) -> list[str]:
     """Choose what to measure, in order; clean images are always the first.
 
@@ -115,9 +125,10 @@ def choose_perturbations(only: list[str], skip: list[str]) -> list[str]:
     known = {**GROUPS, **{name: [name] for names in GROUPS.values() for name in names}}
     known["clean"] = ["clean"]
     for word in [*only, *skip]:
-        if word not in known or (word == "clean" and word in skip):
-            close = ", ".join(difflib.get_close_matches(word, known, 3)) or ", ".join(GROUPS)
-            raise UserError(f"{word!r} is not a perturbation or a group; close names: {close}")
+        if word not in known:
+            raise UserError(f"{word!r} is not a perturbation or a group; {_similar(word, known)}")
+    if "clean" in skip:
+        raise UserError("--skip clean: R is relative to clean accuracy, which is always measured")
     default = [group for group in GROUPS if group != "validation"]
     named, every, left_out = (
         {name for word in words for name in known[word]} for words in (only, default, skip)

@@ -14,7 +14,14 @@ from harness.benchmark.config import EvalConfig
 from harness.benchmark.fusion import fuse_for_inference
 from harness.errors import UserError
 from harness.images.preprocess import CROPS, Crop
-from harness.models import LIBRARIES, check_logits, create_model, find_weights, restore_model
+from harness.models import (
+    LIBRARIES,
+    check_logits,
+    create_model,
+    find_weights,
+    restore_model,
+    set_mode,
+)
 from mtlat import logits_of
 
 WNID = re.compile(r"n\d{8}\b")  # of a class of ImageNet, and the name of its folder
@@ -148,7 +155,8 @@ def load_subjects(
     """
     subjects = {}
     for spec in config.specs:
-        module = _load_module(config, spec, classes, files.get(spec)).to(config.device).eval()
+        module = _load_module(config, spec, classes, files.get(spec)).to(config.device)
+        set_mode(spec, module, training=False)
         digest = hashlib.sha256((_own_code(config, spec, files.get(spec)) + repr(module)).encode())
         for name, value in module.state_dict().items():
             digest.update(name.encode())
@@ -193,7 +201,9 @@ def _load_module(
     return restrict(spec, model, outputs, classes, given=bool(named))
 
 
-def inspect_subject(subject: Subject, x: Tensor, y: Tensor, num_classes: int) -> list[str]:
+def inspect_subject(
+    subject: Subject, x: Tensor, y: Tensor, num_classes: int, *, attacked: bool
+) -> list[str]:
     """Check a model on a few images.
 
     Args:
@@ -201,6 +211,7 @@ def inspect_subject(subject: Subject, x: Tensor, y: Tensor, num_classes: int) ->
         x: images (B, 3, S, S) in [0, 1].
         y: class indices (B,).
         num_classes: N.
+        attacked: whether an attack will use the model's gradient.
 
     Returns:
         Warnings about a model on which attacks may fail.
@@ -224,7 +235,17 @@ def inspect_subject(subject: Subject, x: Tensor, y: Tensor, num_classes: int) ->
         )
     if first.min() >= 0 and torch.allclose(first.sum(1), first.new_ones(len(x))):
         warnings.append(f"{label} returns probabilities, not logits: attacks on it are too weak")
-    if broken := int(broken_gradients(module, x, y).sum()):
+    try:
+        broken = int(broken_gradients(module, x, y).sum())
+    except RuntimeError as error:
+        if attacked:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{label} has no gradient with respect to the images, which attacks need"
+                f" ({reason}): allow it, or add --skip white-box black-box"
+            ) from None
+        broken = 0
+    if broken:
         warnings.append(
             f"{label}: the gradient is zero or NaN for {broken} of {len(x)} sampled images, so"
             " attacks cannot change these, and the scores under attacks are too high"

@@ -17,14 +17,17 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from harness.errors import UserError
+from harness.models import set_mode
 from mtlat import (
     Draws,
     Model,
     Pair,
     algorithm1,
     cross_entropy,
+    logits_of,
     mixup,
     target_labels,
     targeted_fgsm,
@@ -101,6 +104,21 @@ def label_smoothing(model: Model, pairs: list[Pair], draws: Draws, steps: int) -
     x_adv = targeted_fgsm(model, x, draws.target, draws.epsilon, steps=steps)
     epsilon = draws.epsilon[:, None]
     yield cross_entropy(model(x_adv), (1 - epsilon) * y + epsilon / y.shape[1] * (1 - y))
+
+
+def check_trainable(name: str, model: nn.Module, x: Tensor) -> None:
+    """Raise `UserError` unless a loss on images x (B, ...) has a gradient for the weights."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UserError(
+            f"{name} is TorchScript, which is evaluated here and not trained; give Python"
+        )
+    set_mode(name, model, training=False)  # in which BatchNorm's running statistics stay
+    logits = logits_of(model(x), torch.zeros(len(x), dtype=torch.int64, device=x.device))
+    if not logits.requires_grad:
+        raise UserError(
+            f"{name} has no gradient: let its weights require one, and do not detach its logits"
+        )
+    set_mode(name, model, training=True)
 
 
 class Method(NamedTuple):

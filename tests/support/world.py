@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import evaluate
 import train
 from harness.checkpoints import load_checkpoint
-from tests.support.tiny import image_folder, linear
+from tests.support.tiny import convnet, image_folder, linear
 
 SIDE = 16
 TRAIN = [
@@ -86,6 +87,33 @@ class Picky(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         raise AssertionError
+
+
+class Detached(nn.Sequential):
+    """A network whose logits have no gradient, like one that computes in another library."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+def still(num_classes: int) -> nn.Module:
+    """Return a network none of whose weights requires a gradient."""
+    return linear(num_classes).requires_grad_(False)
+
+
+def scripted(num_classes: int) -> nn.Module:
+    """Return a program of TorchScript, saved in eval mode as most are."""
+    with warnings.catch_warnings(action="ignore"):  # of its deprecation
+        return torch.jit.trace(convnet(num_classes).eval(), torch.rand(2, 3, 16, 16))
+
+
+def exported(num_classes: int) -> nn.Module:
+    """Return a program of torch.export, which has no modes."""
+    x, batch = torch.rand(2, 3, 16, 16), {0: torch.export.Dim.DYNAMIC}
+    return torch.export.export(linear(num_classes), (x,), dynamic_shapes=(batch,)).module()
 
 
 class Evil:

@@ -133,7 +133,7 @@ def test_what_comes_back_is_checked(name: str, message: str) -> None:
     ("--attack noise=others:same", "the name noise is taken"),
     ("--attack a=others:same a=others:gray", "the name a is taken"),
     ("--attack pgd_0.1=others:same --epsilon 0.1", "the name pgd_0.1 is taken"),
-    ("--attack a=others:none", "--attack a others:none: .*none"),
+    ("--attack a=others:none", "--attack a=others:none: .*none"),
     ("--attack a=nowhere:same", "No module named 'nowhere'"),
     ("--attack a=others:two", "too many positional arguments"),
     ("--epsilon 0", "0 is out of range: above 0 to 1"),
