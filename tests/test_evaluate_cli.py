@@ -472,7 +472,7 @@ def test_a_model_without_a_gradient_is_measured_where_no_attack_needs_it(bench: 
     rows = bench.results()["rows"]
     assert same_scores(*rows) and {*names} < {*rows[0]["scores"]}
     for attack, models in (("pgd_0.04", "tinynets:Detached"), ("mi_fgsm_0.04", "tinynets:net")):
-        with pytest.raises(UserError, match="Detached has no gradient with respect to"):
+        with pytest.raises(UserError, match="Detached does not give the gradient with respect to"):
             bench.run(*options[:-1], "tinynets:Detached", "--only", attack, models=models, out="b")
 
 

@@ -241,8 +241,8 @@ def inspect_subject(
         if attacked:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{label} has no gradient with respect to the images, which attacks need"
-                f" ({reason}): allow it, or add --skip white-box black-box"
+                f"{label} does not give the gradient with respect to the images, which attacks need"
+                f" ({reason}): let it, or add --skip white-box black-box"
             ) from None
         broken = 0
     if broken:

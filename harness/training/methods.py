@@ -110,7 +110,7 @@ def check_trainable(name: str, model: nn.Module, x: Tensor) -> None:
     """Raise `UserError` unless a loss on images x (B, ...) has a gradient for the weights."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UserError(
-            f"{name} is TorchScript, which is evaluated here and not trained; give Python"
+            f"{name} is TorchScript, which can only be evaluated here: give the nn.Module itself"
         )
     set_mode(name, model, training=False)  # in which BatchNorm's running statistics stay
     logits = logits_of(model(x), torch.zeros(len(x), dtype=torch.int64, device=x.device))
