@@ -19,7 +19,10 @@ RESULTS = Path(evaluate.__file__).parent / "results"
 PAIR, SINGLE = ("standard", "mtlat"), ("standard-0", "mtlat-0")
 
 
-@pytest.mark.parametrize("name, arch", [("tiny20", "resnet18"), ("tiny50", "resnet18")])
+@pytest.mark.parametrize(
+    "name, arch",
+    [("tiny20", "resnet18"), ("tiny50", "resnet18"), ("resnext20", "resnext50_32x4d")],
+)
 def test_the_tables_are_made_from_the_cells(name: str, arch: str, tmp_path: Path) -> None:
     for file in (RESULTS / name).glob("*.jsonl"):
         shutil.copy(file, tmp_path)
