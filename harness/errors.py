@@ -6,6 +6,8 @@ import io
 import os
 import signal
 import sys
+import threading
+from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -69,6 +71,7 @@ def run_script(
             stream.reconfigure(errors="backslashreplace")
     code = 2
     previous = signal.signal(signal.SIGTERM, _raise_interrupt)
+    reported, sys.unraisablehook = sys.unraisablehook, _repeat_interrupt
     try:
         with distributed.process_group():
             main()
@@ -82,6 +85,8 @@ def run_script(
         message = _describe(error, how_to_resume)
         if not message:
             raise
+    finally:
+        sys.unraisablehook = reported
     signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun stops all processes when one fails
     if distributed.is_first_error():
         print(("error: " if code == 2 else "\n") + escape_unprintable(message), file=sys.stderr)
@@ -120,6 +125,17 @@ def _describe(error: Exception, how_to_resume: str) -> str:
 
 def _raise_interrupt(number: int, _: Any) -> NoReturn:
     raise KeyboardInterrupt(number)
+
+
+def _repeat_interrupt(ignored: Any) -> None:
+    """Interrupt the main thread again where Python ignored it, in a destructor or a callback."""
+    if not isinstance(ignored.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(ignored)
+        return
+    number = ignored.exc_value.args[0] if ignored.exc_value.args else signal.SIGINT
+    timer = threading.Timer(0.01, interrupt_main, [number])  # after the destructor
+    timer.daemon = True
+    timer.start()
 
 
 @contextmanager

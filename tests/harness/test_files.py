@@ -1,6 +1,8 @@
 """Test file locking and error messages that the tests of the scripts do not cover."""
 
 import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,30 @@ def test_too_little_memory_is_said_in_a_line(
     said = "error: out of memory: lower --batch-size or --size; train.py can also take --amp bf16\n"
     assert end.value.code == 2
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_in_a_destructor_ends_the_script(
+    number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Bar:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    reached = []
+
+    def main() -> None:
+        Bar()  # Python ignores an exception in its destructor
+        reached.append("after")
+        time.sleep(9)
+        reached.append("end")
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == 128 + number and reached == ["after"]
+    assert capsys.readouterr().err == (
+        "\nstopped; what was finished is kept, run it again to continue\n"
+    )
 
 
 def test_what_pytorch_cannot_repeat_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
