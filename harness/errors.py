@@ -10,6 +10,7 @@ import threading
 from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 from urllib.error import URLError
 
@@ -71,7 +72,8 @@ def run_script(
             stream.reconfigure(errors="backslashreplace")
     code = 2
     previous = signal.signal(signal.SIGTERM, _raise_interrupt)
-    reported, sys.unraisablehook = sys.unraisablehook, _repeat_interrupt
+    report = sys.unraisablehook
+    sys.unraisablehook = partial(_repeat_interrupt, report)
     try:
         with distributed.process_group():
             main()
@@ -86,7 +88,7 @@ def run_script(
         if not message:
             raise
     finally:
-        sys.unraisablehook = reported
+        sys.unraisablehook = report
     signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun stops all processes when one fails
     if distributed.is_first_error():
         print(("error: " if code == 2 else "\n") + escape_unprintable(message), file=sys.stderr)
@@ -127,10 +129,10 @@ def _raise_interrupt(number: int, _: Any) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
-def _repeat_interrupt(ignored: Any) -> None:
+def _repeat_interrupt(report: Callable[[Any], object], ignored: Any) -> None:
     """Interrupt the main thread again where Python ignored it, in a destructor or a callback."""
     if not isinstance(ignored.exc_value, KeyboardInterrupt):
-        sys.__unraisablehook__(ignored)
+        report(ignored)
         return
     number = ignored.exc_value.args[0] if ignored.exc_value.args else signal.SIGINT
     timer = threading.Timer(0.01, interrupt_main, [number])  # after the destructor

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_an_interrupt_in_a_destructor_ends_the_script(
     assert capsys.readouterr().err == (
         "\nstopped; what was finished is kept, run it again to continue\n"
     )
+
+
+def test_other_errors_in_a_destructor_are_reported_as_before_the_script(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Bar:
+        def __del__(self) -> None:
+            raise LookupError
+
+    reported: list[Any] = []
+    hook = lambda ignored: reported.append(ignored.exc_type)  # noqa: E731
+    monkeypatch.setattr(sys, "unraisablehook", hook)
+    with pytest.raises(SystemExit, match="0"):
+        run_script(lambda: Bar() and None)
+    assert reported == [LookupError] and sys.unraisablehook is hook
 
 
 def test_what_pytorch_cannot_repeat_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
