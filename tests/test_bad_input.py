@@ -77,7 +77,7 @@ TRAIN_CASES = [
     ("--arch os:getcwd", "--arch os:getcwd"), ("--arch os:name", "is not a callable object"),
     ("--arch tiny:states_equal", "missing a required argument"),
     ("--arch world:Picky", "Picky fails on images (13, 3, 16, 16): AssertionError"),
-    ("--arch world:Detached", "--arch world:Detached has no gradient: let its weights"),
+    ("--arch world:detached", "--arch world:detached has no gradient: let its weights"),
     ("--arch world:still", "--arch world:still has no gradient"),
     ("--arch world:scripted", "--arch world:scripted is TorchScript"),
     ("--arch world:exported", "--arch world:exported has no eval mode, like programs of"),

@@ -106,21 +106,6 @@ def label_smoothing(model: Model, pairs: list[Pair], draws: Draws, steps: int) -
     yield cross_entropy(model(x_adv), (1 - epsilon) * y + epsilon / y.shape[1] * (1 - y))
 
 
-def check_trainable(name: str, model: nn.Module, x: Tensor) -> None:
-    """Raise `UserError` unless a loss on images x (B, ...) has a gradient for the weights."""
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise UserError(
-            f"{name} is TorchScript, which can only be evaluated here: give the nn.Module itself"
-        )
-    set_mode(name, model, training=False)  # in which BatchNorm's running statistics stay
-    logits = logits_of(model(x), torch.zeros(len(x), dtype=torch.int64, device=x.device))
-    if not logits.requires_grad:
-        raise UserError(
-            f"{name} has no gradient: let its weights require one, and do not detach its logits"
-        )
-    set_mode(name, model, training=True)
-
-
 class Method(NamedTuple):
     """A training method: its losses, and what a step of it draws and sums."""
 
@@ -142,3 +127,22 @@ METHODS = {
                           " with the true label"),
     "ls": Method(label_smoothing, 2, 2, "as target-fgsm, with labels smoothed by epsilon"),
 }  # fmt: skip
+
+
+def check_trainable(name: str, model: nn.Module, x: Tensor) -> None:
+    """Raise `UserError` unless a loss on images x (B, ...) has a gradient for the weights.
+
+    Takes one forward pass of two images.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UserError(
+            f"{name} is TorchScript, which can only be evaluated here: give the nn.Module itself"
+        )
+    set_mode(name, model, training=False)  # in which BatchNorm's running statistics stay
+    few = x[:2]
+    logits = logits_of(model(few), torch.zeros(len(few), dtype=torch.int64, device=x.device))
+    if not logits.requires_grad:
+        raise UserError(
+            f"{name} has no gradient: let its weights require one, and do not detach its logits"
+        )
+    set_mode(name, model, training=True)

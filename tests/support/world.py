@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import evaluate
 import train
 from harness.checkpoints import load_checkpoint
-from tests.support.tiny import convnet, image_folder, linear
+from tests.support.tiny import Wrapped, convnet, image_folder, linear
 
 SIDE = 16
 TRAIN = [
@@ -89,14 +89,9 @@ class Picky(nn.Module):
         raise AssertionError
 
 
-class Detached(nn.Sequential):
-    """A network whose logits have no gradient, like one that computes in another library."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, num_classes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).detach()
+def detached(num_classes: int) -> nn.Module:
+    """Return a network whose logits have no gradient, like one of another library."""
+    return Wrapped(linear(num_classes), Tensor.detach)
 
 
 def still(num_classes: int) -> nn.Module:
