@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 from harness.files import atomic_write
 
 # What DistributedDataParallel and torch.compile, in either order, put before every name.
@@ -91,7 +91,7 @@ def _read(path: str | Path, *, only_zip: bool = False) -> Any:
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly every kind on a damaged file
-        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        reason = first_line(error).split(". ")[0]
         kind = "nor a state dict" if intact else "or is damaged"
         fix = "save model.state_dict()" if intact else "restore or remove it"
         raise UserError(
@@ -107,7 +107,7 @@ def _read_safetensors(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # safetensors has an error class of its own
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path} is damaged ({first_line(error)})") from None
 
 
 def _checked(path: str | Path, checkpoint: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 from harness import distributed
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 
 
 def resolve_device(name: str) -> str:
@@ -29,7 +29,7 @@ def resolve_device(name: str) -> str:
             torch.cuda.set_device(name)
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {name}: {first_line(error)}") from None
     return name
 
 

@@ -28,6 +28,11 @@ def escape_unprintable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its kind where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def downloading(option: str, what: str, place: str | os.PathLike[str]) -> Iterator[None]:
     """Raise `UserError` where the network fails in the block, which downloads `what` to `place`."""

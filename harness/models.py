@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from harness.checkpoints import load_weights
 from harness.cnn import CONVOLUTIONS, build_cnn
-from harness.errors import UserError, downloading
+from harness.errors import UserError, downloading, first_line
 from mtlat import Model, Normalize, frozen, logits_of
 
 MeanStd = tuple[list[float], list[float]]  # per channel
@@ -106,7 +106,7 @@ def _create_timm(arch: str, **keywords: Any) -> Any:
     try:
         return importlib.import_module("timm").create_model(_split(arch)[1], **keywords)
     except Exception as error:  # of timm, of the Hub's client, or of the network
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--arch {arch}: timm cannot create it ({reason})") from None
 
 
@@ -338,7 +338,7 @@ def check_logits(name: str, model: nn.Module, x: Tensor, num_classes: int) -> Te
         with frozen(model):
             logits = compute_logits(model, x)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{name} fails on images {tuple(x.shape)}: {reason}") from None
     if logits.shape != (len(x), num_classes):
         raise UserError(

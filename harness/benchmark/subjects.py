@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from harness.benchmark.checks import broken_gradients
 from harness.benchmark.config import EvalConfig
 from harness.benchmark.fusion import fuse_for_inference
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 from harness.images.preprocess import CROPS, Crop
 from harness.models import (
     LIBRARIES,
@@ -239,10 +239,9 @@ def inspect_subject(
         broken = int(broken_gradients(module, x, y).sum())
     except RuntimeError as error:
         if attacked:
-            reason = str(error).splitlines()[0]
             raise UserError(
                 f"{label} does not give the gradient with respect to the images, which attacks need"
-                f" ({reason}): let it, or add --skip white-box black-box"
+                f" ({first_line(error)}): let it, or add --skip white-box black-box"
             ) from None
         broken = 0
     if broken:
