@@ -6,6 +6,7 @@ of the perturbation, means over the severities, and returns NaN if one of the fi
 
 import math
 from collections.abc import Mapping
+from statistics import fmean
 from types import MappingProxyType
 
 # AlexNet's top-1 errors on ImageNet-C at 224 px, means of the five severities, as published in
@@ -23,7 +24,7 @@ ALEXNET_ERRORS: Mapping[str, float] = MappingProxyType(
 
 def corrupted_accuracy(own: Mapping[str, float]) -> float:
     """Average the accuracy over the fifteen corruptions."""
-    return _mean([own.get(name, math.nan) for name in ALEXNET_ERRORS])
+    return fmean([own.get(name, math.nan) for name in ALEXNET_ERRORS])
 
 
 def mce(own: Mapping[str, float]) -> float:
@@ -32,7 +33,7 @@ def mce(own: Mapping[str, float]) -> float:
     AlexNet's are of ImageNet at 224 px. For other images, the mCE is not comparable with published
     ones.
     """
-    return 100 * _mean([(1 - own.get(n, math.nan)) / e for n, e in ALEXNET_ERRORS.items()])
+    return 100 * fmean([(1 - own.get(n, math.nan)) / e for n, e in ALEXNET_ERRORS.items()])
 
 
 def relative_mce(own: Mapping[str, float], base: Mapping[str, float]) -> float:
@@ -44,8 +45,4 @@ def relative_mce(own: Mapping[str, float], base: Mapping[str, float]) -> float:
     lost = [[s["clean"] - s.get(name, math.nan) for name in ALEXNET_ERRORS] for s in (own, base)]
     if not all(loss > 0 for loss in lost[1]):  # without a loss, or NaN, there is no ratio
         return math.nan
-    return 100 * _mean([a / b for a, b in zip(*lost, strict=True)])
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
+    return 100 * fmean([a / b for a, b in zip(*lost, strict=True)])

@@ -5,6 +5,7 @@ results = aggregate(cells, {"standard": digest, "mtlat": digest}, baseline="stan
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -162,7 +163,7 @@ def _scores(
         found = [cells[key] for s in own if (key := (digest, name, s)) in cells]
         if len(found) == len(own):
             shares = tuple(cell["correct"] / cell["n"] for cell in found)
-            accuracy, n = math.fsum(shares) / len(shares), min(cell["n"] for cell in found)
+            accuracy, n = fmean(shares), min(cell["n"] for cell in found)
             low, high = wilson(accuracy * n, n)
             interval = robustness(low, base), robustness(high, base)
             if name in outcomes and "clean" in outcomes and 0 < accuracy:
@@ -242,7 +243,7 @@ def sign(name: str, own: float, base: float) -> str:
 
 def _means(scores: Mapping[str, Score], void: frozenset[str]) -> dict[str, float]:
     return {
-        title: math.fsum(scores[name].robustness for name in names) / len(names)
+        title: fmean(scores[name].robustness for name in names)
         for title, names in _groups(void).items()
         if names and scores.keys() >= set(names)
     }
