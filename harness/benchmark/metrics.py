@@ -327,9 +327,8 @@ def _notes(rows: Sequence[ModelScores], baseline: str, cells: Sequence[Cell]) ->
             " compare robustness only at comparable clean accuracy"
         )
     if limits := {(cell["limit"], cell["seed"]) for cell in cells if cell.get("limit")}:
-        limit, seed = min(limits)
-        each = "equally many of each class"
-        notes.append(f"tested on {limit} images, {each}, drawn with seed {seed}")
+        n, seed = min(limits)
+        notes.append(f"tested on {n} images, equally many of each class, drawn with seed {seed}")
     if len({str((cell.get("device"), cell.get("versions"))) for cell in cells}) > 1:
         notes.append("the cells come from several devices or versions: see cells.jsonl")
     return notes
