@@ -435,8 +435,10 @@ def test_estimates_are_the_measured_passes_times_their_number(
     settings, _ = parse_train_config(next(plan.make_plan(args)).argv)
     meter = estimate.Meter(train.load_data(settings), "cpu", reproduce.time_epoch)
     assert len(meter.data.test.labels) == 6
-    meter.known = {("forward", "a"): 1.0, ("gradient", "a"): 100.0, ("gradient", "s"): 1e4}
-    meter.known |= {("fog", severity): 1e6 for severity in range(1, 6)}
+    monkeypatch.setattr(meter, "_forward", {"a": 1.0}.__getitem__)
+    monkeypatch.setattr(meter, "_gradient", {"a": 100.0, "s": 1e4}.__getitem__)
+    fog = {("fog", severity): 1e6 for severity in range(1, 6)}
+    monkeypatch.setattr(meter, "_corrupt", lambda *key: fog[key])
     cost = meter.evaluation({"x": "a", "y": "a"}, "s", ["fog"], None, set())
     assert cost == 6 * 5 * (2 * 1 + 1e6)
     done = {("x", "fog", s) for s in (1, 2, 3, 4, 5)} | {("y", "fog", s) for s in (1, 2)}

@@ -77,12 +77,16 @@ class Meter:
         time_epoch: Callable[[TrainConfig, Dataset], tuple[float, float]],
     ) -> None:  # fmt: skip
         self.data, self.device, self.time_epoch = data, device, time_epoch
-        self.known: dict[Any, float] = {}
+        self.known: dict[Any, float] = {}  # of an epoch
+        self._forward, self._gradient = cache(self._time_forward), cache(self._time_gradient)
+        self._corrupt = cache(self._time_corruption)
 
     def training(self, config: TrainConfig, epochs: int) -> float:
         """Estimate the time of that many epochs of train.py."""
         key = config.arch, config.method, config.batch_size
-        return epochs * self._timed(key, lambda: self._epoch(config))
+        if key not in self.known:
+            self.known[key] = self._epoch(config)
+        return epochs * self.known[key]
 
     def evaluation(
         self, models: Mapping[str, str], surrogate: str, names: list[str], limit: int | None,
@@ -114,11 +118,6 @@ class Meter:
                 seconds += images * each
         return seconds
 
-    def _timed(self, key: Any, work: Callable[[], float]) -> float:
-        if key not in self.known:
-            self.known[key] = work()
-        return self.known[key]
-
     def _epoch(self, config: TrainConfig) -> float:
         size = config.minibatch_size
         train, test = self.data.train, self.data.test
@@ -135,25 +134,16 @@ class Meter:
         model = build_model(arch, len(self.data.classes)).to(self.device).eval()
         return fuse_for_inference(model, self._batch())
 
-    def _forward(self, arch: str) -> float:
-        return self._timed(("forward", arch), lambda: self._measure_forward(arch))
-
-    def _measure_forward(self, arch: str) -> float:
+    def _time_forward(self, arch: str) -> float:
         model, x = self._model(arch), self._batch()
         with full_precision():
             return time_second_call(lambda: compute_logits(model, x).sum().item()) / len(x)
 
-    def _gradient(self, arch: str) -> float:
-        return self._timed(("gradient", arch), lambda: self._measure_gradient(arch))
-
-    def _measure_gradient(self, arch: str) -> float:
+    def _time_gradient(self, arch: str) -> float:
         model, x = self._model(arch), self._batch()
         y = self.data.test.labels[: len(x)].to(self.device)
         return time_second_call(lambda: pgd(model, x, y, steps=2).sum().item()) / (2 * len(x))
 
-    def _corrupt(self, name: str, severity: int | None) -> float:
+    def _time_corruption(self, name: str, severity: int | None) -> float:
         x = self._batch()
-        return self._timed(
-            (name, severity),
-            lambda: time_second_call(lambda: corrupt(x, name, severity).sum().item()) / len(x),
-        )
+        return time_second_call(lambda: corrupt(x, name, severity).sum().item()) / len(x)
