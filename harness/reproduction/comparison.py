@@ -24,7 +24,6 @@ from harness.reproduction.paper import (
     HEADINGS,
     MEANS,
     PAPER_ROWS,
-    PaperRow,
     Printed,
 )
 
@@ -104,10 +103,8 @@ def _paper_scores(table: int, arch: str, method: str, void: frozenset[str]) -> d
     """Return the paper's row, with the mean of the attacks without what is void in ours."""
     # The baseline stands in Table 1 alone, and is Table 2's too.
     ordered = sorted(PAPER_ROWS, key=lambda row: row.table != table)
-    found: PaperRow | None = next(
-        (row for row in ordered if (row.arch, row.method) == (arch, method)), None
-    )
-    scores = dict(found.scores) if found else {}
+    found = (row.scores for row in ordered if (row.arch, row.method) == (arch, method))
+    scores = dict(next(found, {}))
     if ATTACKS_TITLE in scores:
         kept = [scores[name].value for name in MEANS[ATTACKS_TITLE] if name not in void]
         scores[ATTACKS_TITLE] = Printed(fmean(kept), None)
