@@ -70,4 +70,4 @@ def load_attack(name: str, spec: str, seed: int) -> Attack:
             raise UserError(f"{title} returns pixels from {low:g} to {high:g}; clip them to [0, 1]")
         return x_adv.detach()
 
-    return Attack(attack, {}, name, random=False)
+    return Attack(attack, {}, random=False)

@@ -21,7 +21,7 @@ class Perturbation(NamedTuple):
 
     group: str  # a name for --only and --skip
     severities: tuple[int | None, ...] = (None,)
-    column: str = ""  # heading in the tables; empty for what stands in no table
+    column: str = ""  # heading in `TABLES`; empty for what stands in none of them
     attack: Attack | None = None  # None for corruptions and clean images
     sampled: bool = False  # whether it is measured on `SAMPLE` images instead of all
 
@@ -86,18 +86,16 @@ def supplementary(attacks: list[str], epsilons: list[float], seed: int) -> dict[
     for epsilon in epsilons:
         for name, attack in ATTACKS.items():
             if "epsilon" in attack.keywords:
-                keywords = attack.keywords | {"epsilon": epsilon}
+                attack = attack._replace(keywords=attack.keywords | {"epsilon": epsilon})
                 name = f"{name.rpartition('_')[0]}_{epsilon}"
-                attack = attack._replace(keywords=keywords, column=name)
-                rows[name] = Perturbation("supplementary", column=name, attack=attack)
+                rows[name] = Perturbation("supplementary", attack=attack)
     for text in attacks:
         name, _, spec = text.partition("=")
         if not re.fullmatch(r"[\w.+-]+", name) or not re.fullmatch(r"[^:]+:[^:]+", spec):
             raise UserError(f"--attack {text}: write NAME=module:callable")
         if name in PERTURBATIONS or name in GROUPS or name in rows:
             raise UserError(f"--attack {text}: the name {name} is taken; choose another")
-        attack = load_attack(name, spec, seed)
-        rows[name] = Perturbation("supplementary", column=name, attack=attack)
+        rows[name] = Perturbation("supplementary", attack=load_attack(name, spec, seed))
     return rows
 
 
