@@ -227,7 +227,7 @@ def plot_step(
 def _plot_tiles(
     tiles: list[tuple[str, Tensor]], title: str, label: Mapping[str, float], path: Path
 ) -> None:
-    """Plot five images with their titles, and a soft label in the sixth place."""
+    """Plot five images with their titles, then a soft label: bars below the names of classes."""
     figure = _figure(8, 6, 0.08)
     *panels, last = figure.subplots(2, 3).flat
     for axes, (name, image) in zip(panels, tiles, strict=True):
@@ -235,7 +235,15 @@ def _plot_tiles(
         axes.set_title(name, fontsize=9)
         axes.axis("off")
     last.set_title(title, fontsize=9)
-    _plot_label(last, label)
+    last.barh(range(len(label)), list(label.values()), 0.35, color=PALETTE[: len(label)])
+    for place, (name, share) in enumerate(label.items()):
+        last.text(0, place - 0.26, f"{share:.4f}  {_short(name, 26)}", fontsize=9)
+    last.set_xlim(0, 1)
+    last.set_ylim(2.6, -0.8)
+    last.set_box_aspect(1)
+    last.set_yticks([])
+    last.tick_params(labelsize=8)
+    last.spines[["top", "right"]].set_visible(False)
     _finish(figure, path)
 
 
@@ -243,19 +251,6 @@ def _most_visible(mixes: list[tuple[int, int, int]], draws: Draws) -> int:
     """Choose a mix of three different classes with lambda near 1/2 and a large epsilon."""
     visible = torch.minimum(draws.lam2, 1 - draws.lam2) * draws.epsilon
     return max(range(len(mixes)), key=lambda i: (len(set(mixes[i])), float(visible[i])))
-
-
-def _plot_label(axes: Any, shares: Mapping[str, float]) -> None:
-    """Plot a soft label as bars, each below the name of its class."""
-    axes.barh(range(len(shares)), list(shares.values()), 0.35, color=PALETTE[: len(shares)])
-    for place, (name, share) in enumerate(shares.items()):
-        axes.text(0, place - 0.26, f"{share:.4f}  {_short(name, 26)}", fontsize=9)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(2.6, -0.8)
-    axes.set_box_aspect(1)
-    axes.set_yticks([])
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot_images(sheets: Sequence[Sequence[Tile]], path: Path) -> None:
