@@ -127,13 +127,12 @@ def expected_images(config: EvalConfig, checkpoints: dict[str, Any]) -> dict[str
 
 def resampling_warnings(config: EvalConfig) -> list[str]:
     """Warn of published weights whose images are not resized bilinearly, as all are here."""
-    published = {s: config.weights for s in config.specs if s.startswith(LIBRARIES)}
-    found = {s: find_weights(s, name).resampling for s, name in published.items() if name}
     return [
         f"the weights of {spec} expect {kind} resizing, and images are resized bilinearly here: its"
         " accuracy may differ a little from the published one"
-        for spec, kind in found.items()
-        if kind != "bilinear"
+        for spec in config.specs
+        if config.weights and spec.startswith(LIBRARIES)
+        if (kind := find_weights(spec, config.weights).resampling) != "bilinear"
     ]
 
 
