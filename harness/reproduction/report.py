@@ -135,11 +135,9 @@ def write_report(
     if found_orders := orders(rows):
         print("", *align_columns(orders_table(found_orders)), sep="\n")
     print("", *align_columns(updates), "", *answers(rows), f"{conclusion(rows)}.", sep="\n")
-    recipe = {
-        name: value
-        for name, value in asdict(config).items()
-        if name not in ("output_dir", "cache_dir", "device")
-    }
+    recipe = asdict(config)
+    for name in ("output_dir", "cache_dir", "device"):
+        del recipe[name]
     outcomes = {}
     if config.data == "shapes" and len(data.classes) == len(embedded.NAMES):
         folders = {path.name: path for one in found for path in one.models.values()}
