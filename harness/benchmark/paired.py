@@ -134,13 +134,11 @@ def uncorrected(difference: Difference | None) -> Difference | None:
 
 def holm(differences: Sequence[Difference | None]) -> list[Difference | None]:
     """Correct the p-values of these differences for their number."""
-    known = sorted((d.p, i) for i, d in enumerate(differences) if d and not math.isnan(d.p))
+    known = sorted((d.p, i, d) for i, d in enumerate(differences) if d and not math.isnan(d.p))
     corrected = [d and d._replace(adjusted=math.nan) for d in differences]  # stays where p is NaN
     largest = 0.0
-    for rank, (p, i) in enumerate(known):
+    for rank, (p, i, difference) in enumerate(known):
         largest = max(largest, min(1.0, (len(known) - rank) * p))
-        difference = differences[i]
-        assert difference
         corrected[i] = difference._replace(adjusted=largest)
     return corrected
 
