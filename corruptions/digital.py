@@ -104,10 +104,7 @@ def elastic_transform(
         return warped.clamp_(0, 255)
     smooth_rows = _smoothing(height, sigma).to(images.device)
     smooth_columns = _smoothing(width, sigma).to(images.device).T
-    x, y = (
-        alpha * torch.matmul(torch.matmul(smooth_rows, field), smooth_columns)
-        for field in (along_x, along_y)
-    )
+    x, y = (alpha * (smooth_rows @ field @ smooth_columns) for field in (along_x, along_y))
     return _sample(warped, x.add_(columns), y.add_(rows), align_corners=False).clamp_(0, 255)
 
 
