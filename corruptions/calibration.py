@@ -1,6 +1,7 @@
 """Calibrate the ranges of the paper's four corruptions for another model, as the paper did."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,11 +51,8 @@ def calibrate(
         raise ValueError(f"pass images and as many labels, got {len(images)} and {len(labels)}")
     if not 0 < losses[0] <= losses[1]:
         raise ValueError(f"losses must satisfy 0 < low <= high, got {losses}")
-
-    def accuracy(amount: float) -> float:
-        return _accuracy(model, images, labels, name, amount, seed, batch_size)
-
     largest, precision = _SEARCH[name]
+    accuracy = partial(_accuracy, model, images, labels, name, seed, batch_size)
     clean, worst = accuracy(0.0), accuracy(largest)
     if clean - worst < losses[1]:
         raise ValueError(
@@ -70,8 +68,8 @@ def calibrate(
 
 @torch.no_grad()
 def _accuracy(
-    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, name: str, amount: float,
-    seed: int, batch_size: int,
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, name: str, seed: int,
+    batch_size: int, amount: float,
 ) -> float:  # fmt: skip
     """Compute the accuracy on images that are all corrupted by exactly `amount`."""
     correct = 0
