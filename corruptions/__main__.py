@@ -242,8 +242,7 @@ def write_tree(args: argparse.Namespace) -> None:
 
 def find_images(source: Path) -> list[Path]:
     """List the images of all class folders. Raise ValueError if there are no such folders."""
-    folders = (entry.name for entry in source.iterdir() if entry.is_dir())
-    names = sorted(name for name in folders if not name.startswith("."))
+    names = sorted(e.name for e in source.iterdir() if e.is_dir() and not e.name.startswith("."))
     if not names:
         raise ValueError(f"{source} has no class folders; the layout is DIR/class/file")
     for name in sorted({"train", "val", "test"}.intersection(names)):
