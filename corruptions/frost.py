@@ -81,8 +81,7 @@ def _textures(source: str, scales: tuple[float, ...], device: torch.device) -> T
     return Textures(
         torch.cat([picture.flatten(1) for picture in scaled], 1).to(device),
         torch.tensor([0, *areas[:-1]], device=device).cumsum(0),
-        shapes[:, 0],
-        shapes[:, 1],
+        *shapes.unbind(1),
     )
 
 
