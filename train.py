@@ -123,7 +123,7 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     torch.backends.cudnn.benchmark = not config.deterministic
     check_batch_size(config, len(data.train.labels))
     torch.manual_seed(config.seed)
-    log: list[dict[str, Any]] = []
+    log: list[dict[str, Any]] = checkpoint["log"] if checkpoint else []
     if checkpoint is None:
         given = (config.mean, config.std) if config.mean and config.std else None
         model, normalize = create_model(config.arch, data.classes, config.weights, normalize=given)
@@ -135,7 +135,6 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
                 " start again"
             )
         model, normalize = restore_model(checkpoint), checkpoint["normalize"]
-        log = checkpoint["log"]
     require_same_on_all_ranks(data.fingerprint, log)
     distributed.broadcast(list(model.state_dict().values()))
     device = torch.device(config.device)
