@@ -24,7 +24,6 @@ Fields = tuple[Tensor, ...]  # what a corruption draws, (B, ...) each
 _GOLDEN = -1640531527  # 0x9e3779b9 as a signed word, to spread neighboring positions
 _ROUND_1 = 0x21F0AAAD
 _ROUND_2 = 0xD35A2D97 - 2**32
-_WORDS = 6  # key words per call: two 64-bit image keys, three words each
 
 
 def _fold(words: Tensor, shift: int, scratch: Tensor) -> None:
@@ -67,8 +66,8 @@ class Stream:
     def _keys(self) -> tuple[Tensor, Tensor]:
         """Compute the two int32 key words of each image for the next call, each (B, 1)."""
         text = repr((*self._purpose, self._calls))
-        digest = hashlib.blake2b(text.encode(), digest_size=4 * _WORDS).digest()
-        numbers = struct.unpack(f"<{_WORDS}i", digest)
+        digest = hashlib.blake2b(text.encode(), digest_size=24).digest()
+        numbers = struct.unpack("<6i", digest)  # three words for each of the two keys
         words = torch.tensor(numbers, dtype=torch.int32, device=self._low.device).view(3, 2, 1, 1)
         self._calls += 1
         keys = _scramble(self._low[:, None] + words[0], words[1])
