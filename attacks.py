@@ -290,8 +290,8 @@ def draw_starts(
         home = x.device if generator is None else generator.device
         drawn = torch.empty(shape, dtype=x.dtype, device=home)
         return drawn.uniform_(-1, 1, generator=generator).to(x.device)
-    if start.shape != (x.shape if restarts == 1 else shape):
-        wanted = tuple(x.shape if restarts == 1 else shape)
+    wanted = tuple(x.shape) if restarts == 1 else shape
+    if start.shape != wanted:
         raise ValueError(f"start has shape {tuple(start.shape)}; {restarts} runs need {wanted}")
     check_values("start", start, -1, 1, "give it in units of epsilon")
     return start.to(x).reshape(shape)
