@@ -214,10 +214,10 @@ def attack_mode(model: Model, x: Tensor, y: Tensor) -> Iterator[tuple[Model, Ten
     check_images(x)
     if x.dtype not in {torch.float32, torch.float64}:
         raise TypeError(f"images are {x.dtype}; attacks need full precision: x.float(), in [0, 1]")
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    before = [module.training for module in modules]
-    try:
-        for module in modules:  # not model.eval(), which a model may override with lasting effects
+    with ExitStack() as after:
+        # Not model.eval(), which a model may override with lasting effects.
+        for module in list(model.modules()) if isinstance(model, nn.Module) else []:
+            after.callback(setattr, module, "training", module.training)
             module.training = False
         with (
             frozen(model) as bare,
@@ -227,9 +227,6 @@ def attack_mode(model: Model, x: Tensor, y: Tensor) -> Iterator[tuple[Model, Ten
         ):
             # Pixels may be outside by rounding, where CW2's arctanh has no value.
             yield bare, x.detach().clamp(0, 1), _check_labels("labels", y, x)
-    finally:
-        for module, mode in zip(modules, before, strict=True):
-            module.training = mode
 
 
 def _climb(
