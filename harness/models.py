@@ -316,8 +316,7 @@ def compute_logits(model: Model, x: Tensor) -> Tensor:
 def count_correct(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
     """Count correct top-1 predictions. Sets the model to eval mode."""
     model.eval()
-    hits = [(compute_logits(model, x).argmax(1) == y).sum() for x, y in batches]
-    return int(torch.stack(hits).sum()) if hits else 0
+    return int(sum((compute_logits(model, x).argmax(1) == y).sum() for x, y in batches))
 
 
 def check_logits(name: str, model: nn.Module, x: Tensor, num_classes: int) -> Tensor:
