@@ -47,7 +47,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message.splitlines()[0]}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # of file names
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -131,8 +132,13 @@ def main(argv: list[str] | None = None) -> None:
             )
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except (RuntimeError, ValueError, Image.DecompressionBombError) as error:
+    except RuntimeError as error:  # torch's texts may have many lines
+        _fail(str(error).partition("\n")[0] or type(error).__name__)
+    except (ValueError, Image.DecompressionBombError) as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped; what was written is kept: run the same command again", file=sys.stderr)
+        sys.exit(130)
 
 
 def load(path: str | Path, size: int) -> Tensor:

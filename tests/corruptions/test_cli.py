@@ -4,6 +4,8 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -128,6 +130,32 @@ def test_tree_goes_on_where_it_stopped(
     refused(command, f"{settings} is damaged", capsys)
 
 
+def test_an_interrupt_ends_in_a_line_and_loses_nothing(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = [str(source), "--out", str(tmp_path / "out"), "--size", "32", *ONLY]
+    draw, calls = __main__.apply, []
+
+    def interrupt(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == 6:  # three try the names out
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(__main__, "apply", interrupt)
+        with pytest.raises(SystemExit) as exit_info:
+            __main__.main(command)
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err.endswith("was written is kept: run the same command again\n")
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.JPEG")}
+    __main__.main(command)
+    assert written and all(path.stat().st_mtime_ns == time for path, time in written.items())
+
+
 def test_a_tree_of_other_files_is_not_continued(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +191,23 @@ def test_any_error_of_pillow_names_the_file(
     monkeypatch.setattr(__main__, "upright_rgb", fail)
     command = [str(source / "cat/a.png"), "--out", str(source / "x.png")]
     refused(command, f"{source / 'cat/a.png'}: TypeError", capsys)
+
+
+def test_a_line_break_in_a_name_does_not_hide_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "a\n\x1b[31m.png"
+    picture.write_text("no picture")
+    refused([str(picture), "--out", str(tmp_path / "x.png")], r"a\n\x1b[31m.png: cannot", capsys)
+
+
+def test_an_error_of_torch_is_its_first_line(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(source), "--out", str(source / "x")]
+    for text, said in (("out of memory\n at line 1", "error: out of memory"), ("", "RuntimeError")):
+        monkeypatch.setattr(__main__, "apply", Mock(side_effect=RuntimeError(text)))
+        refused(command, said, capsys)
 
 
 def test_images_above_pillows_limit_are_refused_by_name(
