@@ -279,6 +279,10 @@ def test_runs_of_other_settings_or_images_are_refused_in_a_line(images: Path) ->
         (["--scale", "large"], "invalid choice: 'large'"),
         (["--tables", "4"], "invalid choice: '4'"),
         (["--methods", "pgd"], "invalid choice: 'pgd'"),
+        (
+            ["--methods", "mtlat", "--tables", "2", "3"],
+            "--methods mtlat: not in --tables 2 3; name",
+        ),
         (["--seeds", "0"], "0 is out of range: from 1 up"),
         (["--size", "8"], "8 is out of range: from 16 up"),
         (["--archs", "cnn6"], "--surrogate cnn6 is one of --archs"),

@@ -118,6 +118,13 @@ def parse_reproduce_config(
         every = "all" in values["tables"]
         values["tables"] = [t for t in (1, 2, 3) if every or str(t) in values["tables"]]
     values |= {name: value for name, value in recipe.items() if values[name] is None}
+    reached = {BASELINE, *(method for t in values["tables"] for method in methods_of_table(t))}
+    if missing := [method for method in values["methods"] or () if method not in reached]:
+        tables = " ".join(map(str, values["tables"]))
+        raise UserError(
+            f"--methods {' '.join(missing)}: not in --tables {tables}; name a table with it (see"
+            " --help), or leave --tables out"
+        )
     if values["data"] is None:
         raise UserError(f"--scale {scale} needs --data DIR: a folder of images, see train.py")
     if values["surrogate"] in values["archs"]:
