@@ -90,8 +90,8 @@ class EvalConfig:
         " continues, tables and figures (default: runs/evaluate/MODELS-DIGEST: the models and a"
         " digest of their weights, the images and the seed, so that another --only goes on there)",
         metavar="DIR")
-    dump_images: int = option(4, "draw N images under every perturbation, with the first model's"
-        " predictions", type=number(int, 0, 100), metavar="N")
+    dump_images: int = option(4, "draw N images under every perturbation of the tables that is"
+        " computed here, with the first model's predictions", type=number(int, 0, 100), metavar="N")
     # fmt: on
 
     @property
@@ -121,11 +121,12 @@ class EvalConfig:
         """The names of what is measured, in order."""
         papers = [name for name in self.supplement if name in PERTURBATIONS]
         chosen = choose_perturbations(self.only and [*self.only, *papers], self.skip)
-        return list(dict.fromkeys([*chosen, *self.supplement]))
+        return [*chosen, *(name for name in self.supplement if name not in PERTURBATIONS)]
 
     def uses_gradient(self, spec: str) -> bool:
-        """Return whether an attack uses the gradient of this model."""
-        chosen = [self.registry[name] for name in self.perturbations]
+        """Return whether an attack uses the gradient of this model; those of others need not."""
+        others = {text.partition("=")[0] for text in self.attack}
+        chosen = [self.registry[name] for name in self.perturbations if name not in others]
         return (spec in self.models and any(entry.white_box for entry in chosen)) or (
             spec == self.surrogate and any(entry.black_box for entry in chosen)
         )

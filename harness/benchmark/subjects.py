@@ -240,7 +240,8 @@ def inspect_subject(
         if attacked:
             raise UserError(
                 f"{label} does not give the gradient with respect to the images, which attacks need"
-                f" ({first_line(error)}): let it, or add --skip white-box black-box"
+                f" ({first_line(error)}): let it, or add --skip white-box black-box, and"
+                " leave out --epsilon"
             ) from None
         broken = 0
     if broken:

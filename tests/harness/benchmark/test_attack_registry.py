@@ -98,6 +98,21 @@ def test_the_papers_rows_are_never_replaced() -> None:
     assert attack.function is ATTACKS["pgd_ll_0.04"].function
 
 
+def test_an_attack_of_others_may_do_without_the_gradient(bench: Bench) -> None:
+    options = ["--data", str(bench.root / "images"), "--size", "16", "--only", "clean"]
+    bench.run(*options, "--attack", "gray=others:gray", models="tinynets:Detached")
+    (row,) = bench.results()["rows"]
+    assert "gray" in row["supplement"]
+    with pytest.raises(UserError, match="add --skip white-box black-box, and leave out --epsilon"):
+        bench.run(*options, "--epsilon", "0.5", models="tinynets:Detached")
+
+
+def test_what_is_skipped_is_not_added_again_by_its_epsilon() -> None:
+    options = ["--epsilon", "0.04", "0.3", "--skip", "pgd_0.04"]
+    found = parse_eval_config(["a:b", *options]).perturbations
+    assert "pgd_0.04" not in found and {"pgd_ll_0.04", "mi_fgsm_0.04", "pgd_0.3"} < {*found}
+
+
 def test_an_attack_of_others_gets_a_frozen_model_and_copies() -> None:
     model, x, y = linear(3).train(), torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
     x_adv = load_attack("a", "others:same", 0).function(model, x, y)
