@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from corruptions.transform import upright_rgb
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 from harness.files import atomic_path, atomic_write, checksum, lock_folder
 from harness.images.folders import File
 from harness.images.loader import ImageSet, map_images, prefetch
@@ -184,4 +184,4 @@ def decode(path: Path, size: int, resize: int | None = None) -> Array | str:
     except MemoryError:
         raise  # not the file's fault
     except Exception as error:  # Pillow raises nearly every kind on a broken file
-        return f"not a usable image ({str(error) or type(error).__name__})"
+        return f"not a usable image ({first_line(error)})"
