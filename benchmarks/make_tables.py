@@ -11,6 +11,7 @@ has their initial weights.
 """
 
 import argparse
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,9 +87,11 @@ class Measured:
         return dict(score_differences(self.score(second, first).rows[1]))
 
     def differ(self, first: str, second: str) -> Differences:
-        """Add the differences under groups of perturbations, without Holm's correction."""
+        """Add the differences under measured groups of perturbations, without Holm's correction."""
         found = self.perturbations(first, second)
-        for title in MEANS:
+        for title, names in MEANS.items():
+            if not self.hits.keys() >= {(x, name) for x in (first, second) for name in names}:
+                continue
             a, c = self.outcomes(first, title), self.outcomes(first, "clean")
             b, d = self.outcomes(second, title), self.outcomes(second, "clean")
             found[title] = paired.uncorrected(paired.compare_robustness(a, c, b, d))
@@ -126,7 +129,8 @@ def _say(results: Results) -> Iterator[str]:
     """Yield sentences on the differences to the baseline."""
     base, *others = results.rows
     for row, sentence in zip(others, tables.answers(results), strict=True):
-        yield f"{sentence} Relative mCE: {row.relative_mce:.0f} % of {base.model}'s."
+        mce = f" Relative mCE: {row.relative_mce:.0f} % of {base.model}'s."
+        yield sentence + ("" if math.isnan(row.relative_mce) else mce)
 
 
 def _seeds_together(measured: Measured, arch: str, seeds: list[int], figure: Path) -> Iterator[str]:
@@ -142,8 +146,8 @@ def _seeds_together(measured: Measured, arch: str, seeds: list[int], figure: Pat
 
     columns = {f"seed {s}": measured.differ(f"mtlat-{s}", f"standard-{s}") for s in seeds}
     for title in MEANS:
-        each = [found for column in columns.values() if (found := column[title])]
-        mean[title] = paired.uncorrected(paired.combine_seeds(each))
+        if each := [found for column in columns.values() if (found := column.get(title))]:
+            mean[title] = paired.uncorrected(paired.combine_seeds(each))
     yield from _beside_the_paper(table)
     if len(seeds) > 1:
         yield _by_seeds_alone(mean, columns)
@@ -158,8 +162,9 @@ def _seeds_together(measured: Measured, arch: str, seeds: list[int], figure: Pat
         for seed in seeds[1:]
     }
     if again:
-        several = "Trainings of one method with several seeds (surrogates of MI FGSM differ)"
-        yield f"**{several}; {NOTE}**"
+        differ = len({cell.get("surrogate") for cell in measured.cells} - {None}) > 1
+        attacked = " (surrogates of MI FGSM differ)" * differ
+        yield f"**Trainings of one method with several seeds{attacked}; {NOTE}**"
         yield measured.table({}, again)
 
 

@@ -80,6 +80,19 @@ def test_a_single_seed_has_no_t_test(tmp_path: Path) -> None:
     assert "A t test" not in text and "over the seeds |" not in text and "Trainings of" not in text
 
 
+def test_some_perturbations_on_one_surrogate_are_enough(tmp_path: Path) -> None:
+    cells = read_cells(RESULTS / "tiny50" / "cells.jsonl")
+    labels = {f"{method}-{seed}" for method in PAIR for seed in (1, 2)}
+    names = {"clean", "mi_fgsm_0.04", "mi_fgsm_0.08"}
+    few = [c for c in cells if c["label"] in labels and c["perturbation"] in names]
+    append_cells(tmp_path / "cells.jsonl", few)
+    make_tables.make_tables(tmp_path, "resnet18")
+    text = (tmp_path / "tables.md").read_text()
+    assert "nan" not in text and "mean of" not in text.split("over the seeds |")[1]
+    assert "**Trainings of one method with several seeds; 95 %" in text  # of one surrogate
+    assert text.split("over the seeds |")[1].count("MI FGSM 0.08") > 1
+
+
 def decided_by_holm(p: dict[str, float]) -> set[str]:
     """Return what Holm's step-down procedure rejects at 5 %."""
     decided = set()
