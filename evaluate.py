@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from attacks import full_precision
-from corruptions import ALL_CORRUPTIONS, MIN_SIDE, corrupt, frost_source
+from corruptions import ALL_CORRUPTIONS, MIN_SIDE, SEVERITIES, corrupt, frost_source
 from harness import distributed
 from harness.benchmark import plots, registry, tables
 from harness.benchmark.config import EvalConfig, is_file, parse_eval_config
@@ -157,6 +157,13 @@ def check_corruptions(config: EvalConfig, side: int) -> None:
             corrupt(torch.zeros(1, 3, side, side, dtype=torch.uint8), "frost", 1)
     except (OSError, ValueError) as error:
         raise UserError(f"frost: {error}") from None
+    for place in filter(None, map(config.find_corruption, config.perturbations)):
+        for severity in SEVERITIES if place.is_dir() else ():
+            if not (place / str(severity)).is_dir():
+                raise UserError(
+                    f"--imagenet-c: {place} lacks the folder {severity}; the layout is"
+                    " DIR/corruption/severity/class/file, with severities 1 to 5"
+                )
 
 
 def run_warnings(run: Evaluation) -> list[str]:
@@ -166,7 +173,7 @@ def run_warnings(run: Evaluation) -> list[str]:
         there = [name for name in config.perturbations if config.find_corruption(name)]
         made = [n for n in config.perturbations if n in ALL_CORRUPTIONS and n not in there]
         if made:
-            warnings.append(f"not in --imagenet-c, and computed here: {', '.join(made)}")
+            warnings.append(f"computed here, and not read from --imagenet-c: {', '.join(made)}")
     if run.surrogate is None and any(config.registry[n].black_box for n in config.perturbations):
         warnings.append("the black-box attacks are left out: they need --surrogate")
     for model in run.models:

@@ -183,7 +183,7 @@ def test_official_files_give_what_was_written(
         none, source = ours.pop("imagenet_c"), theirs.pop("imagenet_c") or ""
         assert ours == theirs and none is None
         assert source.endswith("shot_noise") == (ours["perturbation"] == "shot_noise")
-    assert "not in --imagenet-c, and computed here: fog" in capsys.readouterr().out
+    assert "computed here, and not read from --imagenet-c: fog" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"has no folder or .npy file of a corruption"):
         bench.run("--only", "fog", "--imagenet-c", str(bench.root / "c"), out="none")
     with pytest.raises(UserError, match=r"imagenet_c: None, now .*shot_noise"):
@@ -196,8 +196,9 @@ def test_official_files_give_what_was_written(
     with pytest.raises(UserError, match=r"5 lacks 1 of the 30 test images, such as red/0; the lay"):
         bench.run("--only", "shot_noise", "--imagenet-c", str(bench.root / "c"), out="broken")
     last.rename(last.with_name("6"))
-    with pytest.raises(UserError, match=r"5 lacks 30 of the 30.* blue/0; .*DIR/corruption/sever"):
-        bench.run("--only", "shot_noise", "--imagenet-c", str(bench.root / "c"), out="broken")
+    with pytest.raises(UserError, match=r"noise lacks the folder 5; .*DIR/corruption/sever"):
+        bench.run("--only", "shot_noise", "--imagenet-c", str(bench.root / "c"), out="new")
+    assert not (bench.root / "new").exists()  # nothing was measured before
 
 
 def test_the_preprocessing_of_the_models_and_of_the_tree(
@@ -463,6 +464,16 @@ def test_models_that_attacks_may_fail_on_are_marked(
         assert "tinynets:Soft returns probabilities, not logits" in text
         assert "tinynets:Flat: the gradient is zero or NaN for 16 of 16 sampled images" in text
         assert "standard returns" not in text
+
+
+def test_an_image_whose_logits_are_nan_is_wrong(bench: Bench) -> None:
+    options = ["--data", str(bench.root / "images"), "--size", "16"]
+    lines = bench.run(*options, "--only", "contrast", models="tinynets:net tinynets:Hollow")
+    found = {(c["label"], c["severity"]): (c["correct"], c.get("nan")) for c in lines}
+    assert found["tinynets:net", None] == found["tinynets:Hollow", None]
+    assert found["tinynets:net", 5][0] > 0 and found["tinynets:Hollow", 5] == (0, 30)
+    note = "logits of tinynets:Hollow are NaN under contrast: such images are wrong"
+    assert note in (bench.root / "out" / "results.md").read_text()
 
 
 def test_a_model_without_a_gradient_is_measured_where_no_attack_needs_it(bench: Bench) -> None:

@@ -121,12 +121,17 @@ class EvalConfig:
         """The names of what is measured, in order."""
         papers = [name for name in self.supplement if name in PERTURBATIONS]
         chosen = choose_perturbations(self.only and [*self.only, *papers], self.skip)
-        return [*chosen, *(name for name in self.supplement if name not in PERTURBATIONS)]
+        own = {n: e.attack.box for n, e in self.supplement.items() if e.attack and n not in papers}
+        return [*chosen, *(n for n, box in own.items() if n in self.others or box not in self.skip)]
+
+    @property
+    def others(self) -> set[str]:
+        """The names of the attacks of others."""
+        return {text.partition("=")[0] for text in self.attack}
 
     def uses_gradient(self, spec: str) -> bool:
         """Return whether an attack uses the gradient of this model; those of others need not."""
-        others = {text.partition("=")[0] for text in self.attack}
-        chosen = [self.registry[name] for name in self.perturbations if name not in others]
+        chosen = [self.registry[name] for name in self.perturbations if name not in self.others]
         return (spec in self.models and any(entry.white_box for entry in chosen)) or (
             spec == self.surrogate and any(entry.black_box for entry in chosen)
         )
@@ -178,6 +183,7 @@ def parse_eval_config(argv: list[str] | None = None, description: str | None = N
         raise UserError(f"--imagenet-c {config.imagenet_c}: no such folder")
     if config.imagenet_c and not any(map(config.find_corruption, config.perturbations)):
         raise UserError(
-            f"--imagenet-c {config.imagenet_c} has no folder or .npy file of a corruption to score"
+            f"--imagenet-c {config.imagenet_c} has no folder or .npy file of a corruption to score;"
+            " the paper's four are always computed"
         )
     return EvalConfig(**values | {"baseline": baseline, "device": resolve_device(config.device)})

@@ -211,7 +211,9 @@ def measure(
             if white_box:
                 images, about = perturb(run, name, severity, model, batch)
             logits = compute_logits(model.module, images)
-            about = {**about, "hit": logits.argmax(1) == y, "least_likely": logits.argmin(1)}
+            nan = logits.isnan().any(1)  # where argmax would name a class
+            hit, least_likely = (logits.argmax(1) == y) & ~nan, logits.argmin(1)
+            about = {**about, "hit": hit, "least_likely": least_likely, "nan": nan}
             found[i].append({key: values.cpu() for key, values in about.items()})
             seconds[i], clock = seconds[i] + _now(run) - clock, _now(run)
             bar.update(len(y))
@@ -235,6 +237,8 @@ def _make_cell(
     keys = dict.fromkeys(key for about in batches for key in about)
     values = {key: torch.cat([b[key] for b in batches if key in b]) for key in keys}
     right, least_likely = values.pop("hit"), values.pop("least_likely")
+    if not values["nan"].any():
+        del values["nan"]
     if name == "clean":
         of_all = torch.zeros(len(run.loader), dtype=torch.int64)
         of_all[run.chosen] = least_likely

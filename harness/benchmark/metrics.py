@@ -329,6 +329,11 @@ def _notes(rows: Sequence[ModelScores], baseline: str, cells: Sequence[Cell]) ->
     if limits := {(cell["limit"], cell["seed"]) for cell in cells if cell.get("limit")}:
         n, seed = min(limits)
         notes.append(f"tested on {n} images, equally many of each class, drawn with seed {seed}")
+    for model in dict.fromkeys(cell["label"] for cell in cells if cell.get("nan")):
+        names = dict.fromkeys(
+            c["perturbation"] for c in cells if c["label"] == model and "nan" in c
+        )
+        notes.append(f"logits of {model} are NaN under {', '.join(names)}: such images are wrong")
     if len({str((cell.get("device"), cell.get("versions"))) for cell in cells}) > 1:
         notes.append("the cells come from several devices or versions: see cells.jsonl")
     return notes

@@ -240,8 +240,7 @@ def inspect_subject(
         if attacked:
             raise UserError(
                 f"{label} does not give the gradient with respect to the images, which attacks need"
-                f" ({first_line(error)}): let it, or add --skip white-box black-box, and"
-                " leave out --epsilon"
+                f" ({first_line(error)}): let it, or add --skip white-box black-box"
             ) from None
         broken = 0
     if broken:

@@ -103,7 +103,7 @@ def test_an_attack_of_others_may_do_without_the_gradient(bench: Bench) -> None:
     bench.run(*options, "--attack", "gray=others:gray", models="tinynets:Detached")
     (row,) = bench.results()["rows"]
     assert "gray" in row["supplement"]
-    with pytest.raises(UserError, match="add --skip white-box black-box, and leave out --epsilon"):
+    with pytest.raises(UserError, match="or add --skip white-box black-box"):
         bench.run(*options, "--epsilon", "0.5", models="tinynets:Detached")
 
 
@@ -111,6 +111,20 @@ def test_what_is_skipped_is_not_added_again_by_its_epsilon() -> None:
     options = ["--epsilon", "0.04", "0.3", "--skip", "pgd_0.04"]
     found = parse_eval_config(["a:b", *options]).perturbations
     assert "pgd_0.04" not in found and {"pgd_ll_0.04", "mi_fgsm_0.04", "pgd_0.3"} < {*found}
+
+
+@pytest.mark.parametrize(
+    "skip, left",
+    [("white-box", {"mine", "mi_fgsm_0.04", "mi_fgsm_0.3"}),
+     ("black-box", {"mine", "pgd_0.04", "pgd_ll_0.04", "pgd_0.3", "pgd_ll_0.3"}),
+     ("white-box black-box", {"mine"})],
+)  # fmt: skip
+def test_a_group_is_skipped_in_all_its_sizes(skip: str, left: set[str]) -> None:
+    options = ["--epsilon", "0.04", "0.3", "--attack", "mine=others:same", "--skip", *skip.split()]
+    found = parse_eval_config(["a:b", *options]).perturbations
+    assert {name for name in found if name == "mine" or name.endswith(("0.04", "0.3"))} - {
+        *GROUPS["checks"]
+    } == left
 
 
 def test_an_attack_of_others_gets_a_frozen_model_and_copies() -> None:
