@@ -25,7 +25,7 @@ from scipy import stats
 from harness.benchmark import paired, plots, tables
 from harness.benchmark.metrics import Results, aggregate, score_differences
 from harness.benchmark.paired import Array, Difference
-from harness.benchmark.registry import COLUMNS, GROUPS, TABLES
+from harness.benchmark.registry import COLUMNS, GROUPS, PERTURBATIONS, TABLES
 from harness.benchmark.store import Cell, read_cells
 from harness.reproduction import comparison
 from harness.reproduction.report import paper_differences
@@ -61,7 +61,11 @@ class Measured:
             if "hits" in cell:
                 hits = paired.unpack(cell["hits"], cell["n"])
                 severities[cell["label"], cell["perturbation"]].append(hits)
-        self.hits = {key: np.mean(found, 0) for key, found in severities.items()}
+        self.hits = {
+            (label, name): np.mean(found, 0)
+            for (label, name), found in severities.items()
+            if len(found) == len(PERTURBATIONS[name].severities)
+        }
 
     def score(self, *names: str) -> Results:
         """Compute the results of these networks; the first one is the baseline."""
@@ -74,7 +78,8 @@ class Measured:
 
     def level(self, labels: Sequence[str], name: str) -> str:
         """Format clean accuracy or R, the mean of these networks."""
-        if name in COLUMNS and any((label, name) not in self.hits for label in labels):
+        names = MEANS.get(name, [name] if name in COLUMNS else [])
+        if not self.hits.keys() >= {(label, each) for label in labels for each in names}:
             return "-"
         clean, values = (
             np.array([self.outcomes(label, each).mean() for label in labels])

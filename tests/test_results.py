@@ -93,6 +93,27 @@ def test_some_perturbations_on_one_surrogate_are_enough(tmp_path: Path) -> None:
     assert text.split("over the seeds |")[1].count("MI FGSM 0.08") > 1
 
 
+def test_unfinished_perturbations_are_left_out(tmp_path: Path) -> None:
+    cells = read_cells(RESULTS / "resnext20" / "cells.jsonl")
+    lost = [c for c in cells if (c["label"], c["perturbation"]) == ("mtlat-0", "gaussian_noise")]
+    append_cells(tmp_path / "cells.jsonl", [c for c in cells if c not in lost[1:]])
+    make_tables.make_tables(tmp_path, "resnext50_32x4d")
+    text = (tmp_path / "tables.md").read_text()
+    assert "| mean of the blurs" in text and "| mean of the noises" not in text
+
+
+def test_a_network_with_a_part_of_the_perturbations_has_no_mean(tmp_path: Path) -> None:
+    cells = read_cells(RESULTS / "tiny20" / "cells.jsonl")
+    names = {"clean", "gaussian_noise", "shot_noise"}
+    few = [c for c in cells if c["label"] != "mixup-0" or c["perturbation"] in names]
+    append_cells(tmp_path / "cells.jsonl", few)
+    make_tables.make_tables(tmp_path, "resnet18")
+    lines = (tmp_path / "tables.md").read_text().split("**The networks of one seed; ")[1]
+    (mean,) = [x for x in lines.splitlines()[:40] if x.startswith("| mean of the noises")]
+    header = next(x for x in lines.splitlines() if "mixup-0 - standard-0" in x).split("|")
+    assert mean.split("|")[header.index(" mixup-0 ")] == " - "
+
+
 def decided_by_holm(p: dict[str, float]) -> set[str]:
     """Return what Holm's step-down procedure rejects at 5 %."""
     decided = set()
