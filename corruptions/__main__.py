@@ -251,7 +251,7 @@ def find_images(source: Path) -> list[Path]:
     names = sorted(e.name for e in source.iterdir() if e.is_dir() and not e.name.startswith("."))
     if not names:
         raise ValueError(f"{source} has no class folders; the layout is DIR/class/file")
-    for name in sorted({"train", "val", "test"}.intersection(names)):
+    for name in names:
         visible = [e for e in (source / name).iterdir() if not e.name.startswith(".")]
         if visible and all(entry.is_dir() for entry in visible):
             raise ValueError(
@@ -314,7 +314,7 @@ def save(image: Tensor, path: Path, *, png: bool) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield the file to write, which takes the name `path` once it is complete."""
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two may write one tree
     yield unfinished
     os.replace(unfinished, path)
 
