@@ -67,7 +67,7 @@ def load_attack(name: str, spec: str, seed: int) -> Attack:
             raise UserError(f"{title} returns {made}; x is {like}, and x_adv must be like it")
         low, high = (value.item() for value in x_adv.aminmax())
         if not 0 <= low <= high <= 1:  # refuses NaN
-            raise UserError(f"{title} returns pixels from {low:g} to {high:g}; clip them to [0, 1]")
+            raise UserError(f"{title} returns pixels from {low} to {high}; clip them to [0, 1]")
         return x_adv.detach()
 
     return Attack(attack, {}, random=False)

@@ -247,8 +247,10 @@ def to_latex(results: Results) -> str:
 
 
 def _escape(content: str) -> str:
-    marks = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return re.sub(r"[\\~^%_&#${}]", lambda m: marks.get(m[0], f"\\{m[0]}"), content)
+    marks = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+             "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+             "[": "{[}"}  # which would be an argument of the \\ before it  # fmt: skip
+    return re.sub(r"[\\~^<>|[%_&#${}]", lambda m: marks.get(m[0], f"\\{m[0]}"), content)
 
 
 def to_csv(results: Results) -> str:

@@ -144,9 +144,10 @@ def _entry(
     ]
     by_seed = [difference for difference in found if difference]
     value, paper_sign = theirs or (None, None)
+    mean = fmean(values)
     return Entry(
-        values, fmean(values), stdev(values) if len(values) > 1 else math.nan,
-        sign(name, fmean(values), fmean(others)), any(name in row.findings for row in seeds),
+        values, mean, stdev(values) if len(values) > 1 and not math.isnan(mean) else math.nan,
+        sign(name, mean, fmean(others)), any(name in row.findings for row in seeds),
         by_seed if len(by_seed) == len(seeds) else [], None, value, paper_sign, "",
     )  # fmt: skip
 

@@ -328,8 +328,10 @@ def test_names_of_models_may_have_any_character(tmp_path: Path) -> None:
     made = metrics.aggregate(CELLS, names, "alpha")
     rows = [row for row in tables.to_markdown(made).splitlines() if row.startswith("|")]
     assert all(row.replace(r"\|", "").count("|") == rows[0].count("|") for row in rows[:4])
-    escaped = r"r|x\_\textasciicircum{}\textasciitilde{}\{1\textbackslash{}n"
+    escaped = r"r\textbar{}x\_\textasciicircum{}\textasciitilde{}\{1\textbackslash{}n"
     assert escaped in tables.to_latex(made)
+    odd = metrics.aggregate(CELLS, {"alpha": A, "[x]<1>": B}, "alpha")
+    assert "\n{[}x]\\textless{}1\\textgreater{} & " in tables.to_latex(odd)
     hidden = metrics.aggregate(CELLS, {"alpha": A, "_beta": B}, "alpha")
     shown = metrics.aggregate(CELLS, {"alpha": A, "beta": B}, "alpha")
     for name, results in (("hidden", hidden), ("shown", shown)):
