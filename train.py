@@ -29,9 +29,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from harness import distributed
-from harness.checkpoints import save_checkpoint
+from harness.checkpoints import check_savable, save_checkpoint
 from harness.devices import environment_info, require_same_on_all_ranks
-from harness.errors import UserError, run_script
+from harness.errors import UserError, first_line, run_script
 from harness.files import atomic_write, lock_folder
 from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.folders import require_folder
@@ -108,7 +108,12 @@ def build_average(
     if config.ema is None:
         return None
     step = get_ema_multi_avg_fn(config.ema)
-    average = AveragedModel(model, multi_avg_fn=step, use_buffers=True)
+    try:
+        average = AveragedModel(model, multi_avg_fn=step, use_buffers=True)
+    except RuntimeError as error:  # of copy.deepcopy, such as with torch's old weight_norm
+        raise UserError(
+            f"--ema: --arch {config.arch} cannot be copied ({first_line(error)})"
+        ) from None
     if checkpoint is not None:  # its "model" is the average, its "trained" the weights
         model.load_state_dict(checkpoint["trained"])
         average.n_averaged.fill_(len(checkpoint["log"]))  # above 0, so that the next step averages
@@ -144,13 +149,14 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     if config.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     loaders = BatchLoader(data.train, device), BatchLoader(data.test, device)
+    average = build_average(config, model, checkpoint)
     if checkpoint is None:  # a resumed run keeps its buffers, which a forward pass may change
         rows = torch.arange(config.minibatch_size)[distributed.shard_rows(config.minibatch_size)]
         x, _ = loaders[0](rows)
         check_logits(f"--arch {config.arch}", model, x, len(data.classes))
+        check_savable(f"--arch {config.arch}", model)
         check_mix_at(config.mix_at, model, x, len(data.classes))
-        check_trainable(f"--arch {config.arch}", model, x)
-    average = build_average(config, model, checkpoint)
+        check_trainable(f"--arch {config.arch}", model, x, config.method)
     optimizer = build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     if checkpoint is not None:
@@ -295,7 +301,11 @@ def mean_losses(shares: Tensor) -> list[float]:
 
 def average_running_statistics(model: nn.Module) -> None:
     """Average BatchNorm's running statistics over the processes, each of which saw its own rows."""
-    statistics = [buffer for name, buffer in model.named_buffers() if "running_" in name]
+    statistics = [
+        buffer
+        for name, buffer in model.named_buffers()
+        if "running_" in name and buffer.is_floating_point()
+    ]
     distributed.all_reduce_sum(statistics)
     for statistic in statistics:
         statistic.div_(distributed.world_size())

@@ -1,13 +1,14 @@
 """Checkpoints of train.py: tensors and plain values in one file, read without running code."""
 
 import io
+import pickle
 import zipfile
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.errors import UserError, first_line
 from harness.files import atomic_write
@@ -27,6 +28,20 @@ def save_checkpoint(paths: list[Path], **content: Any) -> None:
     torch.save({"format": FORMAT, **content}, buffer)
     for path in paths:
         atomic_write(path, buffer.getbuffer())
+
+
+def check_savable(name: str, model: nn.Module) -> None:
+    """Raise `UserError` unless a checkpoint of the model can be read without running code."""
+    buffer = io.BytesIO()
+    torch.save({k: v for k, v in model.state_dict().items() if not isinstance(v, Tensor)}, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{name}: its state dict holds more than tensors and plain values, such as"
+            " get_extra_state() may return, so that its checkpoint could not be read"
+        ) from None
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

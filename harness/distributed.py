@@ -68,7 +68,7 @@ def process_group() -> Iterator[None]:
     """Join the job that torchrun started, if there is one. Ranks above 0 print nothing."""
     global _job
     with ExitStack() as stack:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             with _peer_errors():
                 try:
                     store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))

@@ -121,6 +121,8 @@ def _describe(error: Exception, how_to_resume: str) -> str:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message += f"; free some space: what was finished is kept, {how_to_resume}"
         return message
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"--compile: {first_line(error)}; leave the flag out"
     operation, found, _ = str(error).partition(" does not have a deterministic implementation")
     if isinstance(error, RuntimeError) and found:
         return (

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch._inductor.exc import InductorError
 from torch.testing import assert_close
 
 import train
 from harness import checkpoints, models
-from harness.errors import UserError
+from harness.errors import UserError, run_script
 from harness.reproduction.plan import RECIPES
 from harness.training.config import TrainConfig, parse_train_config
 from harness.training.methods import METHODS
@@ -287,6 +288,20 @@ def test_the_average_of_the_weights_is_tested_and_saved(go, tmp_path, monkeypatc
     assert_close(tested[1], expected)
     assert states_equal(dict(found["trained"]), dict(plain["model"])) and "trained" not in plain
     assert not torch.equal(found["model"]["1.running_mean"], found["trained"]["1.running_mean"])
+
+
+def test_a_counter_named_like_a_statistic_is_not_averaged(go):
+    assert go("--arch", "tiny:counting")["model"]["running_steps"] == 3
+
+
+def test_a_missing_compiler_is_named(capsys):
+    def fail():
+        raise InductorError(RuntimeError("No working C++ compiler found"), None)
+
+    with pytest.raises(SystemExit, match="2"):
+        run_script(fail)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --compile: ") and line.endswith("found; leave the flag out")
 
 
 CHANGES = [

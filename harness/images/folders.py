@@ -4,7 +4,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from corruptions.transform import SUFFIXES
 from harness.errors import UserError
@@ -58,17 +58,26 @@ def list_classes(root: Path) -> dict[str, list[str]]:
 
 
 def walk_images(root: Path) -> Iterator[str]:
-    """Yield the image files below a folder, and read no folder twice that links lead to."""
+    """Yield the image files below a folder, and read no folder twice that links lead to.
+
+    Leaves out hidden files and folders, such as thumbnails. Raises OSError where a folder cannot be
+    read.
+    """
     seen = set()
-    for folder, inside, files in os.walk(root, followlinks=True):
-        inside.sort()  # so that it is read under the same name everywhere
+    for folder, inside, files in os.walk(root, onerror=_raise, followlinks=True):
+        # Sorted, so that it is read under the same name everywhere.
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
         if (real := os.path.realpath(folder)) in seen:
             inside.clear()
             continue
         seen.add(real)
         for file in files:
-            if os.path.splitext(file)[1].lower() in SUFFIXES:
+            if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith("."):
                 yield os.path.join(folder, file)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def list_folder(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.training.methods import Method
-from mtlat import Draws, Pair, cross_entropy, frozen, target_labels, targeted_fgsm
+from mtlat import Draws, Pair, cross_entropy, frozen, logits_of, target_labels, targeted_fgsm
 
 INPUT = "input"  # names the images themselves, which `mtlat.mixup` mixes
 METHODS_THAT_MIX = ("mixup", "mtlat")
@@ -113,7 +113,9 @@ def check_mix_at(names: list[str], model: nn.Module, x: Tensor, num_classes: int
             raise UserError(f"--mix-at {name}: no such submodule; close names: {INPUT}, {close}")
         try:
             with torch.no_grad(), frozen(model):
-                shape = mixed_logits(model, name, x, x, torch.ones(len(x), device=x.device)).shape
+                output = mixed_logits(model, name, x, x, torch.ones(len(x), device=x.device))
+                labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+                shape = logits_of(output, labels).shape
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError):
             shape = None
         if shape != (len(x), num_classes):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 from harness.models import set_mode
 from mtlat import (
     Draws,
@@ -129,10 +129,10 @@ METHODS = {
 }  # fmt: skip
 
 
-def check_trainable(name: str, model: nn.Module, x: Tensor) -> None:
-    """Raise `UserError` unless a loss on images x (B, ...) has a gradient for the weights.
+def check_trainable(name: str, model: nn.Module, x: Tensor, method: str) -> None:
+    """Raise `UserError` unless a loss on images x (B, ...) has the gradients that a method needs.
 
-    Takes one forward pass of two images.
+    Takes one forward pass of two images, and one step of the attack if the method has it.
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UserError(
@@ -146,3 +146,12 @@ def check_trainable(name: str, model: nn.Module, x: Tensor) -> None:
             f"{name} has no gradient: let its weights require one, and do not detach its logits"
         )
     set_mode(name, model, training=True)
+    if METHODS[method].terms > 1:  # the second loss is that of attacked images
+        try:
+            targeted_fgsm(model, few, torch.zeros_like(logits[:, 0], dtype=torch.int64), 0.0)
+        except RuntimeError as error:
+            raise UserError(
+                f"{name} gives no gradient for the images, which --method {method} needs"
+                f" ({first_line(error)}): no torch.no_grad() or detach() in forward, and"
+                " checkpoint(use_reentrant=False)"
+            ) from None

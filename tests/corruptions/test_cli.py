@@ -286,3 +286,5 @@ def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     refused(
         whole, "val holds folders alone, so it is no class; the layout is DIR/class/file", capsys
     )
+    (tmp_path / "whole" / "val").rename(tmp_path / "whole" / "Validation")
+    refused(whole, "Validation holds folders alone, so it is no class", capsys)

@@ -20,6 +20,13 @@ def convnet(num_classes: int) -> nn.Module:
     )  # fmt: skip
 
 
+def counting(num_classes: int) -> nn.Module:
+    """Return a network with a counter that is named like BatchNorm's statistics."""
+    model = convnet(num_classes)
+    model.register_buffer("running_steps", torch.tensor(3))
+    return model
+
+
 class Wrapped(nn.Module):
     """Return what `wrap` makes of the network's logits."""
 

@@ -99,6 +99,33 @@ def still(num_classes: int) -> nn.Module:
     return linear(num_classes).requires_grad_(False)
 
 
+def probe(num_classes: int) -> nn.Module:
+    """Return a network that has a gradient for its weights, and none for the images."""
+    return nn.Sequential(Wrapped(nn.Identity(), Tensor.detach), linear(num_classes))
+
+
+class Extra(nn.Linear):
+    """A layer whose state dict holds an object that is no plain value."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean((1, 2)))
+
+    def get_extra_state(self) -> Any:
+        return Path("x")
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def weight_normed(num_classes: int) -> nn.Module:
+    """Return a network that copy.deepcopy refuses."""
+    with warnings.catch_warnings(action="ignore"):  # of its deprecation
+        return nn.Sequential(linear(num_classes), nn.utils.weight_norm(nn.Linear(num_classes, 3)))
+
+
 def scripted(num_classes: int) -> nn.Module:
     """Return a program of TorchScript, saved in eval mode as most are."""
     with warnings.catch_warnings(action="ignore"):  # of its deprecation

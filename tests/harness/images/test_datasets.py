@@ -191,6 +191,29 @@ def test_hidden_folders_are_not_classes(folder, tmp_path):
     assert load(folder, tmp_path).classes == ["class0", "class1", "class2"]
 
 
+def test_hidden_images_are_left_out(folder, tmp_path):
+    before = load(folder, tmp_path).fingerprint
+    picture = next((folder / "class0").iterdir())
+    (folder / "class0" / ".thumbnails").mkdir()
+    for place in (".thumbnails", "."):
+        shutil.copy(picture, folder / "class0" / place / f"._{picture.name}")
+    assert load(folder, tmp_path).fingerprint == before
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(folder, monkeypatch):
+    (folder / "class0" / "deep").mkdir()
+    scan = os.scandir
+
+    def fail(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(PermissionError, match="deep"):
+        list(folders.walk_images(folder))
+
+
 def test_train_and_val(folder, tmp_path):
     root = tmp_path / "split"
     for part in ("train", "val"):

@@ -102,6 +102,14 @@ def test_the_papers_own_numbers_have_its_signs(table: int, arch: str) -> None:
         assert line[place - 1].replace("(", "").replace(")", "") == line[place]
 
 
+def test_a_network_that_is_right_for_no_image_has_no_spread_over_seeds() -> None:
+    rows = as_ours(1, "resnet50")
+    wrong = make_row(0, dict.fromkeys(rows["mtlat"][0].scores.keys() - {"clean"}, math.nan))
+    several = {method: [row[0], wrong] for method, row in rows.items()}
+    entry = comparison.compare(1, "resnet50", several)[2].entries["fog"]
+    assert math.isnan(entry.mean) and math.isnan(entry.spread)
+
+
 def decided(value: float, p: float = 1e-9) -> Difference:
     """Return a difference that is decided."""
     return Difference(value, value - 0.01, value + 0.01, p, np.tile([-0.01, 0.01], 50))

@@ -18,7 +18,7 @@ from harness.training.manifold import check_mix_at, draw_layer, losses_at, mixed
 from harness.training.methods import METHODS
 from mtlat import Draws, algorithm1
 from tests.support.method import images, network, seeded, soft_labels, softmax
-from tests.support.tiny import states_equal
+from tests.support.tiny import Wrapped, convnet, states_equal
 
 N = 4
 
@@ -170,6 +170,11 @@ def test_a_submodule_that_cannot_mix_is_refused(name: str, message: str) -> None
     assert model.norm.num_batches_tracked == 0
     with pytest.raises(UserError, match="--mix-at block: mixing there"):  # 2 and 1 broadcast
         check_mix_at(["block"], model.eval(), images(0, 1), N)
+
+
+def test_a_network_may_return_its_logits_first_in_a_tuple() -> None:
+    model = Wrapped(convnet(N), lambda logits: (logits, None))
+    check_mix_at(["network.1"], model, torch.rand(4, 3, 8, 8), N)
 
 
 class Widened(nn.Module):
