@@ -11,10 +11,11 @@ has their initial weights.
 """
 
 import argparse
+import itertools
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -76,10 +77,14 @@ class Measured:
         found: Array = np.mean([self.hits[label, each] for each in MEANS.get(name, [name])], 0)
         return found
 
+    def has(self, labels: Iterable[str], names: Iterable[str]) -> bool:
+        """Return whether these networks have all outcomes under these perturbations."""
+        return self.hits.keys() >= set(itertools.product(labels, names))
+
     def level(self, labels: Sequence[str], name: str) -> str:
         """Format clean accuracy or R, the mean of these networks."""
         names = MEANS.get(name, [name] if name in COLUMNS else [])
-        if not self.hits.keys() >= {(label, each) for label in labels for each in names}:
+        if not self.has(labels, names):
             return "-"
         clean, values = (
             np.array([self.outcomes(label, each).mean() for label in labels])
@@ -95,11 +100,10 @@ class Measured:
         """Add the differences under measured groups of perturbations, without Holm's correction."""
         found = self.perturbations(first, second)
         for title, names in MEANS.items():
-            if not self.hits.keys() >= {(x, name) for x in (first, second) for name in names}:
-                continue
-            a, c = self.outcomes(first, title), self.outcomes(first, "clean")
-            b, d = self.outcomes(second, title), self.outcomes(second, "clean")
-            found[title] = paired.uncorrected(paired.compare_robustness(a, c, b, d))
+            if self.has((first, second), names):
+                a, c = self.outcomes(first, title), self.outcomes(first, "clean")
+                b, d = self.outcomes(second, title), self.outcomes(second, "clean")
+                found[title] = paired.uncorrected(paired.compare_robustness(a, c, b, d))
         return found
 
     def table(self, levels: Mapping[str, Sequence[str]], columns: Mapping[str, Differences]) -> str:
