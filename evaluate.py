@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from attacks import full_precision
-from corruptions import ALL_CORRUPTIONS, MIN_SIDE, SEVERITIES, corrupt, frost_source
+from corruptions import ALL_CORRUPTIONS, MIN_SIDE, corrupt, frost_source
 from harness import distributed
 from harness.benchmark import plots, registry, tables
 from harness.benchmark.config import EvalConfig, is_file, parse_eval_config
@@ -45,6 +45,7 @@ from harness.checkpoints import load_weights
 from harness.devices import environment_info, require_same_on_all_ranks
 from harness.errors import UserError, escape_unprintable, run_script
 from harness.files import atomic_write, lock_folder
+from harness.images.corrupted import require_severities
 from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.loader import BatchLoader
 from harness.images.preprocess import Crop, choose_crop, describe, kind
@@ -158,12 +159,7 @@ def check_corruptions(config: EvalConfig, side: int) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"frost: {error}") from None
     for place in filter(None, map(config.find_corruption, config.perturbations)):
-        for severity in SEVERITIES if place.is_dir() else ():
-            if not (place / str(severity)).is_dir():
-                raise UserError(
-                    f"--imagenet-c: {place} lacks the folder {severity}; the layout is"
-                    " DIR/corruption/severity/class/file, with severities 1 to 5"
-                )
+        require_severities(place)
 
 
 def run_warnings(run: Evaluation) -> list[str]:

@@ -22,6 +22,7 @@ from harness.images.datasets import Dataset
 from harness.images.folders import File, list_classes
 
 LABELS = "labels.npy"
+_LAYOUT = "the layout is DIR/corruption/severity/class/file, with the names of --data"
 ARRAYS = ("cifar10", "cifar100")  # values of --data whose corrupted images are published as arrays
 
 
@@ -30,6 +31,13 @@ def find_corruption(root: Path, name: str, family: str) -> Path | None:
     folders = (root / name, root / family / name, root / "extra" / name)
     array = root / f"{name}.npy"
     return next((place for place in folders if place.is_dir()), array if array.is_file() else None)
+
+
+def require_severities(place: Path) -> None:
+    """Raise `UserError` if the folder of a corruption lacks one of a severity."""
+    for severity in SEVERITIES if place.suffix != ".npy" else ():
+        if not (place / str(severity)).is_dir():
+            raise UserError(f"--imagenet-c: {place} lacks the folder {severity}; {_LAYOUT}")
 
 
 def open_corrupted(
@@ -77,7 +85,7 @@ def _find_files(folder: Path, data: Dataset, chosen: list[int]) -> dict[int, Fil
     Files are found by the names of the test images without their suffixes, so that a tree that also
     holds training images gives the scores of the test images.
     """
-    found = list_classes(folder) if folder.is_dir() else {}
+    found = list_classes(folder)
     there = {}
     for label, name in enumerate(data.classes):
         for path in found.get(name, []):
@@ -87,8 +95,7 @@ def _find_files(folder: Path, data: Dataset, chosen: list[int]) -> dict[int, Fil
     if missing := [name for name in names.values() if name not in there]:
         raise UserError(
             f"--imagenet-c: {folder} lacks {len(missing)} of the {len(names)} test images, such as"
-            f" {missing[0]}; the layout is DIR/corruption/severity/class/file, with the names of"
-            " --data"
+            f" {missing[0]}; {_LAYOUT}"
         )
     if len(set(names.values())) < len(names):
         raise UserError(
