@@ -29,7 +29,7 @@ def resolve_device(name: str) -> str:
             torch.cuda.set_device(name)
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name}: {first_line(error).partition('. ')[0]}") from None
+        raise UserError(f"--device {name}: {first_line(error).split('. ')[0]}") from None
     return name
 
 

@@ -125,9 +125,9 @@ class EvalConfig:
         return [*chosen, *(n for n, box in own.items() if n in self.others or box not in self.skip)]
 
     @property
-    def others(self) -> set[str]:
-        """The names of the attacks of others."""
-        return {text.partition("=")[0] for text in self.attack}
+    def others(self) -> dict[str, str]:
+        """The attacks of others: module:callable by name."""
+        return dict(text.split("=", 1) for text in self.attack)
 
     def uses_gradient(self, spec: str) -> bool:
         """Return whether an attack uses the gradient of this model; those of others need not."""

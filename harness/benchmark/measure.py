@@ -55,7 +55,7 @@ class Evaluation:
         """Return what a cell depends on besides the model, the perturbation and its severity."""
         black_box = self.surrogate if self.config.registry[name].black_box else None
         place = self.config.find_corruption(name)
-        attacks = dict(text.split("=", 1) for text in self.config.attack)
+        attacks = self.config.others
         return {
             **self.facts,
             **({"attack": attacks[name]} if name in attacks else {}),

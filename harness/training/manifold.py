@@ -10,14 +10,16 @@ At the input this is Algorithm 1: lam (x3 + delta) + (1 - lam) (x4 + delta) = x_
 
 import difflib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError
+from harness.models import compute_logits
 from harness.training.methods import Method
-from mtlat import Draws, Pair, cross_entropy, frozen, logits_of, target_labels, targeted_fgsm
+from mtlat import Draws, Pair, cross_entropy, frozen, target_labels, targeted_fgsm
 
 INPUT = "input"  # names the images themselves, which `mtlat.mixup` mixes
 METHODS_THAT_MIX = ("mixup", "mtlat")
@@ -112,10 +114,9 @@ def check_mix_at(names: list[str], model: nn.Module, x: Tensor, num_classes: int
             close = ", ".join(difflib.get_close_matches(name, known, 3) or known[1:4])
             raise UserError(f"--mix-at {name}: no such submodule; close names: {INPUT}, {close}")
         try:
-            with torch.no_grad(), frozen(model):
-                output = mixed_logits(model, name, x, x, torch.ones(len(x), device=x.device))
-                labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-                shape = logits_of(output, labels).shape
+            with frozen(model):
+                lam = torch.ones(len(x), device=x.device)
+                shape = compute_logits(partial(mixed_logits, model, name, x2=x, lam=lam), x).shape
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError):
             shape = None
         if shape != (len(x), num_classes):

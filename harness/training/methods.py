@@ -140,15 +140,15 @@ def check_trainable(name: str, model: nn.Module, x: Tensor, method: str) -> None
         )
     set_mode(name, model, training=False)  # in which BatchNorm's running statistics stay
     few = x[:2]
-    logits = logits_of(model(few), torch.zeros(len(few), dtype=torch.int64, device=x.device))
-    if not logits.requires_grad:
+    labels = torch.zeros(len(few), dtype=torch.int64, device=x.device)
+    if not logits_of(model(few), labels).requires_grad:
         raise UserError(
             f"{name} has no gradient: let its weights require one, and do not detach its logits"
         )
     set_mode(name, model, training=True)
     if METHODS[method].terms > 1:  # the second loss is that of attacked images
         try:
-            targeted_fgsm(model, few, torch.zeros_like(logits[:, 0], dtype=torch.int64), 0.0)
+            targeted_fgsm(model, few, labels, 0.0)
         except RuntimeError as error:
             raise UserError(
                 f"{name} gives no gradient for the images, which --method {method} needs"
