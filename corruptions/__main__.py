@@ -259,7 +259,13 @@ def find_images(source: Path) -> list[Path]:
                 f"DIR/class/file: name {source / name} itself"
             )
     classes = {name: label for label, name in enumerate(names)}
-    return [Path(path) for path, _ in make_dataset(source, classes, extensions=SUFFIXES)]
+    found = (Path(path) for path, _ in make_dataset(source, classes, extensions=SUFFIXES))
+    return [path for path in found if not _is_hidden(path.relative_to(source))]
+
+
+def _is_hidden(path: Path) -> bool:
+    """Return whether the path leads to a hidden file or folder, such as thumbnails."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def check_settings(args: argparse.Namespace, targets: list[Path]) -> None:

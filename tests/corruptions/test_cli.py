@@ -156,6 +156,14 @@ def test_an_interrupt_ends_in_a_line_and_loses_nothing(
     assert written and all(path.stat().st_mtime_ns == time for path, time in written.items())
 
 
+def test_hidden_images_are_left_out(source: Path) -> None:
+    before = __main__.find_images(source)
+    (source / "cat" / ".thumbnails").mkdir()
+    for place in (".thumbnails", "."):
+        (source / "cat" / place / "._a.png").write_bytes((source / "cat/a.png").read_bytes())
+    assert __main__.find_images(source) == before
+
+
 def test_a_tree_of_other_files_is_not_continued(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
