@@ -220,13 +220,13 @@ def attack_mode(model: Model, x: Tensor, y: Tensor) -> Iterator[tuple[Model, Ten
             after.callback(setattr, module, "training", module.training)
             module.training = False
         with (
-            frozen(model) as bare,
+            frozen(model),
             full_precision(),
             torch.inference_mode(False),  # which enables gradients, under no_grad too
             torch.autocast(x.device.type, enabled=False),
         ):
             # Pixels may be outside by rounding, where CW2's arctanh has no value.
-            yield bare, x.detach().clamp(0, 1), _check_labels("labels", y, x)
+            yield model, x.detach().clamp(0, 1), _check_labels("labels", y, x)
 
 
 def _climb(

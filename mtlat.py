@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 Model = Callable[[Tensor], Any]  # see "Shapes"
 Pair = tuple[Tensor, Tensor]  # (x, y)
@@ -99,11 +100,12 @@ def draw(
     size = 1 if per_batch else batch_size
     # Beta(a, a) = G1 / (G1 + G2) with G1, G2 ~ Gamma(a), and Gamma(a) = Gamma(a + 1) U^(1/a). In
     # logarithms, because Gamma(a) underflows for small a.
-    gamma = torch._standard_gamma(torch.full((2, 2, size), alpha + 1.0, device=home), generator)
-    u = torch.rand(2, 2, size, generator=generator, device=home)
+    kind: Any = {"dtype": torch.float32, "device": home}  # whatever torch's default dtype is
+    gamma = torch._standard_gamma(torch.full((2, 2, size), alpha + 1.0, **kind), generator)
+    u = torch.rand(2, 2, size, generator=generator, **kind)
     log_g1, log_g2 = gamma.log() + torch.log1p(-u) / alpha  # 1 - u is in (0, 1]
     lam1, lam2 = torch.sigmoid(log_g1 - log_g2)
-    epsilon = epsilon_max * torch.rand(size, generator=generator, device=home)
+    epsilon = epsilon_max * torch.rand(size, generator=generator, **kind)
     # Reading 4: the target may be any class, also one of the image's own, as printed.
     target = torch.randint(num_classes, (batch_size,), generator=generator, device=home)
     return Draws(*(t.expand(batch_size).to(device or home) for t in (lam1, lam2, epsilon, target)))
@@ -145,10 +147,10 @@ def targeted_fgsm(
     x_adv = x = x.detach()  # Reading 5: x_mtlat is a constant in loss2, because sign has no slope
     # Reading 6: the attack runs in the mode that the caller set. In training mode BatchNorm uses
     # the batch's statistics, without updating the running ones. Otherwise: call it in eval mode.
-    with frozen(model) as bare, torch.enable_grad():
+    with frozen(model), torch.enable_grad():
         for _ in range(steps):
             x_adv = x_adv.detach().requires_grad_()
-            loss = attack_loss(bare(x_adv), target)  # has the sign of L's gradient
+            loss = attack_loss(model(x_adv), target)  # has the sign of L's gradient
             (gradient,) = torch.autograd.grad(loss, x_adv)
             x_adv = (x_adv.detach() - step * gradient.sign()).clamp(x - epsilon, x + epsilon)
     # Reading 7: the result may leave [0, 1] by epsilon, as Eq. 5 is printed.
@@ -197,8 +199,9 @@ def mtlat_loss(
         y = F.one_hot(y, num_classes).to(torch.promote_types(x.dtype, torch.float32))
     # Reading 8: the four couples are the minibatch and three random permutations of it. Otherwise:
     # give `algorithm1` four independent minibatches. (An image may be mixed with itself.)
-    orders = torch.rand(3, len(x), generator=generator, device=(generator or x).device).argsort()
-    pair2, pair3, pair4 = ((x[order], y[order]) for order in orders.to(x.device))
+    keys = torch.empty(3, len(x), dtype=torch.float32, device=(generator or x).device)
+    orders = keys.uniform_(generator=generator).argsort().to(x.device)
+    pair2, pair3, pair4 = ((x[order], y[order]) for order in orders)
     loss1, loss2 = algorithm1(model, (x, y), pair2, pair3, pair4, draws, steps=steps, clip=clip)
     return loss1 + loss2
 
@@ -267,17 +270,13 @@ def log_odds_against(logits: Tensor, y: Tensor) -> Tensor:
 
 
 @contextmanager
-def frozen(model: Model) -> Iterator[Model]:
-    """Let gradients reach the input alone, and keep BatchNorm's running statistics unchanged.
-
-    Yields the model to call: DistributedDataParallel's module, as the wrapper awaits the weights'
-    gradients. Compiled models skip these only if the weights do not require gradients.
-    """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+def frozen(model: Model) -> Iterator[None]:
+    """Let gradients reach the input alone, and keep BatchNorm's running statistics unchanged."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     changes: list[Any] = [(m, "track_running_stats", False) for m in modules if m.training]
+    # Compiled models compute the weights' gradients if these require any, and DDP awaits them.
     changes += [(p, "requires_grad", False) for m in modules for p in m.parameters(False)]
+    changes += [(m, "forward", m.module.__call__) for m in modules if isinstance(m, DDP)]
     # Lightning Fabric's hook raises in a backward pass that Fabric did not start, such as this.
     changes += [(m, "_register_backward_hook", lambda output: output) for m in modules]
     with ExitStack() as after:
@@ -285,16 +284,17 @@ def frozen(model: Model) -> Iterator[Model]:
             after.enter_context(register_module_forward_pre_hook(_refuse_hidden))
         for owner, name, value in changes:
             if before := getattr(owner, name, False):
-                after.callback(setattr, owner, name, before)
+                inherited = callable(before) and name not in vars(owner)
+                undo = (delattr, owner, name) if inherited else (setattr, owner, name, before)
+                after.callback(*undo)
                 setattr(owner, name, value)
-        yield model
+        yield
 
 
-def _refuse_hidden(module: nn.Module, _: Any) -> None:
+def _refuse_hidden(m: nn.Module, _: Any) -> None:
     """Raise if a function calls a module that `frozen` would have to change."""
-    parallel = isinstance(module, nn.parallel.DistributedDataParallel)
-    if parallel or (module.training and getattr(module, "track_running_stats", False)):
-        hidden = f"the model is a function that hides {type(module).__name__} from the attack"
+    if isinstance(m, DDP) or (m.training and getattr(m, "track_running_stats", False)):
+        hidden = f"the model is a function that hides {type(m).__name__} from the attack"
         raise TypeError(f"{hidden}; give an nn.Module: its `.logits` or first output is taken")
 
 

@@ -62,6 +62,25 @@ def test_the_attack_leaves_the_model_alone():
     assert model.body[1].track_running_stats
 
 
+def test_draws_do_not_depend_on_the_default_dtype():
+    x, y, model = images(0, 6), torch.tensor([0, 1, 2, 3, 0, 1]), network(4)
+
+    def compute() -> tuple[Tensor, ...]:
+        generator = seeded(3)
+        draws = mtlat.draw(6, 4, alpha=0.4, epsilon_max=0.1, generator=generator)
+        loss = mtlat.mtlat_loss(model, x, y, num_classes=4, generator=generator)
+        return *draws, loss.detach()
+
+    wanted, usual = compute(), torch.get_default_dtype()
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = compute()
+        finally:
+            torch.set_default_dtype(usual)
+        assert_close(found, wanted, rtol=0, atol=0)
+
+
 def test_the_attack_uses_the_mode_of_the_caller():
     model, x, target = network(4), images(0, 6), torch.tensor([0, 1, 2, 3, 0, 1])
     model[1].running_mean.fill_(0.7)

@@ -208,11 +208,11 @@ def test_processes_that_use_different_submodules_sum_the_same_gradients(jobs):
     assert gradients == [1, 7, 3, 4] and others == (gradients, weights)
 
 
-def wrapped(options: dict[str, bool]) -> list[tuple[torch.Tensor, ...]]:
+def wrapped(options: dict[str, bool], nested: bool) -> list[tuple[torch.Tensor, ...]]:
     """Return weights after training steps through DDP, and with gradients averaged by hand."""
     outer = nn.parallel.DistributedDataParallel(normed(3), **options, broadcast_buffers=False)
     model = copy.deepcopy(outer.module)
-    both = (outer, outer.module), (model, model)
+    both = (nn.Sequential(outer) if nested else outer, outer.module), (model, model)
     optimizers = [torch.optim.SGD(inner.parameters(), lr=0.1) for _, inner in both]
     for step in range(3):
         for (called, inner), optimizer in zip(both, optimizers, strict=True):
@@ -227,17 +227,19 @@ def wrapped(options: dict[str, bool]) -> list[tuple[torch.Tensor, ...]]:
                 for p in model.parameters():
                     p.grad /= distributed.world_size()
             optimizer.step()
+    assert "forward" not in vars(outer)  # the attack bypasses the wrapper, and restores it
     return [tuple(p.detach() for p in inner.parameters()) for _, inner in both]
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("option", ["", "find_unused_parameters", "static_graph"])
-def test_the_loss_works_through_distributed_data_parallel(jobs, option):
-    """Check DistributedDataParallel, also with a static graph.
+def test_the_loss_works_through_distributed_data_parallel(jobs, option, nested):
+    """Check DistributedDataParallel, also with a static graph, and inside another module.
 
     Attacks need no gradients of the weights, so that they must bypass the wrapper if its graph is
-    static.
+    static. Otherwise the processes end with different weights.
     """
-    for by_torch, by_hand in jobs[2](wrapped, {option: True} if option else {}):
+    for by_torch, by_hand in jobs[2](wrapped, {option: True} if option else {}, nested):
         assert_close(by_torch, by_hand)
 
 
