@@ -42,7 +42,7 @@ from harness.training.augment import flip_crop
 from harness.training.config import TrainConfig, parse_train_config, schedule_change
 from harness.training.log import header, log_csv, log_line
 from harness.training.manifold import check_mix_at, draw_layer, losses_at
-from harness.training.methods import METHODS, check_trainable
+from harness.training.methods import METHODS, check_trainable, refuse_torchscript
 from mtlat import Draws, Pair, draw
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -153,6 +153,7 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     if checkpoint is None:  # a resumed run keeps its buffers, which a forward pass may change
         rows = torch.arange(config.minibatch_size)[distributed.shard_rows(config.minibatch_size)]
         x, _ = loaders[0](rows)
+        refuse_torchscript(f"--arch {config.arch}", model)
         check_logits(f"--arch {config.arch}", model, x, len(data.classes))
         check_savable(f"--arch {config.arch}", model)
         check_mix_at(config.mix_at, model, x, len(data.classes))

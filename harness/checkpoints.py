@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import warnings
 import zipfile
 from importlib import import_module
 from pathlib import Path
@@ -97,7 +98,8 @@ def _read(path: str | Path, *, only_zip: bool = False) -> Any:
         raise UserError(f"{path}: {error.strerror or error}") from None
     intact = False
     try:
-        with file:
+        # torch.load warns of TorchScript, and then refuses it.
+        with file, warnings.catch_warnings(action="ignore", category=UserWarning):
             if only_zip or zipfile.is_zipfile(file):
                 # A zip archive has checksums, which PyTorch writes but does not compare.
                 if damaged := zipfile.ZipFile(file).testzip():

@@ -112,6 +112,7 @@ TRAIN_CASES = [
         "pickle": "or is damaged", "legacy": "or is damaged",
         "code": "nor a state dict (Weights only load failed): save model.state_dict()",
         "numpy": "nor a state dict (Weights only", "module": "nor a state dict (Weights only",
+        "script": "nor a state dict (Cannot use ``weights_only=True`` with TorchScript",
         "safetensors": "or is damaged",
         "hdf5": "or is damaged",
         "state": "not a checkpoint of this version", "list": "not a checkpoint of this version",

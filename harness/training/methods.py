@@ -129,15 +129,19 @@ METHODS = {
 }  # fmt: skip
 
 
+def refuse_torchscript(name: str, model: nn.Module) -> None:
+    """Raise `UserError` if a part of the model is TorchScript, which the attack cannot freeze."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UserError(
+            f"{name} is TorchScript, which can only be evaluated here: give the nn.Module itself"
+        )
+
+
 def check_trainable(name: str, model: nn.Module, x: Tensor, method: str) -> None:
     """Raise `UserError` unless a loss on images x (B, ...) has the gradients that a method needs.
 
     Takes one forward pass of two images, and one step of the attack if the method has it.
     """
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise UserError(
-            f"{name} is TorchScript, which can only be evaluated here: give the nn.Module itself"
-        )
     set_mode(name, model, training=False)  # in which BatchNorm's running statistics stay
     few = x[:2]
     labels = torch.zeros(len(few), dtype=torch.int64, device=x.device)

@@ -127,9 +127,9 @@ def weight_normed(num_classes: int) -> nn.Module:
 
 
 def scripted(num_classes: int) -> nn.Module:
-    """Return a program of TorchScript, saved in eval mode as most are."""
+    """Return a program of TorchScript, whose BatchNorm cannot be told to keep its statistics."""
     with warnings.catch_warnings(action="ignore"):  # of its deprecation
-        return torch.jit.trace(convnet(num_classes).eval(), torch.rand(2, 3, 16, 16))
+        return torch.jit.script(convnet(num_classes))
 
 
 def exported(num_classes: int) -> nn.Module:
@@ -173,6 +173,7 @@ def checkpoints(whole: Path) -> dict[str, bytes]:
         **{f"no-{key}": saved({k: v for k, v in good.items() if k != key})
            for key in ("model", "arch", "classes", "log")},
         "int-classes": saved({**good, "classes": 3}),
+        "script": bytes(scripted(3).save_to_buffer()),
     }  # fmt: skip
     return files
 
