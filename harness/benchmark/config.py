@@ -45,8 +45,8 @@ class EvalConfig:
         metavar="MODEL")
     arch: str | None = option(None, "the architecture of models that are plain state dicts, as in"
         " train.py")
-    weights: str | None = option(None, "weights of torchvision:ARCH or timm:NAME, downloaded;"
-        " DEFAULT: the best, and all of timm's", metavar="NAME")
+    weights: str | None = option(None, "weights of torchvision:ARCH (DEFAULT: the best) or"
+        " timm:NAME (DEFAULT alone), downloaded", metavar="NAME")
     mean: list[float] | None = option(None, "normalize the input of a module:callable or a state"
         " dict by this mean and --std", type=number(float, 0, 1), nargs=3, metavar="M")
     std: list[float] | None = option(None, "see --mean", type=number(float, 0, above=True), nargs=3,

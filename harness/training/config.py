@@ -64,8 +64,8 @@ class TrainConfig:
     size: int = option(None, "side of the square that images are resized to (default: 224, the"
         " paper's; for shapes and CIFAR 32)", type=number(int, 8, MAX_SIDE))
     preprocess: str = option("squash", "how images become squares; squash: resize the whole image,"
-        " as in the paper; center-crop: resize the shorter side and cut out the center, 256 and 224"
-        " at 224 px, as ImageNet-C", choices=tuple(CROPS))
+        " as in the paper; center-crop: resize the shorter side to 8/7 of --size and cut out the"
+        " center, as ImageNet-C", choices=tuple(CROPS))
     augment: str = option("no", "flip-crop: flip training images with probability 1/2, and shift"
         " them by up to an eighth of their side, filled with black; the paper has none",
         choices=("no", "flip-crop"))
@@ -85,7 +85,7 @@ class TrainConfig:
         f" its code {_recipe('arch')}", group="model", flags=("-a", "--model"))
     weights: str | None = option(None, "start from a checkpoint, which also gives the default of"
         " --arch; from a state dict in a .pt, .pth or .safetensors file; or from weights of"
-        " that name in torchvision or timm (downloaded; DEFAULT: the best, and all of timm's); the"
+        " that name in torchvision (downloaded; DEFAULT: the best) or timm (DEFAULT alone); the"
         " head is new if the classes differ (default: random weights)", metavar="NAME_OR_PATH")
     mean: list[float] | None = option(None, "normalize the model's input with this mean of pixels"
         " in [0, 1], and --std; the checkpoint keeps both (default: as --weights; timm:NAME: as"
