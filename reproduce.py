@@ -46,6 +46,8 @@ def reproduce(config: ReproduceConfig) -> None:
     evaluations = [task for task in tasks if isinstance(task, EvalTask)]
     data = train.load_data(parse_train_config(trainings[0].argv)[0])
     progress = {task.folder: read_progress(task, data) for task in trainings}
+    for evaluation in evaluations:
+        refuse_other_limit(evaluation, config.limit, len(data.test.labels))
     for arch in [config.surrogate, *config.archs]:  # a wrong name ends it now, not after hours
         with torch.device("cpu" if ":" in arch else "meta"):  # where weights cost nothing
             build_model(arch, len(data.classes))
@@ -79,6 +81,17 @@ def read_progress(task: TrainTask, data: Dataset) -> Progress:
             " --output-dir"
         )
     return len(checkpoint["log"]) if checkpoint else 0, config
+
+
+def refuse_other_limit(task: EvalTask, limit: int, images: int) -> None:
+    """Raise `UserError` if an evaluation was begun with another --limit; 0 is all images."""
+    for cell in read_cells(task.folder / "cells.jsonl"):
+        begun = cell.get("limit") or 0
+        if begun != (limit if limit < images else 0):
+            raise UserError(
+                f"{task.folder} was begun with --limit {begun}, and not {limit}: give that one, or"
+                " delete that folder"
+            )
 
 
 def is_finished(progress: Progress) -> bool:

@@ -57,13 +57,13 @@ class Measured:
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.cells = cells
         self.digests = {cell["label"]: cell["model"] for cell in cells}
-        severities = defaultdict(list)
+        severities: dict[tuple[str, str], dict[int | None, Array]] = defaultdict(dict)
         for cell in cells:
             if "hits" in cell:
                 hits = paired.unpack(cell["hits"], cell["n"])
-                severities[cell["label"], cell["perturbation"]].append(hits)
+                severities[cell["label"], cell["perturbation"]][cell["severity"]] = hits
         self.hits = {
-            (label, name): np.mean(found, 0)
+            (label, name): np.mean(list(found.values()), 0)
             for (label, name), found in severities.items()
             if len(found) == len(PERTURBATIONS[name].severities)
         }

@@ -534,3 +534,22 @@ def test_a_pooling_whose_pixels_are_needed_stays(kind: type[nn.Sequential], side
     model = kind(nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(3 * side**2, 3)).eval()
     simple = subjects.fuse_subject(subjects.Subject("", model, ""), torch.rand(2, 3, 9, 9)).module
     assert any(isinstance(m, nn.AdaptiveAvgPool2d) for m in simple.modules())
+
+
+def test_a_limited_run_knows_the_least_likely_class_of_its_own_images(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = []
+
+    def spy(_: Any, x: Tensor, y: Tensor, *, target: Tensor, **settings: Any) -> Tensor:
+        targets.append(target)
+        return x
+
+    monkeypatch.setattr(measure, "pgd_ll", spy)
+    replace_attack(monkeypatch, "pgd_ll_0.04", spy)
+    options = ["--only", "pgd_ll_0.04", "--skip", "checks", "--dump-images", "0", "--limit", "12"]
+    bench.run(*options, models="standard")
+    (model, _, _), sets = bench.networks(), bench.sets()
+    chosen = measure.choose_images(sets.test.labels, 12, 0)
+    expected = model(sets.test.images[chosen].float() / 255).argmin(1)
+    assert torch.equal(torch.cat(targets), expected)

@@ -245,6 +245,21 @@ def test_seeds_train_on_the_same_images_and_are_averaged(images: Path) -> None:
     assert tlat["mean"] == pytest.approx(sum(tlat["values"]) / 2) and tlat["spread"] is not None
     (order,) = tables(images)["orders"]
     assert order["ours"] == {"standard": standard["mean"], "tlat": tlat["mean"]}
+    html = (images.parent / "out" / "report.html").read_text()
+    assert "tiny:convnet on 3 classes" in html and "1 epoch, 2 seeds." in html
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_another_limit_is_refused_before_anything_is_trained(
+    images: Path, more: tuple[str, ...]
+) -> None:
+    options = argv(images, "--tables", "3", "--methods", "standard", "--limit")
+    reproduce.main([*options, "4"])
+    CALLS.clear()
+    with pytest.raises(UserError, match=r"clean-tiny-convnet-seed0 was begun with --limit 4, and "):
+        reproduce.main([*options, "5", "--methods", "tlat", *more])
+    assert CALLS == []
+    reproduce.main([*options, "4", *more])
 
 
 def test_runs_of_other_settings_or_images_are_refused_in_a_line(images: Path) -> None:

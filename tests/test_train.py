@@ -503,3 +503,12 @@ def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
     message = r"--weights DEFAULT: cannot download https://.*squeezenet.*\(no network\): check the"
     with pytest.raises(UserError, match=message):
         models.create_model("squeezenet1_1", list("abc"), "DEFAULT")
+
+
+@pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.terms > 1])
+def test_the_attack_takes_the_steps_that_are_asked_for(method):
+    linear, entry, calls = nn.Linear(6, 4), METHODS[method], []
+    linear.register_forward_hook(lambda *_: calls.append(1))
+    pairs = [(torch.rand(4, 6), torch.eye(4)) for _ in range(entry.minibatches)]
+    list(entry.losses(linear, pairs, Draws(*torch.rand(3, 4), torch.arange(4)), 3))
+    assert len(calls) == entry.terms + 3

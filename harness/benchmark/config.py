@@ -65,8 +65,8 @@ class EvalConfig:
         " images of --imagenet-c; otherwise the models' own)", choices=tuple(CROPS))
     cache_dir: str = option(str(default_cache_dir()), "where decoded folders are kept, and CIFAR",
         metavar="DIR")
-    limit: int | None = option(None, "test on N images, equally many of each class, drawn"
-        " with --seed (default: all)", type=number(int, 1), metavar="N")
+    limit: int | None = option(None, "test on N images, where possible equally many of each class,"
+        " drawn with --seed (default: all)", type=number(int, 1), metavar="N")
     imagenet_c: Path | None = option(None, "read the corruptions that are there as"
         " DIR/corruption/severity/class/file or DIR/family/corruption/..., like ImageNet-C and"
         " Tiny-ImageNet-C, or as DIR/corruption.npy, like CIFAR-10-C, instead of computing them",

@@ -138,7 +138,8 @@ def aggregate(
             )
         )  # fmt: skip
     total = max((cell["total"] for cell in by_key.values()), default=0)
-    return Results(rows, baseline, total, _notes(rows, baseline, list(by_key.values())))
+    shown = [cell for cell in by_key.values() if cell["model"] in models.values()]
+    return Results(rows, baseline, total, _notes(rows, baseline, shown))
 
 
 def _outcomes(cells: Cells, digest: str, severities: Severities) -> Outcomes:
@@ -216,9 +217,9 @@ def _void(cells: Cells, baseline: str) -> frozenset[str]:
     CW2 at confidence 50 then measures the scale of the baseline's logits, and not its robustness.
     """
     cell = cells.get((baseline, "cw2", None))
-    return frozenset(
-        {"cw2"} if cell and cell.get("reached", 0) <= VOID_SHARE * cell["right"] else ()
-    )
+    right = cell["right"] if cell else 0
+    void = cell and right and cell.get("reached", 0) <= VOID_SHARE * right
+    return frozenset({"cw2"} if void else ())
 
 
 def _accuracies(scores: Mapping[str, Score]) -> dict[str, float]:
@@ -328,7 +329,10 @@ def _notes(rows: Sequence[ModelScores], baseline: str, cells: Sequence[Cell]) ->
         )
     if limits := {(cell["limit"], cell["seed"]) for cell in cells if cell.get("limit")}:
         n, seed = min(limits)
-        notes.append(f"tested on {n} images, equally many of each class, drawn with seed {seed}")
+        notes.append(
+            f"tested on {n} image{'s' * (n > 1)}, where possible equally many of each class, drawn"
+            f" with seed {seed}"
+        )
     for model in dict.fromkeys(cell["label"] for cell in cells if cell.get("nan")):
         names = dict.fromkeys(
             c["perturbation"] for c in cells if c["label"] == model and "nan" in c

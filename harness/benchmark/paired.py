@@ -84,8 +84,8 @@ def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | N
 
 def compare_accuracy(c: Array, d: Array) -> Difference:
     """Compare the accuracies of two models on the same images; p is McNemar's exact one."""
-    only_first, only_second = int(((c == 1) & (d == 0)).sum()), int(((c == 0) & (d == 1)).sum())
     found = _normal(float(c.mean() - d.mean()), c - d - (c - d).mean())
+    only_first, only_second = int((c > d).sum()), int((c < d).sum())
     if not only_first + only_second:
         return found._replace(p=1.0)
     p = float(stats.binomtest(only_first, only_first + only_second).pvalue)
@@ -120,11 +120,18 @@ def combine_seeds(differences: Sequence[Difference]) -> Difference:
     return _normal(mean, influence, error, freedom)
 
 
-def subtract(first: Difference | None, second: Difference) -> Difference:
-    """Compare two models by their differences to a third one; None is the third one itself."""
-    value = (first.value if first else 0.0) - second.value
-    influence = (first.influence if first else 0.0) - second.influence
-    return _normal(value, np.asarray(influence))
+def subtract(first: Difference | None, second: Difference, *, accuracy: bool = False) -> Difference:
+    """Compare two models by their differences to a third one; None is the third one itself.
+
+    With `accuracy`, they are differences of accuracies, whose p is McNemar's.
+    """
+    if first is None:
+        value, low, high, p, influence, *_ = second
+        return Difference(-value, -high, -low, p, -influence)
+    if accuracy:  # a value and its influences are the outcomes' differences, from -1 to 1
+        c, d = (np.rint(each.value + each.influence) for each in (first, second))
+        return compare_accuracy(c, d)
+    return _normal(first.value - second.value, first.influence - second.influence)
 
 
 def uncorrected(difference: Difference | None) -> Difference | None:

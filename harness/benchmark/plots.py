@@ -70,7 +70,7 @@ def plot_robustness(results: Results, path: Path) -> None:
 
 def plot_differences(
     compared: Mapping[str, Mapping[str, Difference | None]], baseline: str, path: Path,
-    paper: Mapping[str, float] | None = None,
+    paper: Mapping[str, float] | None = None, shown: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Plot the differences of R to the baseline with their paired 95 % intervals.
 
@@ -79,11 +79,12 @@ def plot_differences(
         baseline: its name.
         path: the PNG file to write.
         paper: the paper's differences by perturbation, drawn as diamonds.
+        shown: all models of the figures beside this one, whose colors it takes.
     """
     names = [n for n in COLUMNS if any(d.get(n) for d in compared.values())]
     figure = _figure(10, 0.8 + 0.27 * max(4, len(names)))
     axes = figure.subplots()
-    colors = _colors([baseline, *compared], baseline)
+    colors = _colors(shown or [baseline, *compared], baseline)
     for i, (model, differences) in enumerate(compared.items()):
         shift = (i - (len(compared) - 1) / 2) * 0.5 / len(compared)
         style: dict[str, Any] = {"color": colors[model], "marker": "o", "ms": 5, "ls": ""}

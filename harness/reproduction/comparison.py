@@ -182,19 +182,21 @@ def orders(rows: Sequence[Compared]) -> list[Order]:
             ours = {r.method: r.entries for r in rows if (r.table, r.arch) == (table, arch)}
             entries = {m: ours[m][name] for m in (better, worse) if name in ours.get(m, {})}
             if len(entries) == 2:
-                difference = _subtract_seeds(entries, better, worse)
+                difference = _subtract_seeds(entries, better, worse, accuracy=name == "clean")
                 verdict = _verdict(difference, "+")
                 found.append(Order(text, arch, name, entries, difference, verdict))
     return found
 
 
-def _subtract_seeds(entries: Mapping[str, Entry], better: str, worse: str) -> Difference | None:
+def _subtract_seeds(
+    entries: Mapping[str, Entry], better: str, worse: str, *, accuracy: bool
+) -> Difference | None:
     """Compare two methods by their differences to the baseline, in the paper never the worse."""
     second = entries[worse].by_seed
     first = [None] * len(second) if better == BASELINE else entries[better].by_seed
     if not second or len(first) != len(second):
         return None
-    found = [subtract(a, b) for a, b in zip(first, second, strict=True)]
+    found = [subtract(a, b, accuracy=accuracy) for a, b in zip(first, second, strict=True)]
     return uncorrected(combine_seeds(found))
 
 
@@ -263,16 +265,18 @@ def orders_table(found: Sequence[Order]) -> list[list[str]]:
         for method, entry in order.entries.items():
             ours.append(f"{method} {format_entry(order.name, entry._replace(sign=''))}")
             theirs.append(f"{method} {_format_paper(order.name, entry._replace(paper_sign=''))}")
-        numbers = [", ".join(ours), ", ".join(theirs), format_difference(order.difference)]
+        difference = format_difference(order.difference, points=order.name == "clean")
+        numbers = [", ".join(ours), ", ".join(theirs), difference]
         table.append([order.text, order.arch, *numbers, order.verdict])
     return table
 
 
-def format_difference(difference: Difference | None) -> str:
-    """Format a difference with its interval."""
+def format_difference(difference: Difference | None, *, points: bool = False) -> str:
+    """Format a difference with its interval; of accuracies in percentage points, if wanted."""
     if difference is None:
         return "unpaired"
-    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+    value, low, high = (f"{100 * n:+.1f}" if points else f"{n:+.3f}" for n in difference[:3])
+    return f"{value}{' points' * points} ({low} to {high})"
 
 
 def conclusion(rows: Sequence[Compared]) -> str:

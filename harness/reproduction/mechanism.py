@@ -105,12 +105,12 @@ def compare_gratings(outcomes: Mapping[str, Outcomes], baselines: Mapping[str, s
         difference = uncorrected(compare_accuracy(*pair))
         assert difference is not None
         value, low, high = (100 * number for number in difference[:3])
-        more = "more" if value > 0 else "less"
+        more, by = "more" if value > 0 else "less", f", by {abs(value):.1f} points"
+        how = f"{more} often than {baseline}{by}" if value else f"as often as {baseline}"
         verdict = "decided" if difference.decided else "not decided"
         lines.append(
-            f"{name} predicts the exchanged grating's class {more} often than {baseline}, by"
-            f" {abs(value):.1f} points (paired 95 % interval of the difference: {low:+.1f} to"
-            f" {high:+.1f}; {verdict})."
+            f"{name} predicts the exchanged grating's class {how} (paired 95 % interval of the"
+            f" difference: {low:+.1f} to {high:+.1f}; {verdict})."
         )
     return lines
 

@@ -10,6 +10,7 @@ import torch
 
 from harness.benchmark import plots
 from harness.benchmark.metrics import Results, aggregate
+from harness.benchmark.registry import COLUMNS
 from harness.benchmark.store import read_cells
 from harness.benchmark.tables import (
     align_columns,
@@ -144,7 +145,7 @@ def write_report(
         outcomes = follow_all(folders, config.size)
     facts = {
         "format": 2, "recipe": recipe, "images": data.fingerprint, "rows": to_plain(rows),
-        "verdicts": count_verdicts(rows), "orders": orders_to_plain(found_orders),
+        "verdicts": count_verdicts(rows), "orders": to_plain(orders_to_plain(found_orders)),
         "cues": to_plain({name: average(each) for name, each in outcomes.items()}),
     }  # fmt: skip
     atomic_write(out / "tables.json", json.dumps(facts, indent=1) + "\n")
@@ -157,13 +158,13 @@ def write_report(
             for one in found for method, path in one.models.items() if method != BASELINE
         }  # fmt: skip
         sections.insert(1, mechanism_section(outcomes, baselines, out / "cues.png"))
-    lead = "\n\n".join([*answers(rows), f"{conclusion(rows)}.", _describe(config, data)])
+    lead = "\n\n".join([*answers(rows), f"{conclusion(rows)}.", _describe(config, found, data)])
     filled = [section for section in sections if section.blocks]
     atomic_write(out / "report.html", render_page(title, lead, filled))
     print(f"report: {out / 'report.html'}")
 
 
-def _describe(config: ReproduceConfig, data: Dataset) -> str:
+def _describe(config: ReproduceConfig, found: Sequence[Evaluated], data: Dataset) -> str:
     """Describe what was run, and how far it is from the paper's experiment."""
     side = data.train.images.shape[-1]
     illustration = ""
@@ -172,14 +173,19 @@ def _describe(config: ReproduceConfig, data: Dataset) -> str:
             " The images are drawn by the code, and built to contain what the paper describes: they"
             " illustrate how the method works, and prove nothing about photographs."
         )
+    archs = ", ".join(dict.fromkeys(one.arch for one in found))
     return (
-        f"{', '.join(config.archs)} on {len(data.classes)} classes of {config.data}:"
+        f"{archs} on {len(data.classes)} classes of {config.data}:"
         f" {len(data.train.labels)} training and {len(data.test.labels)} test images of"
-        f" {side}x{side}, {config.epochs} epochs, {config.seeds} seed{'s' * (config.seeds > 1)}."
+        f" {side}x{side}, {_count(config.epochs, 'epoch')}, {_count(config.seeds, 'seed')}."
         f"{illustration} The paper trains ResNet-50 and ResNeXt-50 for 90 epochs on 100 classes of"
         " ImageNet at 224x224. The further an experiment is from that, the less its numbers can be"
         " expected to equal the paper's."
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number > 1)}"
 
 
 def _markdown(
@@ -226,7 +232,7 @@ def _make_sections(
         plots.plot_curves({m: trained[folder].log for m, folder in folders.items()}, path)
         curves.append(Figure(path, f"{arch}, seed 0: losses and clean accuracy by epoch"))
     return [
-        Section("What M-TLAT changes", list(_answer_figures(tables, out))),
+        Section("What M-TLAT changes", list(_answer_figures(tables, full, out))),
         Section("Beside the paper", beside),
         *(Section(f"{one.arch}, seed 0", list(_measured(one, out))) for one in full),
         Section("Training curves", curves),
@@ -240,20 +246,23 @@ def _make_sections(
     ]  # fmt: skip
 
 
-def _answer_figures(tables: list[list[Compared]], out: Path) -> Iterator[Block]:
+def _answer_figures(
+    tables: list[list[Compared]], full: Sequence[Evaluated], out: Path
+) -> Iterator[Block]:
     """Plot the differences of R to the standard training, with the paper's beside them."""
+    shown = {one.arch: [row.model for row in one.results.rows] for one in full}
     for table in tables:
         rows = {row.method: row for row in table}
         compared = {
             m: {n: e.difference for n, e in row.entries.items()}
             for m, row in rows.items() if m != BASELINE
         }  # fmt: skip
-        paired = any(d for differences in compared.values() for d in differences.values())
+        paired = any(d and n in COLUMNS for found in compared.values() for n, d in found.items())
         if table[0].table < 3 and paired:
             arch = file_name(table[0].arch)
             path = out / f"differences-{arch}-table{table[0].table}.png"
             papers = paper_differences(rows)
-            plots.plot_differences(compared, BASELINE, path, papers)
+            plots.plot_differences(compared, BASELINE, path, papers, shown[table[0].arch])
             caption = f"{table[0].arch}: R minus the R of the standard training, with paired 95 %"
             caption += " intervals" + ("; diamonds: the paper's M-TLAT" if papers else "")
             yield Figure(path, caption)

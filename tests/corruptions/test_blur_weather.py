@@ -404,3 +404,10 @@ def test_the_plasma_covers_the_image(side: int) -> None:
     images = torch.full((1, 3, side, side), 128, dtype=torch.uint8)
     fogged = corrupt(images, "fog", 5)
     assert fogged.shape == images.shape and fogged[0, 0, :, -1].float().std() > 1
+
+
+def test_fog_is_rescaled_to_the_brightest_value_of_all_channels():
+    red = torch.zeros(1, 3, 32, 32)
+    red[:, 0] = 200  # whose other channels are black, and are lightened too
+    (moves,) = weather.draw_fog(Stream(0, "fog", 1, torch.tensor([0])), 1, (32, 32), 32)
+    assert (weather.fog(red.to(torch.uint8), 1, moves, profile=32)[:, 1:].amax() > 20).item()

@@ -164,6 +164,20 @@ def test_models_are_compared_through_a_third_as_they_are_directly():
     assert paired.subtract(None, second)[:4] == pytest.approx(opposite[:4])
 
 
+def test_accuracies_are_compared_through_a_third_by_mcnemars_test_too():
+    """So few images differ that the normal p-value would decide what the exact one does not."""
+    c, d, third = np.arange(200) < 150, np.arange(200) < 145, np.arange(200) % 2
+    c, d = c.astype(float), d.astype(float)
+    direct = paired.compare_accuracy(c, d)
+    assert direct.p == 0.0625 and direct.low > 0  # 2 of the 32 outcomes of five coins
+    opposite = paired.subtract(None, paired.compare_accuracy(d, c))
+    assert opposite[:4] == pytest.approx(direct[:4])
+    both = (paired.compare_accuracy(each, third) for each in (c, d))
+    assert paired.subtract(*both, accuracy=True)[:4] == pytest.approx(direct[:4])
+    few = paired.compare_robustness(c * (np.arange(200) < 3), c, third, c)
+    assert paired.subtract(None, few).p == few.p
+
+
 def test_intervals_over_seeds_cover_the_difference():
     """Seeds differ by training, and share the images."""
     random, covered = np.random.default_rng(6), 0
@@ -218,3 +232,23 @@ def test_outcomes_survive_packing(seed, n):
     text = paired.pack(hits)
     assert len(text) <= n / 6 + 4
     assert np.array_equal(paired.unpack(text, n), hits.numpy())
+
+
+def test_a_few_outcomes_of_either_model_take_the_bootstrap():
+    c, a, b = np.zeros(400), np.zeros(400), np.zeros(400)
+    c[:200], a[:100], b[:3] = 1, 1, 1
+    for one, other in ((a, b), (b, a)):
+        found = paired.compare_robustness(one, c, other, c)
+        assert found[1:4] == paired._bootstrap(one, c, other, c)
+
+
+def test_gains_do_not_make_losses_few():
+    c, a = np.zeros(400), np.zeros(400)
+    c[:200], a[100:300] = 1, 1  # 100 images are lost and 100 gained
+    low, high = paired.robustness_interval(a, c)
+    assert (low + high) / 2 == pytest.approx(1, abs=1e-12)  # of the delta method, not the bootstrap
+
+
+def test_resamples_without_a_right_image_are_left_out():
+    one = np.eye(10)[0]
+    assert paired.robustness_interval(one, one) == (1, 1)

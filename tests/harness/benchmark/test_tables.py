@@ -264,7 +264,7 @@ def test_outcomes_of_fewer_images_than_the_clean_ones_are_not_paired() -> None:
 def test_a_model_that_is_never_right_has_no_cw2() -> None:
     lines = [line(m, "clean", 0) for m in (A, B)]
     lines += [line(m, "cw2", 0, right=0) for m in (A, B)]  # and so no "reached"
-    assert make(lines).rows[0].void == {"cw2"} and "CW2 is void" in tables.to_text(make(lines))
+    assert not make(lines).rows[0].void and "CW2 is void" not in tables.to_text(make(lines))
 
 
 def test_cw2_is_void_where_it_gives_up_on_the_baseline() -> None:
@@ -349,7 +349,10 @@ def dark_columns(path: Path) -> np.ndarray:
 def test_notes_on_a_subset_and_on_mixed_versions() -> None:
     part = [x | {"total": 5000, "limit": 100, "seed": 4} for x in CELLS]
     assert "n = 100 of 5000 test images" in tables.to_text(make(part))
-    assert "100 images, equally many of each class, drawn with seed 4" in tables.to_text(make(part))
+    said = "tested on 100 images, where possible equally many of each class, drawn with seed 4"
+    assert said in tables.to_text(make(part))
+    alone = [x | {"total": 5000, "limit": 1, "seed": 4} for x in CELLS]
+    assert "tested on 1 image, where" in tables.to_text(make(alone))
     last = tables.to_latex(make(part)).split(r"\begin{table}")[-1]
     assert tables.to_latex(make(part)).count("drawn with seed 4") == last.count("with seed 4") == 1
     assert "versions" not in tables.to_text(make())
@@ -518,6 +521,22 @@ def rgb(colour: str) -> tuple[int, int, int]:
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 
+def test_a_model_has_its_color_from_the_figures_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, made = collect_figures(monkeypatch), make(paired(CELLS))
+    compared = {"beta": metrics.score_differences(made.rows[1])}
+    shown = ["alpha", "gamma", "beta"]
+    plots.plot_differences(compared, "alpha", tmp_path / "figure.png", {}, shown)
+    colors = {line.get_color() for line in drawn[0].axes[0].lines if line.get_label() == "beta"}
+    assert colors == {plots.PALETTE[1]}
+
+
+def test_notes_are_about_the_models_that_are_shown() -> None:
+    cells = [*CELLS, line("cccc", "clean", 70, nan=3, label="other")]
+    assert not any("NaN" in note for note in make(cells).notes)
+
+
 def draw_differences(results: metrics.Results, path: Path) -> None:
     compared = {r.model: metrics.score_differences(r) for r in results.rows[1:]}
     plots.plot_differences({"other": {}, **compared}, "alpha", path, {"fog": 0.2})
@@ -606,3 +625,17 @@ def test_the_sheet_shows_every_image(count: int, tmp_path: Path) -> None:
     ]
     plots.plot_images(sheets, tmp_path / "sheet.png")
     assert {shade for row in shades for shade in row} <= colours(tmp_path / "sheet.png")
+
+
+def test_an_accuracy_over_severities_has_the_interval_of_its_images() -> None:
+    fog = make().rows[0].scores["fog"]  # the five severities show the same 100 images
+    assert (fog.low, fog.high) == metrics.wilson(48, 100)
+
+
+@pytest.mark.parametrize(("baseline", "void"), [("alpha", {"cw2"}), ("beta", set())])
+def test_cw2_is_void_by_the_named_baseline(baseline: str, void: set[str]) -> None:
+    lines = [line(m, "clean", 80) for m in (A, B)]
+    for model, reached in ((A, 0), (B, 60)):
+        lines.append(line(model, "cw2", 80 - reached, right=80, reached=reached,
+                          misclassified=80, margin=1.0))  # fmt: skip
+    assert [row.void for row in make(lines, baseline).rows] == [void, void]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from corruptions.__main__ import load
 from harness.errors import UserError
-from harness.images import cache, datasets
+from harness.images import cache, datasets, preprocess
 from harness.images.preprocess import CROPS, Crop, choose_crop, describe, resize_side
 from tests.support.tiny import image_folder
 
@@ -82,3 +82,13 @@ def test_crops_are_cached_apart(tmp_path: Path) -> None:
     assert np.array_equal(sets[2].test.images[0], cut)
     with pytest.raises(UserError, match="--preprocess center-crop: the images of shapes are"):
         datasets.load_dataset("shapes", crop=CENTER)
+
+
+def test_the_shorter_side_is_rounded() -> None:
+    assert preprocess.resize_side((256, 224), 32) == 37  # 36.57
+
+
+def test_trees_are_cropped_at_224_alone(tmp_path: Path) -> None:
+    for size in (64, 223, 225, 299):
+        (tmp_path / "settings.json").write_text(f'{{"size": {size}}}')
+        assert preprocess.tree_crop(tmp_path) is None

@@ -165,7 +165,12 @@ def test_p_values_are_corrected_for_the_25_scores_of_a_row_and_not_for_its_means
 
 def test_a_difference_is_printed_with_its_lower_and_then_its_upper_bound() -> None:
     difference = Difference(0.125, -0.25, 0.5, 0.4, np.zeros(2))
-    assert comparison.format_difference(difference) == "+0.125 (-0.250 to +0.500)"
+    order = comparison.Order("a mean", "tiny", "fog", {}, difference, "")
+    for name, printed in (
+        ("All corruptions", "+0.125 (-0.250 to +0.500)"),
+        ("clean", "+12.5 points (-25.0 to +50.0)"),
+    ):
+        assert comparison.orders_table([order._replace(name=name)])[1][4] == printed
 
 
 def test_the_papers_differences_are_its_mtlat_minus_its_standard() -> None:
@@ -319,6 +324,7 @@ def test_an_order_needs_two_methods_and_paired_outcomes() -> None:
         (first,) = comparison.orders(comparison.compare(3, "tiny", changed))
         assert first.verdict == verdict
         assert first.difference and first.difference.value == -other
+        assert comparison.orders_table([first])[1][4].startswith(f"{-100 * other:+.1f} points (")
     assert comparison.orders(comparison.compare(3, "tiny", {"standard": rows["standard"]})) == []
     # An unpaired method is not taken for the baseline, which has no difference to itself either.
     better = rows["tlat"][0].scores["clean"]._replace(difference=decided(10.0))
@@ -335,3 +341,23 @@ def test_the_means_are_over_all_nineteen_and_all_five() -> None:
     # The sums are computed by hand: 12.82 over nineteen scores, 3.36 over five.
     assert mtlat.scores["All corruptions"].value == pytest.approx(12.82 / 19)
     assert mtlat.scores[paper.ATTACKS_TITLE].value == pytest.approx(3.36 / 5)
+
+
+def test_a_failed_check_of_any_seed_marks_the_score() -> None:
+    for own in (MTLAT, MTLAT[::-1]):
+        row = comparison.compare(1, "tiny", {"standard": STANDARD, "mtlat": own})[1]
+        assert row.entries["fog"].doubted and not row.entries["occlusion"].doubted
+
+
+def test_a_score_that_is_void_for_any_seed_has_no_verdict() -> None:
+    valid = make_row(80.0, {"cw2": 0.5})
+    void = valid._replace(void=frozenset({"cw2"}))
+    for seeds in ([valid, void], [void, valid]):
+        row = comparison.compare(1, "resnet50", {m: seeds for m in ("standard", "mtlat")})[1]
+        assert row.void == {"cw2"} and row.entries["cw2"].verdict == "void"
+
+
+def test_the_orders_of_a_table_are_those_of_its_own_rows() -> None:
+    rows = [row for table in (1, 2) for row in with_differences(table, "resnet50")]
+    names = [order.name for order in comparison.orders(rows)]
+    assert names == ["All corruptions", paper.ATTACKS_TITLE]  # and none of Table 3

@@ -88,6 +88,8 @@ def test_the_section_has_a_row_and_a_bar_for_each_network_and_says_what_is_decid
     assert "less often than standard, by 40.0 points" in mtlat
     assert "-49.7 to -30.3; decided" in mtlat and "not decided" in tlat
     assert "more often than standard, by 20.0 points" in iat
+    (same,) = mechanism.compare_gratings(found, {"standard": "standard"})
+    assert "class as often as standard (paired" in same
     texts = [block.text for block in section.blocks if isinstance(block, Text)]
     assert {mtlat, tlat, iat} < set(texts)
     alone = mechanism.mechanism_section({"standard": found["standard"]}, {}, tmp_path / "one.png")
