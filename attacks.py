@@ -288,8 +288,9 @@ def draw_starts(
         drawn = torch.empty(shape, dtype=x.dtype, device=home)
         return drawn.uniform_(-1, 1, generator=generator).to(x.device)
     wanted = tuple(x.shape) if restarts == 1 else shape
-    if start.shape != wanted:
-        raise ValueError(f"start has shape {tuple(start.shape)}; {restarts} runs need {wanted}")
+    made = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
+    if made != wanted:
+        raise ValueError(f"start is {made}; {restarts} runs need a tensor of shape {wanted}")
     check_values("start", start, -1, 1, "give it in units of epsilon")
     return start.to(x).reshape(shape)
 

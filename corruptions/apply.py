@@ -126,7 +126,10 @@ def _check_index(index: Tensor | Sequence[int] | None, pixels: Tensor) -> Tensor
     """Return the indices of the images as int64 (B,) on the device of the pixels."""
     if index is None:
         return torch.arange(len(pixels), device=pixels.device)
-    numbers = torch.as_tensor(index, device=pixels.device)
+    try:
+        numbers = torch.as_tensor(index, device=pixels.device)
+    except (TypeError, ValueError, RuntimeError):  # of other things, or above int64
+        raise TypeError(f"index must contain integers below 2**63, got {index!r:.50}") from None
     if numbers.shape != (len(pixels),):
         raise ValueError(
             f"index must have shape ({len(pixels)},), one per image, got {tuple(numbers.shape)}"

@@ -232,34 +232,42 @@ ZOOM_BLUR = {
     64: ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
     32: ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
 }
+ZOOM_BAND = 2**16  # pixels of the image that are computed at a time
 
 
 def zoom_blur(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
     """Average the image and its enlargements by all factors.
 
     The image counts twice: as itself and as the factor 1. All enlargements together are one sparse
-    matrix with four entries per factor and pixel. `embedding_bag` multiplies it with the planes.
+    matrix with four entries per factor and pixel. `embedding_bag` multiplies it with the planes,
+    band by band, because the matrix of a large photograph has gigabytes.
     """
     end, step = ZOOM_BLUR[profile][severity - 1]
     height, width = images.shape[2:]
-    pixels, weights = _zoom_matrix(end, step, height, width, images.device)
     planes = images.flatten(2).flatten(0, 1).float()
-    zoomed = F.embedding_bag(pixels, planes.T.contiguous(), per_sample_weights=weights, mode="sum")
+    table, rows = planes.T.contiguous(), max(1, ZOOM_BAND // width)
+    bands = []
+    for top in range(0, height, rows):
+        pixels, weights = _zoom_matrix(
+            end, step, height, width, top, min(top + rows, height), images.device
+        )
+        bands.append(F.embedding_bag(pixels, table, per_sample_weights=weights, mode="sum"))
+    zoomed = torch.cat(bands) if len(bands) > 1 else bands[0]
     total = torch.stack(zoomed.unbind(1)).add_(planes)  # transposes faster than `.T.contiguous()`
-    return total.div_(1 + pixels.shape[1] // 4).view(images.shape)
+    return total.div_(1 + len(np.arange(1, end, step))).view(images.shape)
 
 
-@lru_cache(maxsize=5)  # the five severities of a profile
+@lru_cache(maxsize=16)  # the five severities at 224 px, or one at 1024 px
 def _zoom_matrix(
-    end: float, step: float, height: int, width: int, device: torch.device
+    end: float, step: float, height: int, width: int, top: int, bottom: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the sources, int32, and weights, float32, of each pixel of the sum: (H * W, 4 n).
+    """Return the sources and weights of each pixel of the sum, for rows from top to bottom.
 
-    n is the number of factors. An entry takes 8 bytes: up to 20 MB at 224 px.
+    Both are (rows * W, 4 n), int32 and float32, with n the number of factors: up to 34 MB.
     """
     pixels, weights = [], []
     for factor in np.arange(1, end, step):
-        row, down = zoom_axis(height, factor)
+        row, down = (axis[top:bottom] for axis in zoom_axis(height, factor))
         column, right = zoom_axis(width, factor)
         for i, vertical in ((0, 1 - down), (1, down)):
             for j, horizontal in ((0, 1 - right), (1, right)):

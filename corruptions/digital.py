@@ -6,7 +6,7 @@ the exception that `elastic_transform` states. The others are exactly the origin
 """
 
 import warnings
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ def _sample(images: Tensor, x: Tensor, y: Tensor, *, align_corners: bool) -> Ten
     return F.grid_sample(images, grid, "bilinear", "reflection", align_corners)
 
 
-@cache
+@lru_cache(maxsize=10)  # both sides of an image at the five severities
 def _smoothing(size: int, sigma: float) -> Tensor:
     """Build the float32 (size, size) matrix of a Gaussian cut at 3 sigma with mirrored borders."""
     matrix = gaussian_filter1d(np.eye(size), sigma, axis=0, mode="reflect", truncate=3)

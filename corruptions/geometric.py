@@ -27,8 +27,12 @@ Bounds = tuple[float, float]  # low and high end of a range
 
 def _check_bounds(bounds: Bounds, largest: float) -> Bounds:
     """Return the bounds. Raise ValueError unless they are a range from 0 to `largest`."""
-    low, high = bounds
-    if not 0 <= low <= high <= largest:
+    try:
+        low, high = bounds
+        valid = 0 <= low <= high <= largest
+    except (TypeError, ValueError):  # not two numbers
+        valid = False
+    if not valid:
         raise ValueError(f"bounds must satisfy 0 <= low <= high <= {largest:g}, got {bounds}")
     return bounds
 
@@ -205,6 +209,8 @@ def rotation(
             16-bit fixed-point arithmetic, like Pillow's, which also rounds the center: up to 0.3 %
             of an image's pixels, halfway between two, differ from Pillow's.
     """
+    if not isinstance(bilinear, bool):
+        raise TypeError(f"bilinear must be True or False, got {bilinear!r}")
     height, width = images.shape[2:]
     radians = torch.deg2rad(angle.to(wide_float(images.device)))[:, None, None]
     sine, cosine = radians.sin(), radians.cos()

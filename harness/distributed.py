@@ -68,11 +68,11 @@ def process_group() -> Iterator[None]:
     """Join the job that torchrun started, if there is one. Ranks above 0 print nothing."""
     global _job
     with ExitStack() as stack:
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
             with _peer_errors():
                 try:
                     store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
-                except ValueError:  # RANK or another variable is missing
+                except ValueError:  # RANK or another variable is missing, or no number
                     raise LaunchError(
                         f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all of torchrun's"
                         " variables are set: start with torchrun, or unset WORLD_SIZE"

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from corruptions import blur, corrupt, weather
+from corruptions import blur, corrupt, digital, weather
 from corruptions.frost import FROST_DIR, PICTURES, frost_source, frost_textures
 from corruptions.rng import Stream
 from tests.support import imagenet_c_oracle as oracle
@@ -352,6 +352,21 @@ def test_directions_fill_their_range(name: str, low: float, high: float) -> None
     angles = draw(name, 2, (16, 16), 224, torch.arange(4000))[-1]
     assert low <= angles.min() < low + 0.3 and high - 0.3 < angles.max() < high
     assert float(angles.mean()) == pytest.approx((low + high) / 2, abs=4 * 26 / math.sqrt(4000))
+
+
+def test_zoom_blur_of_bands_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(256, (2, 3, 41, 37), dtype=torch.uint8, generator=torch.Generator())
+    whole = blur.zoom_blur(images, 3)
+    blur._zoom_matrix.cache_clear()
+    monkeypatch.setattr(blur, "ZOOM_BAND", 300)  # eight rows
+    assert torch.equal(blur.zoom_blur(images, 3), whole)
+    assert blur._zoom_matrix.cache_info().misses == 6
+
+
+def test_images_of_many_sizes_keep_little_memory() -> None:
+    for side in range(20, 50):
+        corrupt(torch.zeros(1, 3, side, side + 1, dtype=torch.uint8), "elastic_transform", 1)
+    assert digital._smoothing.cache_info().currsize <= 10
 
 
 @pytest.mark.parametrize("name", ["defocus_blur", "glass_blur", "zoom_blur", "fog", "brightness"])

@@ -449,14 +449,17 @@ def ends(processes: list[Any], said: Path) -> tuple[list[int], list[str]]:
     return [process.exitcode for process in processes], last
 
 
-def test_a_part_of_torchruns_environment_is_refused_in_one_line(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("size", ["2", "abc"])
+def test_a_part_of_torchruns_environment_is_refused_in_one_line(monkeypatch, capsys, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as ended:
         errors.run_script(lambda: pytest.fail("started"))
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: WORLD_SIZE is 2, but not all of torchrun's variables are set")
+    assert line.startswith(
+        f"error: WORLD_SIZE is {size}, but not all of torchrun's variables are set"
+    )
     assert line.endswith(": start with torchrun, or unset WORLD_SIZE")
 
 
