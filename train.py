@@ -192,6 +192,9 @@ def train(config: TrainConfig, training: Training) -> None:
         seconds = time.monotonic() - epoch_started
         share = max(1, config.batch_size // distributed.world_size())  # as much memory as a step
         correct = count_correct(training.tested, training.test_loader.in_order(share))
+        for x, _ in islice(training.test_loader.in_order(share), 1):  # its last update may diverge
+            what = f"epoch {epoch + 1} is not saved, lower --lr: the network"
+            check_logits(what, training.tested, x, len(data.classes))
         steps = len(data.train.labels) // config.minibatch_size
         images = len(losses) * steps * config.minibatch_size
         per_epoch = (time.monotonic() - started) / (epoch + 1 - first)
@@ -246,7 +249,7 @@ def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list
             if not math.isfinite(sum(means)):
                 raise UserError(
                     f"the loss became {sum(means)} in epoch {epoch + 1} before step {step + 1}:"
-                    f" lower --lr ({config.lr}); {config.output_dir} keeps the epochs before"
+                    f" lower --lr ({config.lr}) in another --output-dir; earlier epochs are kept"
                 )
             bar.set_postfix_str(" ".join(f"loss{i} {m:.3f}" for i, m in enumerate(means, 1)))
     for averaged in filter(None, (model, training.average)):

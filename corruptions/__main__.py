@@ -259,8 +259,10 @@ def find_images(source: Path) -> list[Path]:
                 f"DIR/class/file: name {source / name} itself"
             )
     classes = {name: label for label, name in enumerate(names)}
-    found = (Path(path) for path, _ in make_dataset(source, classes, extensions=SUFFIXES))
-    return [path for path in found if not _is_hidden(path.relative_to(source))]
+    found = make_dataset(source, classes, extensions=SUFFIXES)
+    # In evaluate.py's order, because an image's draws depend on its place.
+    paths = (Path(path) for path, _ in sorted(found, key=lambda entry: (entry[1], entry[0])))
+    return [path for path in paths if not _is_hidden(path.relative_to(source))]
 
 
 def _is_hidden(path: Path) -> bool:

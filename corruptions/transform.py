@@ -32,8 +32,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Load an opened image file as upright RGB, 8 bits per channel.
 
     Raises:
-        ValueError: the file has 32 bits per pixel, of a range that it does not tell; or more pixels
-            than Pillow's limit, since it may be meant to exhaust memory.
+        ValueError: the file has 16 or 32 bits per pixel, of a range that it does not tell; or more
+            pixels than Pillow's limit, since it may be meant to exhaust memory.
         OSError, SyntaxError: the file is damaged.
     """
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -46,12 +46,12 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         turn = None
     if turn is not None:
         image = image.transpose(turn)
-    if image.mode in ("I", "F"):
+    if image.mode.startswith(("I", "F")):  # gray, which convert() would cut off at 255
         values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or not 256 <= values.max() < 2**16:
-            raise ValueError("32 bits per pixel, of an unknown range: save it with 8 or 16")
-    if image.mode.startswith("I"):  # 16-bit gray, which convert() would cut off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        least, most = values.min(), values.max()
+        if image.mode == "F" or least < 0 or most >= 2**16 or 0 < most < 256:
+            raise ValueError("more than 8 bits per pixel, of an unknown range: save it with 8")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")  # which copies even RGB
 
 

@@ -314,9 +314,10 @@ def compute_logits(model: Model, x: Tensor) -> Tensor:
 
 
 def count_correct(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
-    """Count correct top-1 predictions. Sets the model to eval mode."""
+    """Count correct top-1 predictions; NaN logits are wrong. Sets the model to eval mode."""
     model.eval()
-    return int(sum((compute_logits(model, x).argmax(1) == y).sum() for x, y in batches))
+    found = ((compute_logits(model, x), y) for x, y in batches)
+    return int(sum(((z.argmax(1) == y) & ~z.isnan().any(1)).sum() for z, y in found))
 
 
 def check_logits(name: str, model: nn.Module, x: Tensor, num_classes: int) -> Tensor:

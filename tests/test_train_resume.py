@@ -267,6 +267,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(go, tmp_path, monkeypatch):
     assert all(value.isfinite().all() for value in kept["model"].values())
 
 
+def test_a_network_without_finite_logits_is_not_saved(go, tmp_path, monkeypatch):
+    train_one_epoch = train.train_one_epoch
+
+    def ruin(config, training, epoch):
+        losses = train_one_epoch(config, training, epoch)
+        if epoch:  # as by the last update, after which no loss is computed
+            next(training.model.parameters()).data.fill_(torch.nan)
+        return losses
+
+    monkeypatch.setattr(train, "train_one_epoch", ruin)
+    with pytest.raises(UserError, match="epoch 2 is not saved, lower --lr: the network returns"):
+        go()
+    assert len(checkpoints.load_checkpoint(tmp_path / "out" / "last.pt")["log"]) == 1
+
+
 # ---------------------------------------------------------------- wrong usage
 
 

@@ -158,8 +158,13 @@ def load_subjects(
         set_mode(spec, module, training=False)
         digest = hashlib.sha256((_own_code(config, spec, files.get(spec)) + repr(module)).encode())
         for name, value in module.state_dict().items():
+            if nn.parameter.is_lazy(value):
+                raise UserError(f"{spec}: {name} has no shape yet; let it compute logits once")
             digest.update(name.encode())
-            digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            if isinstance(value, Tensor):
+                digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            else:  # of get_extra_state()
+                digest.update(repr(value).encode())
         label = config.labels.get(spec, spec)
         subjects[spec] = Subject(label, module, digest.hexdigest()[:16])
     return subjects
@@ -180,9 +185,14 @@ def _load_module(
     if checkpoint is not None and "format" in checkpoint:
         own = checkpoint["classes"]
         if own != classes:
+            mine, theirs = (
+                " ".join([name for name in one if name not in other][:5]) or "none"
+                for one, other in ((own, classes), (classes, own))
+            )
             raise UserError(
-                f"{spec} was trained on other classes ({len(own)}: {' '.join(own[:3])} ...) than"
-                f" those of the test images ({len(classes)}: {' '.join(classes[:3])} ...)"
+                f"{spec} was trained on other classes, or in another order, than those of the test"
+                f" images (its alone: {mine}; theirs alone: {theirs}): rename the folders, or give"
+                " --data with its classes"
             )
         return restore_model(checkpoint)
     normalize = (config.mean, config.std) if config.mean and config.std else None

@@ -126,8 +126,8 @@ def _write_pixels(pixels: Path, source: Files, title: str) -> dict[str, Any]:
                 skipped.append(file.path)
             else:
                 raise UserError(
-                    f"{root / file.path}: {image}; repair or remove the file, or add"
-                    " --skip-bad-images"
+                    f"{root / file.path}: {image}; repair or remove the file (train.py leaves such"
+                    " files out with --skip-bad-images, and evaluate.py then does for its networks)"
                 )
     record = {"shape": [len(labels), 3, size, size], "labels": labels, "skipped": skipped}
     return {**record, "crc": checksum(record, crc)}

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from corruptions import SEVERITIES, __main__, corrupt, frost_source
+from harness.images.folders import list_classes
 
 ONLY = ["--only", "gaussian_noise", "frost", "saturate"]
 
@@ -46,6 +47,14 @@ def test_sheet_has_a_tile_for_every_setting(source: Path, tmp_path: Path) -> Non
         assert np.abs(tiles[row, 5] - tiles[row, 0]).mean() > 10
 
 
+def test_images_in_subfolders_are_listed_as_evaluate_lists_them(tmp_path: Path) -> None:
+    for name in ("b/z.png", "b/mid/y.png", "b/a.png", "a/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    listed = [Path(file) for files in list_classes(tmp_path).values() for file in files]
+    assert __main__.find_images(tmp_path) == listed
+
+
 def test_images_are_read_as_train_reads_them(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,12 +64,12 @@ def test_images_are_read_as_train_reads_them(
     eight, sixteen = (__main__.load(tmp_path / f"{n}.png", 32) for n in ("gray", "gray16"))
     assert torch.equal(eight, sixteen)
     Image.fromarray(gray.astype(np.float32) / 255).save(tmp_path / "float.tif")
-    with pytest.raises(ValueError, match=r"float\.tif: 32 bits per pixel"):
+    with pytest.raises(ValueError, match=r"float\.tif: more than 8 bits"):
         __main__.load(tmp_path / "float.tif", 32)
     for low, high in ((0, 65536), (-1, 300), (0, 255)):
         wide = np.linspace(low, high, 32 * 32).reshape(32, 32).astype(np.int32)
         Image.fromarray(wide).save(tmp_path / "wide.tif")
-        with pytest.raises(ValueError, match=r"wide\.tif: 32 bits per pixel"):
+        with pytest.raises(ValueError, match=r"wide\.tif: more than 8 bits"):
             __main__.load(tmp_path / "wide.tif", 32)
     (source / ".hidden").mkdir()
     Image.fromarray(gray).save(source / "dog" / "d.gif")

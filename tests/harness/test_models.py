@@ -154,6 +154,8 @@ def test_weights_are_downloaded_only_where_they_are_asked_for(
 
 def test_logits_are_found_in_objects_tuples_and_lists() -> None:
     network, x, y = convnet(3).eval(), torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    broken = Wrapped(network, lambda z: z * torch.nan)
+    assert models.count_correct(broken, iter([(x, torch.zeros_like(y))])) == 0
     expected, correct = network(x).detach(), models.count_correct(network, iter([(x, y)]))
     wraps = (lambda z: SimpleNamespace(logits=z)), (lambda z: (z, x)), (lambda z: [z])
     for wrap in wraps:

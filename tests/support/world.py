@@ -105,7 +105,7 @@ def probe(num_classes: int) -> nn.Module:
 
 
 class Extra(nn.Linear):
-    """A layer whose state dict holds an object that is no plain value."""
+    """A layer whose state dict holds more than tensors."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(16, num_classes)
@@ -114,10 +114,15 @@ class Extra(nn.Linear):
         return super().forward(x.mean((1, 2)))
 
     def get_extra_state(self) -> Any:
-        return Path("x")
+        return {"scale": 1}
 
     def set_extra_state(self, state: Any) -> None:
         pass
+
+
+def lazy(num_classes: int) -> nn.Module:
+    """Return a network whose weights have no shape before it is called."""
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
 
 
 def weight_normed(num_classes: int) -> nn.Module:

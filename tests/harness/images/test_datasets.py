@@ -425,8 +425,11 @@ def test_pixels_of_an_unknown_range_are_refused(tmp_path):
     gray = np.linspace(0, 255, 256).reshape(16, 16)
     Image.fromarray(gray.astype(np.int32)).save(tmp_path / "int.tif")
     Image.fromarray((gray / 255).astype(np.float32)).save(tmp_path / "float.tif")
-    for name in ("int.tif", "float.tif"):
-        assert "32 bits per pixel" in cache.decode(tmp_path / name, 16)
+    Image.fromarray(gray.astype(np.uint16)).save(tmp_path / "dark.png")
+    Image.fromarray(np.zeros((16, 16), np.uint16)).save(tmp_path / "black.png")
+    assert not cache.decode(tmp_path / "black.png", 16).any()  # of any range
+    for name in ("int.tif", "float.tif", "dark.png"):
+        assert "more than 8 bits per pixel" in cache.decode(tmp_path / name, 16)
 
 
 def test_folders_behind_links_are_read(folder, tmp_path):
