@@ -24,9 +24,10 @@ from harness.benchmark.fusion import fuse_for_inference
 from harness.benchmark.paired import unpack
 from harness.benchmark.store import read_cells
 from harness.errors import UserError
+from harness.images.datasets import load_dataset
 from harness.models import find_weights
 from tests.support.bench import CLASSES, Bench
-from tests.support.tiny import Wrapped, linear
+from tests.support.tiny import Wrapped, image_folder, linear
 
 # ---------------------------------------------------------------------------- choice of cells
 
@@ -656,3 +657,57 @@ def test_the_same_classes_in_another_order_are_refused(bench: Bench) -> None:
         UserError, match=r"turned.last.pt was trained on other classes, or in anoth"
     ):
         bench.run("--only", "clean", models="standard turned")
+
+
+def test_a_checkpoint_is_tested_on_what_its_training_held_out(
+    go: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = image_folder(tmp_path / "more", each=20)  # two of each class are held out
+    load = partial(load_dataset, str(folder), size=12, num_classes=2, cache_dir=tmp_path / "cache")
+    damaged, *_ = load(seed=3).paths
+    (folder / damaged).write_bytes(b"no image")
+    flags = "--epochs 1 --batch-size 8 --classes 2 --data-seed 3 --skip-bad-images"
+    go("--data", str(folder), *flags.split())
+    capsys.readouterr()
+    scores = tmp_path / "scores"
+    evaluate.main([
+        str(tmp_path / "out" / "last.pt"), "--device", "cpu", "--only", "clean",
+        "--cache-dir", str(tmp_path / "fresh"), "--output-dir", str(scores),
+    ])  # fmt: skip
+    assert "may have seen" not in capsys.readouterr().err
+    tested = [line.split("\t")[0] for line in (scores / "images.txt").read_text().splitlines()]
+    assert tested == load(seed=3, skip_bad_images=True).paths and len(tested) == 3
+
+
+def test_the_held_out_tenth_is_that_of_the_checkpoint_that_held_it_out(bench: Bench) -> None:
+    settings = {"data": str(bench.root / "images" / "val")}
+    for name, seed in (("whole", 0), ("part", 1)):
+        own = {"data_seed": seed, "held_out": name == "part"}
+        bench.checkpoint(name, bench.sets().fingerprint, 0, 20.0, settings=settings | own)
+    options = ["--only", "clean", "--dump-images", "0"]
+    listed = []
+    for models in ("part", "whole part"):
+        bench.run(*options, models=models, out=f"{models} run")
+        listed.append((bench.root / f"{models} run" / "images.txt").read_text())
+    assert listed[0] == listed[1]
+
+
+def test_limited_images_are_drawn_with_the_seed_of_the_command_line(bench: Bench) -> None:
+    bench.run("--only", "clean", "--limit", "12", "--seed", "1", models="standard")
+    lines = (bench.root / "out" / "images.txt").read_text().splitlines()
+    sets = bench.sets()
+    drawn = {
+        seed: [sets.paths[i] for i in measure.choose_images(sets.test.labels, 12, seed).tolist()]
+        for seed in (0, 1)
+    }
+    assert [line.split("\t")[0] for line in lines] == drawn[1] != drawn[0]
+
+
+def test_the_baseline_is_not_among_the_differences(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "plot_differences", lambda *given: drawn.append(given))
+    bench.run("--only", "gaussian_noise", "--baseline", "mtlat")
+    ((compared, baseline, _),) = drawn
+    assert list(compared) == ["standard"] and baseline == "mtlat"

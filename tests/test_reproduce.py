@@ -512,3 +512,31 @@ def test_the_command_itself(tmp_path: Path) -> None:
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert (tmp_path / "out" / "tables.json").read_bytes() == first
     assert torch.load(tmp_path / "out" / "tiny-convnet-mtlat-seed0" / "last.pt", weights_only=True)
+
+
+def test_a_limit_above_the_number_of_images_means_all(images: Path) -> None:
+    options = argv(images, "--tables", "3", "--methods", "standard", "--limit")
+    for limit in ("99", "0", "6", "99"):  # there are 6
+        reproduce.main([*options, limit])
+    (cell,) = store.read_cells(images.parent / "out" / "clean-tiny-convnet-seed0" / "cells.jsonl")
+    assert cell["n"] == 6 and cell["limit"] is None
+
+
+def test_an_epoch_is_timed_for_each_step_and_each_image(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter((12.0, 30.0))  # of 6 steps, and of 6 test images
+    monkeypatch.setattr(reproduce, "time_second_call", lambda work: next(times))
+    args = plan.parse_reproduce_config(argv(images))
+    settings, _ = parse_train_config(next(plan.make_plan(args)).argv)
+    assert reproduce.time_epoch(settings, train.load_data(settings)) == (2.0, 5.0)
+
+
+def test_a_pass_is_timed_for_each_image(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "time_second_call", lambda work: 12.0)
+    args = plan.parse_reproduce_config(argv(images))
+    settings, _ = parse_train_config(next(plan.make_plan(args)).argv)
+    meter = estimate.Meter(train.load_data(settings), "cpu", reproduce.time_epoch)
+    assert meter._forward("tiny:linear") == 12 / 6  # of 6 images
+    assert meter._gradient("tiny:linear") == 12 / (2 * 6)  # two steps
+    assert meter._corrupt("fog", 1) == 12 / 6

@@ -512,3 +512,43 @@ def test_the_attack_takes_the_steps_that_are_asked_for(method):
     pairs = [(torch.rand(4, 6), torch.eye(4)) for _ in range(entry.minibatches)]
     list(entry.losses(linear, pairs, Draws(*torch.rand(3, 4), torch.arange(4)), 3))
     assert len(calls) == entry.terms + 3
+
+
+def test_each_minibatch_of_a_step_follows_an_order_of_its_own(go, monkeypatch):
+    steps, losses_at = [], train.losses_at
+
+    def observed(layer, method, model, pairs, *rest):
+        steps.append([x for x, _ in pairs])
+        return losses_at(layer, method, model, pairs, *rest)
+
+    monkeypatch.setattr(train, "losses_at", observed)
+    go()
+    assert len(steps) == 4  # two in each of two epochs
+    epochs = [torch.cat(x) for half in (steps[:2], steps[2:]) for x in zip(*half, strict=True)]
+    for i, order in enumerate(epochs):  # of four minibatches in each epoch
+        assert len(order.unique(dim=0)) == len(order) == 26
+        assert not any(torch.equal(order, other) for other in epochs[:i])
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "defaults"),
+    [
+        ("", torch.optim.Adam, {"weight_decay": 0.25, "decoupled_weight_decay": False}),
+        ("--opt adamw", torch.optim.AdamW, {"weight_decay": 0.25, "decoupled_weight_decay": True}),
+        ("--opt sgd", torch.optim.SGD, {"weight_decay": 0.25, "momentum": 0.9}),
+    ],
+)
+def test_the_optimizer_is_the_one_that_is_named(tmp_path, flags, kind, defaults):
+    argv = ["--output-dir", str(tmp_path), "--wd", "0.25", "--lr", "0.5", *flags.split()]
+    optimizer = train.build_optimizer(parse_train_config(argv)[0], nn.Linear(2, 1))
+    assert type(optimizer) is kind and optimizer.defaults["lr"] == 0.5
+    assert defaults.items() <= optimizer.defaults.items()
+
+
+def test_deterministic_refuses_what_torch_cannot_repeat(go):
+    try:
+        go("--epochs", "1", "--deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -338,3 +338,19 @@ def test_the_plain_command_as_a_process(tmp_path):
 def test_all_data_names_are_offered():
     text = build_parser(TrainConfig).format_help()
     assert all(re.search(rf"\b{name}\b", text) for name in datasets.SIZES)
+
+
+def test_a_resumed_run_keeps_the_scale_of_the_losses(go, tmp_path):
+    go("--epochs", "1")
+    argv = ["--resume", str(tmp_path / "out" / "last.pt"), "--epochs", "2", "--device", "cpu"]
+    config, checkpoint = parse_train_config(argv)
+    config = replace(config, amp="fp16")  # which the command line refuses on a CPU
+    checkpoint["scaler"] = torch.amp.GradScaler("cpu", init_scale=128.0).state_dict()
+    assert train.build(config, train.load_data(config), checkpoint).scaler.get_scale() == 128.0
+
+
+def test_a_resumed_run_keeps_its_cache_unless_another_is_given(go, tmp_path):
+    go("--epochs", "1")
+    argv = ["--resume", str(tmp_path / "out" / "last.pt")]
+    assert parse_train_config(argv)[0].cache_dir == str(tmp_path / "cache")
+    assert parse_train_config([*argv, "--cache-dir", "other"])[0].cache_dir == "other"

@@ -170,3 +170,19 @@ def test_what_comes_back_is_checked(name: str, message: str) -> None:
 def test_wrong_usage_is_named(words: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_eval_config(["a:b", *words.split()])
+
+
+def test_an_attack_of_others_is_seeded_from_the_command_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", seen.append)
+    words = ["own.pt", "--attack", "own=torch:where", "--seed", "7"]
+    monkeypatch.setattr(
+        "harness.benchmark.attack_registry.import_callable", lambda *_: lambda model, x, y: x
+    )
+    entry = parse_eval_config(words).supplement["own"]
+    assert entry.attack
+    x = torch.rand(2, 3, 4, 4)
+    entry.attack.function(torch.nn.Identity(), x, torch.tensor([0, 1]))
+    assert seen == [7]

@@ -523,6 +523,13 @@ def test_cifar(tmp_path, monkeypatch):
     two = datasets.load_dataset("cifar10", cache_dir=tmp_path, download=True, num_classes=2)
     assert two.paths == [f"cifar10/{i}" for i in range(6) if Fake.classes[i % 3] in two.classes]
     assert len(two.classes) == 2 and len(two.paths) == len(two.test.labels) == 4
+    pairs = [
+        datasets.load_dataset(
+            "cifar10", cache_dir=tmp_path, download=True, num_classes=2, seed=seed
+        )
+        for seed in range(9)
+    ]
+    assert len({sets.fingerprint for sets in pairs}) == len({(*s.classes,) for s in pairs}) == 3
 
 
 def test_a_failed_download_of_cifar_names_the_network(tmp_path, monkeypatch):
@@ -591,3 +598,21 @@ def test_work_ahead_keeps_order_bounds_and_errors():
     results.close()
     assert threading.active_count() == threads  # no thread outlives its iterator
     assert [*prefetch(slow, range(3), threads=1, window=9)] == [0, 1, 4]
+
+
+def test_nothing_is_held_out_of_a_test_part_alone(folder, tmp_path):
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "val").symlink_to(folder)
+    listing = folders.list_folder(tmp_path / "only", None, 0, test_only=True)
+    assert len(listing.parts["test"]) == 30 and not listing.held_out
+
+
+def test_the_files_of_both_parts_are_in_the_order_of_their_names(folder):
+    parts = folders.list_folder(folder, None, 0).parts.values()
+    assert all(list(files) == sorted(files) for files in parts)
+
+
+def test_an_image_without_its_shape_and_its_grating_is_clutter():
+    empty, _ = embedded.draw_shapes(range(10), 32, shapes=False, amplitude=0)
+    grated, _ = embedded.draw_shapes(range(10), 32, shapes=False)
+    assert (empty.int() - grated.int()).abs().max() <= 255 * embedded.AMPLITUDE + 1
