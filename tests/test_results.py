@@ -126,11 +126,14 @@ def decided_by_holm(p: dict[str, float]) -> set[str]:
 
 
 def robustness_of(name: str) -> dict[tuple[str, str], list[float]]:
-    """Read clean accuracy and R of each seed, by method and column, from the cells alone."""
+    """Read clean accuracy and R of each seed, by method and column, from the cells alone.
+
+    Where CW2 reached no image, it is void and left out.
+    """
     shares = defaultdict(list)
     for line in (RESULTS / name / "cells.jsonl").read_text().splitlines():
         cell = json.loads(line)
-        if "hits" in cell:
+        if "hits" in cell and cell.get("reached") != 0:
             hits = np.frombuffer(base64.b64decode(cell["hits"]), "uint8")
             hits = np.unpackbits(hits, count=cell["n"])
             shares[cell["label"], cell["perturbation"]].append(hits.mean())
