@@ -466,6 +466,8 @@ def test_estimates_are_the_measured_passes_times_their_number(
     assert meter.evaluation({"x": "a"}, "s", ["mi_fgsm_0.04"], None, set()) == 6 * (1 + 10 * 1e4)
     assert meter.evaluation({"x": "a"}, "s", ["check_pgd_0"], None, set()) == 3 * (1 + 100)
     assert meter.evaluation({"x": "a"}, "s", ["pgd_0.04"], None, {("x", "pgd_0.04", None)}) == 0
+    timed = estimate.Meter(meter.data, "cpu", lambda *_: (2.0, 5.0))
+    assert timed.training(settings, 3) == 3 * (6 * 2.0 + 6 * 5.0)  # 54 images, 6 steps; 6 test
     meter.known["tiny:linear", "standard", 8] = 7.0
     assert meter.training(settings, 3) == 21.0
     assert reproduce.format_duration(3 * 3600 + 62.4) == "   3:01:02"

@@ -627,6 +627,16 @@ def test_the_sheet_shows_every_image(count: int, tmp_path: Path) -> None:
     assert {shade for row in shades for shade in row} <= colours(tmp_path / "sheet.png")
 
 
+def test_the_sheet_marks_right_and_wrong_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = collect_figures(monkeypatch)
+    tiles = [plots.Tile(n, torch.zeros(3, 4, 4), "cat", n == "fog") for n in ("fog", "snow")]
+    plots.plot_images([tiles], tmp_path / "sheet.png")
+    texts = [text.get_text() for text in drawn[0].axes[0].texts]
+    assert texts == ["fog", "✓ cat", "snow", "✗ cat"]
+
+
 def test_an_accuracy_over_severities_has_the_interval_of_its_images() -> None:
     fog = make().rows[0].scores["fog"]  # the five severities show the same 100 images
     assert (fog.low, fog.high) == metrics.wilson(48, 100)
