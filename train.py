@@ -37,15 +37,16 @@ from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.folders import require_folder
 from harness.images.loader import BatchLoader, to_device
 from harness.images.preprocess import CROPS
-from harness.models import MeanStd, check_logits, count_correct, create_model, restore_model
+from harness.models import MeanStd, compute_logits, count_correct, create_model, restore_model
 from harness.training.augment import flip_crop
 from harness.training.config import TrainConfig, parse_train_config, schedule_change
 from harness.training.log import header, log_csv, log_line
 from harness.training.manifold import check_mix_at, draw_layer, losses_at
-from harness.training.methods import METHODS, check_trainable, refuse_torchscript
+from harness.training.methods import METHODS, check_trainable
 from mtlat import Draws, Pair, draw
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LOWER_RATE = "lower --lr, in another --output-dir; the epochs before are kept"
 
 
 @dataclass
@@ -153,11 +154,9 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     if checkpoint is None:  # a resumed run keeps its buffers, which a forward pass may change
         rows = torch.arange(config.minibatch_size)[distributed.shard_rows(config.minibatch_size)]
         x, _ = loaders[0](rows)
-        refuse_torchscript(f"--arch {config.arch}", model)
-        check_logits(f"--arch {config.arch}", model, x, len(data.classes))
+        check_trainable(f"--arch {config.arch}", model, x, len(data.classes), config.method)
         check_savable(f"--arch {config.arch}", model)
         check_mix_at(config.mix_at, model, x, len(data.classes))
-        check_trainable(f"--arch {config.arch}", model, x, config.method)
     optimizer = build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     if checkpoint is not None:
@@ -193,8 +192,8 @@ def train(config: TrainConfig, training: Training) -> None:
         share = max(1, config.batch_size // distributed.world_size())  # as much memory as a step
         correct = count_correct(training.tested, training.test_loader.in_order(share))
         for x, _ in islice(training.test_loader.in_order(share), 1):  # its last update may diverge
-            what = f"epoch {epoch + 1} is not saved, lower --lr: the network"
-            check_logits(what, training.tested, x, len(data.classes))
+            if not compute_logits(training.tested, x).isfinite().all():
+                raise UserError(f"logits are not finite after epoch {epoch + 1}: {LOWER_RATE}")
         steps = len(data.train.labels) // config.minibatch_size
         images = len(losses) * steps * config.minibatch_size
         per_epoch = (time.monotonic() - started) / (epoch + 1 - first)
@@ -247,10 +246,8 @@ def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list
         if step % config.print_freq == 0 or step == steps:
             means = mean_losses(totals / step)
             if not math.isfinite(sum(means)):
-                raise UserError(
-                    f"the loss became {sum(means)} in epoch {epoch + 1} before step {step + 1}:"
-                    f" lower --lr ({config.lr}) in another --output-dir; earlier epochs are kept"
-                )
+                place = f"epoch {epoch + 1} before step {step + 1}"
+                raise UserError(f"the loss became {sum(means)} in {place}: {LOWER_RATE}")
             bar.set_postfix_str(" ".join(f"loss{i} {m:.3f}" for i, m in enumerate(means, 1)))
     for averaged in filter(None, (model, training.average)):
         average_running_statistics(averaged)

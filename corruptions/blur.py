@@ -257,13 +257,13 @@ def zoom_blur(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
     return total.div_(1 + len(np.arange(1, end, step))).view(images.shape)
 
 
-@lru_cache(maxsize=16)  # the five severities at 224 px, or one at 1024 px
+@lru_cache(maxsize=32)  # the five severities up to 600 px, or one up to 1400 px
 def _zoom_matrix(
     end: float, step: float, height: int, width: int, top: int, bottom: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the sources and weights of each pixel of the sum, for rows from top to bottom.
 
-    Both are (rows * W, 4 n), int32 and float32, with n the number of factors: up to 34 MB.
+    Both are (rows * W, 4 n), int32 and float32, with n the number of factors: up to 55 MB.
     """
     pixels, weights = [], []
     for factor in np.arange(1, end, step):

@@ -50,7 +50,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         least, most = values.min(), values.max()
         if image.mode == "F" or least < 0 or most >= 2**16 or 0 < most < 256:
-            raise ValueError("more than 8 bits per pixel, of an unknown range: save it with 8")
+            raise ValueError(
+                f"more than 8 bits per pixel, of an unknown range, up to {most:g}: save it with 8"
+            )
         image = Image.fromarray((values >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")  # which copies even RGB
 

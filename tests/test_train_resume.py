@@ -277,7 +277,7 @@ def test_a_network_without_finite_logits_is_not_saved(go, tmp_path, monkeypatch)
         return losses
 
     monkeypatch.setattr(train, "train_one_epoch", ruin)
-    with pytest.raises(UserError, match="epoch 2 is not saved, lower --lr: the network returns"):
+    with pytest.raises(UserError, match="logits are not finite after epoch 2: lower --lr"):
         go()
     assert len(checkpoints.load_checkpoint(tmp_path / "out" / "last.pt")["log"]) == 1
 

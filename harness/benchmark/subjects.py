@@ -1,6 +1,7 @@
 """The models under test: loaded from the command line, checked, and named by a digest."""
 
 import hashlib
+import pickle
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,7 +165,7 @@ def load_subjects(
             if isinstance(value, Tensor):
                 digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             else:  # of get_extra_state()
-                digest.update(repr(value).encode())
+                digest.update(pickle.dumps(value))
         label = config.labels.get(spec, spec)
         subjects[spec] = Subject(label, module, digest.hexdigest()[:16])
     return subjects
@@ -185,14 +186,11 @@ def _load_module(
     if checkpoint is not None and "format" in checkpoint:
         own = checkpoint["classes"]
         if own != classes:
-            mine, theirs = (
-                " ".join([name for name in one if name not in other][:5]) or "none"
-                for one, other in ((own, classes), (classes, own))
-            )
+            alone = [n for n in own if n not in classes] + [n for n in classes if n not in own]
+            which = f"only one has {' '.join(alone[:5])}{' ...' * (len(alone) > 5)}"
             raise UserError(
-                f"{spec} was trained on other classes, or in another order, than those of the test"
-                f" images (its alone: {mine}; theirs alone: {theirs}): rename the folders, or give"
-                " --data with its classes"
+                f"{spec} was trained on other classes than those of the test images"
+                f" ({which if alone else 'the order differs'}): give --data with its classes"
             )
         return restore_model(checkpoint)
     normalize = (config.mean, config.std) if config.mean and config.std else None

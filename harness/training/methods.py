@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError, first_line
-from harness.models import set_mode
+from harness.models import check_logits, set_mode
 from mtlat import (
     Draws,
     Model,
@@ -129,19 +129,17 @@ METHODS = {
 }  # fmt: skip
 
 
-def refuse_torchscript(name: str, model: nn.Module) -> None:
-    """Raise `UserError` if a part of the model is TorchScript, which the attack cannot freeze."""
+def check_trainable(name: str, model: nn.Module, x: Tensor, num_classes: int, method: str) -> None:
+    """Raise `UserError` unless a method can train the model on images x (B, ...).
+
+    It returns logits of N classes, and has the gradients that the method needs. Takes one forward
+    pass of all images, one of two, and one step of the attack on two if the method has it.
+    """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UserError(
             f"{name} is TorchScript, which can only be evaluated here: give the nn.Module itself"
         )
-
-
-def check_trainable(name: str, model: nn.Module, x: Tensor, method: str) -> None:
-    """Raise `UserError` unless a loss on images x (B, ...) has the gradients that a method needs.
-
-    Takes one forward pass of two images, and one step of the attack if the method has it.
-    """
+    check_logits(name, model, x, num_classes)
     set_mode(name, model, training=False)  # in which BatchNorm's running statistics stay
     few = x[:2]
     labels = torch.zeros(len(few), dtype=torch.int64, device=x.device)
