@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from harness.benchmark.metrics import ModelScores, sign, table_value
 from harness.benchmark.paired import Difference, combine_seeds, holm, subtract, uncorrected
-from harness.benchmark.tables import MISSING, answer
+from harness.benchmark.tables import MISSING, answer, to_plain
 from harness.reproduction.paper import (
     ATTACKS_TITLE,
     BASELINE,
@@ -304,7 +304,7 @@ def answers(rows: Sequence[Compared]) -> list[str]:
 
 def orders_to_plain(found: Sequence[Order]) -> list[dict[str, Any]]:
     """Convert the orders for JSON, without what the tables hold already."""
-    return [
+    plain: list[dict[str, Any]] = to_plain([
         {
             "text": order.text, "arch": order.arch, "verdict": order.verdict,
             "ours": {m: e.mean for m, e in order.entries.items()},
@@ -312,4 +312,5 @@ def orders_to_plain(found: Sequence[Order]) -> list[dict[str, Any]]:
             "difference": order.difference and order.difference[:4],
         }
         for order in found
-    ]  # fmt: skip
+    ])  # fmt: skip
+    return plain

@@ -145,7 +145,7 @@ def write_report(
         outcomes = follow_all(folders, config.size)
     facts = {
         "format": 2, "recipe": recipe, "images": data.fingerprint, "rows": to_plain(rows),
-        "verdicts": count_verdicts(rows), "orders": to_plain(orders_to_plain(found_orders)),
+        "verdicts": count_verdicts(rows), "orders": orders_to_plain(found_orders),
         "cues": to_plain({name: average(each) for name, each in outcomes.items()}),
     }  # fmt: skip
     atomic_write(out / "tables.json", json.dumps(facts, indent=1) + "\n")

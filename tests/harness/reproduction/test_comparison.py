@@ -343,6 +343,23 @@ def test_the_means_are_over_all_nineteen_and_all_five() -> None:
     assert mtlat.scores[paper.ATTACKS_TITLE].value == pytest.approx(3.36 / 5)
 
 
+def test_orders_without_a_number_are_valid_json() -> None:
+    entries = comparison.compare(3, "tiny", {"standard": STANDARD})[0].entries
+    entry = entries["clean"]._replace(mean=math.nan)
+    order = comparison.Order("a mean", "tiny", "clean", {"standard": entry}, None, "undecided")
+    (plain,) = comparison.orders_to_plain([order])
+    assert plain["ours"] == {"standard": None} and json.dumps(plain, allow_nan=False)
+
+
+def test_a_difference_of_clean_accuracy_alone_has_no_figure(tmp_path: Path) -> None:
+    row = make_row(80.0, {})
+    clean = row.scores["clean"]._replace(difference=decided(0.1))
+    other = row._replace(scores={"clean": clean})
+    table = comparison.compare(1, "tiny", {"standard": [row], "mtlat": [other]})
+    assert table[1].entries["clean"].difference
+    assert list(report._answer_figures([table], [], tmp_path)) == []
+
+
 def test_a_failed_check_of_any_seed_marks_the_score() -> None:
     for own in (MTLAT, MTLAT[::-1]):
         row = comparison.compare(1, "tiny", {"standard": STANDARD, "mtlat": own})[1]
