@@ -199,8 +199,8 @@ def mtlat_loss(
         y = F.one_hot(y, num_classes).to(torch.promote_types(x.dtype, torch.float32))
     # Reading 8: the four couples are the minibatch and three random permutations of it. Otherwise:
     # give `algorithm1` four independent minibatches. (An image may be mixed with itself.)
-    keys = torch.empty(3, len(x), dtype=torch.float32, device=(generator or x).device)
-    orders = keys.uniform_(generator=generator).argsort().to(x.device)
+    kind: Any = {"dtype": torch.float32, "device": (generator or x).device}
+    orders = torch.rand(3, len(x), generator=generator, **kind).argsort().to(x.device)
     pair2, pair3, pair4 = ((x[order], y[order]) for order in orders)
     loss1, loss2 = algorithm1(model, (x, y), pair2, pair3, pair4, draws, steps=steps, clip=clip)
     return loss1 + loss2

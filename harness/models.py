@@ -313,23 +313,24 @@ def compute_logits(model: Model, x: Tensor) -> Tensor:
         return logits_of(model(x), torch.zeros(len(x), dtype=torch.int64, device=x.device))
 
 
+def is_right(logits: Tensor, y: Tensor) -> Tensor:
+    """Return which top-1 predictions are right, bool (B,): not where argmax would name a NaN."""
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+
+
 def count_correct(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
-    """Count correct top-1 predictions; NaN logits are wrong. Sets the model to eval mode."""
+    """Count correct predictions. Sets the model to eval mode."""
     model.eval()
-    found = ((compute_logits(model, x), y) for x, y in batches)
-    return int(sum(((z.argmax(1) == y) & ~z.isnan().any(1)).sum() for z, y in found))
+    return int(sum(is_right(compute_logits(model, x), y).sum() for x, y in batches))
 
 
 def check_logits(name: str, model: nn.Module, x: Tensor, num_classes: int) -> Tensor:
-    """Return the model's logits for images x, checked.
+    """Return the model's logits (B, N) for images x, checked.
 
     Args:
         name: how the user calls the model.
         x: images (B, 3, S, S) float32 in [0, 1], on the model's device.
         num_classes: N.
-
-    Returns:
-        Logits (B, N).
 
     Raises:
         UserError: the model fails on x, or its output is not finite logits of that shape.
@@ -338,8 +339,7 @@ def check_logits(name: str, model: nn.Module, x: Tensor, num_classes: int) -> Te
         with frozen(model):
             logits = compute_logits(model, x)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        reason = first_line(error)
-        raise UserError(f"{name} fails on images {tuple(x.shape)}: {reason}") from None
+        raise UserError(f"{name} fails on images {tuple(x.shape)}: {first_line(error)}") from None
     if logits.shape != (len(x), num_classes):
         raise UserError(
             f"{name} returns {tuple(logits.shape)}; for {len(x)} images of the dataset's"

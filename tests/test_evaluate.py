@@ -553,3 +553,20 @@ def test_a_limited_run_knows_the_least_likely_class_of_its_own_images(
     chosen = measure.choose_images(sets.test.labels, 12, 0)
     expected = model(sets.test.images[chosen].float() / 255).argmin(1)
     assert torch.equal(torch.cat(targets), expected)
+
+
+class Blind(nn.Module):
+    """A model that predicts class 0, of which dark images have a NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        level = x.mean((1, 2, 3))
+        return torch.stack([torch.where(level < 0.1, float("nan"), level), level / 2], 1)
+
+
+def test_cw2_takes_no_image_whose_logits_are_nan() -> None:
+    x, y = torch.full((3, 3, 4, 4), 0.5), torch.tensor([0, 0, 1])
+    x[0] = 0
+    blind = subjects.Subject("blind", Blind().eval(), "")
+    images, found = measure._perturb_cw2(blind, x, y, {"steps": 2})
+    assert found["right"].tolist() == [False, True, False] and len(found["reached"]) == 1
+    assert torch.equal(images[[0, 2]], x[[0, 2]])

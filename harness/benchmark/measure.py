@@ -31,7 +31,7 @@ from harness.errors import UserError
 from harness.images.corrupted import open_corrupted
 from harness.images.datasets import Dataset
 from harness.images.loader import BatchLoader
-from harness.models import compute_logits
+from harness.models import compute_logits, is_right
 
 EARLIER = {"preprocess": "squash"}  # of cells that lack the fact
 Batch = tuple[Tensor, Tensor, Tensor]  # indices, images in [0, 1], class indices; on the device
@@ -170,7 +170,7 @@ def _perturb_cw2(
     victim: Subject, x: Tensor, y: Tensor, settings: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Attack by CW2 those images that the model gets right."""
-    right = compute_logits(victim.module, x).argmax(1) == y
+    right = is_right(compute_logits(victim.module, x), y)
     images, found = x.clone(), {"right": right}
     if right.any():
         result = cw2_result(victim.module, x[right], y[right], **settings)
@@ -211,9 +211,8 @@ def measure(
             if white_box:
                 images, about = perturb(run, name, severity, model, batch)
             logits = compute_logits(model.module, images)
-            nan = logits.isnan().any(1)  # where argmax would name a class
-            hit, least_likely = (logits.argmax(1) == y) & ~nan, logits.argmin(1)
-            about = {**about, "hit": hit, "least_likely": least_likely, "nan": nan}
+            about = {**about, "hit": is_right(logits, y), "least_likely": logits.argmin(1),
+                     "nan": logits.isnan().any(1)}  # fmt: skip
             found[i].append({key: values.cpu() for key, values in about.items()})
             seconds[i], clock = seconds[i] + _now(run) - clock, _now(run)
             bar.update(len(y))

@@ -217,9 +217,9 @@ def _void(cells: Cells, baseline: str) -> frozenset[str]:
     CW2 at confidence 50 then measures the scale of the baseline's logits, and not its robustness.
     """
     cell = cells.get((baseline, "cw2", None))
-    right = cell["right"] if cell else 0
-    void = cell and right and cell.get("reached", 0) <= VOID_SHARE * right
-    return frozenset({"cw2"} if void else ())
+    if cell and cell["right"] and cell.get("reached", 0) <= VOID_SHARE * cell["right"]:
+        return frozenset({"cw2"})
+    return frozenset()
 
 
 def _accuracies(scores: Mapping[str, Score]) -> dict[str, float]:

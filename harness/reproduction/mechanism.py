@@ -105,8 +105,10 @@ def compare_gratings(outcomes: Mapping[str, Outcomes], baselines: Mapping[str, s
         difference = uncorrected(compare_accuracy(*pair))
         assert difference is not None
         value, low, high = (100 * number for number in difference[:3])
-        more, by = "more" if value > 0 else "less", f", by {abs(value):.1f} points"
-        how = f"{more} often than {baseline}{by}" if value else f"as often as {baseline}"
+        how = f"as often as {baseline}"
+        if value:
+            more = "more" if value > 0 else "less"
+            how = f"{more} often than {baseline}, by {abs(value):.1f} points"
         verdict = "decided" if difference.decided else "not decided"
         lines.append(
             f"{name} predicts the exchanged grating's class {how} (paired 95 % interval of the"
