@@ -4,10 +4,10 @@
 
 reads cells.jsonl, whose labels are METHOD-SEED, and writes tables.md and differences.png there.
 M-TLAT with a seed is compared with `standard` of that seed, and every other network with `standard`
-and with M-TLAT of seed 0. Networks with clean accuracy alone are Table 3's, and are compared with
-`standard` and with TLAT. If there is a surrogate-2.jsonl, it holds the black-box attacks made on a
-surrogate of seed 2. The networks of seed 1 take theirs from it, since the surrogate of cells.jsonl
-has their initial weights.
+and with M-TLAT of seed 0, in R and in accuracy under the perturbation. Networks with clean accuracy
+alone are Table 3's, and are compared with `standard` and with TLAT. If there is a
+surrogate-2.jsonl, it holds the black-box attacks made on a surrogate of seed 2. The networks of
+seed 1 take theirs from it, since the surrogate of cells.jsonl has their initial weights.
 """
 
 import argparse
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from scipy import stats
 
+from corruptions import CORRUPTIONS
 from harness.benchmark import paired, plots, tables
 from harness.benchmark.metrics import Results, aggregate, score_differences
 from harness.benchmark.paired import Array, Difference
@@ -36,6 +37,7 @@ MEANS = {
     "mean of the blurs": GROUPS["blur"],
     "mean of ImageNet-C's": TABLES["ImageNet-C's corruptions"],
     "mean of the paper's": TABLES["The paper's corruptions"],
+    "mean of the nineteen": list(CORRUPTIONS),
 }
 ROWS = {"clean": "clean accuracy", **{title: title for title in MEANS}, **COLUMNS}
 NOTE = (
@@ -81,8 +83,8 @@ class Measured:
         """Return whether these networks have all outcomes under these perturbations."""
         return self.hits.keys() >= set(itertools.product(labels, names))
 
-    def level(self, labels: Sequence[str], name: str) -> str:
-        """Format clean accuracy or R, the mean of these networks."""
+    def level(self, labels: Sequence[str], name: str, accuracy: bool) -> str:
+        """Format clean accuracy or R, the mean of these networks; or accuracies in percent."""
         names = MEANS.get(name, [name] if name in COLUMNS else [])
         if not self.has(labels, names):
             return "-"
@@ -90,6 +92,8 @@ class Measured:
             np.array([self.outcomes(label, each).mean() for label in labels])
             for each in ("clean", name)
         )
+        if accuracy:
+            return f"{100 * np.mean(values):.1f}"
         return f"{np.mean(clean if name == 'clean' else values / clean):.3f}"
 
     def perturbations(self, first: str, second: str) -> Differences:
@@ -106,21 +110,49 @@ class Measured:
                 found[title] = paired.uncorrected(paired.compare_robustness(a, c, b, d))
         return found
 
-    def table(self, levels: Mapping[str, Sequence[str]], columns: Mapping[str, Differences]) -> str:
+    def differ_in_accuracy(self, first: str, second: str) -> Differences:
+        """Do as `differ` for accuracies instead of R."""
+        names = [*self.perturbations(first, second), *MEANS]
+        return _corrected(
+            {
+                name: paired.compare_accuracy(*(self.outcomes(x, name) for x in (first, second)))
+                for name in names
+                if self.has((first, second), MEANS.get(name, [name]))
+            }
+        )
+
+    def table(
+        self, levels: Mapping[str, Sequence[str]], columns: Mapping[str, Differences],
+        *, accuracy: bool = False,
+    ) -> str:  # fmt: skip
         """Format levels, and differences by their title, bold where decided."""
         lines = [["", *levels, *columns]]
         for name, title in ROWS.items():
             row = [differences.get(name) for differences in columns.values()]
             if any(row):
-                shown = [self.level(labels, name) for labels in levels.values()]
-                lines.append([title, *shown, *map(_format, row)])
+                shown = [self.level(labels, name, accuracy) for labels in levels.values()]
+                lines.append([title, *shown, *(_format(found, accuracy) for found in row)])
         return "\n".join(tables.markdown_rows(lines))
 
 
-def _format(difference: Difference | None) -> str:
+def _corrected(differences: Mapping[str, Difference]) -> Differences:
+    """Correct the p-values by Holm's method, those of means of several perturbations apart."""
+    single = {name: d for name, d in differences.items() if name not in MEANS}
+    corrected = dict(zip(single, paired.holm(list(single.values())), strict=True))
+    return {name: corrected.get(name, paired.uncorrected(d)) for name, d in differences.items()}
+
+
+def _over_seeds(columns: Sequence[Differences]) -> Differences:
+    """Average the differences that every seed has, by name."""
+    each = {name: [found for c in columns if (found := c.get(name))] for name in columns[0]}
+    complete = {name: found for name, found in each.items() if len(found) == len(columns)}
+    return _corrected({name: paired.combine_seeds(found) for name, found in complete.items()})
+
+
+def _format(difference: Difference | None, accuracy: bool) -> str:
     if difference is None:
         return "-"
-    text = comparison.format_difference(difference)
+    text = comparison.format_difference(difference, points=accuracy).replace(" points", "")
     return f"**{text}**" if difference.decided else text
 
 
@@ -148,21 +180,23 @@ def _seeds_together(measured: Measured, arch: str, seeds: list[int], figure: Pat
     pairs = [measured.score(*(f"{method}-{seed}" for method in PAIR)) for seed in seeds]
     rows = {method: [pair.rows[i] for pair in pairs] for i, method in enumerate(PAIR)}
     table = comparison.compare(1, arch, rows)
-    mean = {name: entry.difference for name, entry in table[1].entries.items() if name in ROWS}
+    columns = {f"seed {s}": measured.differ(f"mtlat-{s}", f"standard-{s}") for s in seeds}
+    mean = _over_seeds([*columns.values()])
     single = {name: difference for name, difference in mean.items() if name in COLUMNS}
     paper = paper_differences({row.method: row for row in table})
     plots.plot_differences({"mtlat": single}, "standard", figure, paper)
-
-    columns = {f"seed {s}": measured.differ(f"mtlat-{s}", f"standard-{s}") for s in seeds}
-    for title in MEANS:
-        if each := [found for column in columns.values() if (found := column.get(title))]:
-            mean[title] = paired.uncorrected(paired.combine_seeds(each))
     yield from _beside_the_paper(table)
     if len(seeds) > 1:
         yield _by_seeds_alone(mean, columns)
         columns["mean over the seeds"] = mean
     yield f"**Clean accuracy and R, means over the seeds; M-TLAT minus `standard`; {NOTE}**"
     yield measured.table(levels, columns)
+    columns = {
+        f"seed {s}": measured.differ_in_accuracy(f"mtlat-{s}", f"standard-{s}") for s in seeds
+    }
+    if len(seeds) > 1:
+        columns["mean over the seeds"] = _over_seeds([*columns.values()])
+    yield from _accuracies(measured, levels, columns)
     for pair in pairs:
         yield from _say(pair)
     again = {
@@ -206,7 +240,27 @@ def _one_seed(measured: Measured, arch: str, labels: list[str]) -> Iterator[str]
         yield f"**The networks of one seed; {NOTE}**"
         bases = [f"{method}-0" for method in PAIR]
         columns = {f"{x} - {base}": measured.differ(x, base) for x in labels for base in bases}
-        yield measured.table({label: [label] for label in labels}, columns)
+        levels = {label: [label] for label in labels}
+        yield measured.table(levels, columns)
+        columns = {f"{x} - {b}": measured.differ_in_accuracy(x, b) for x in labels for b in bases}
+        yield from _accuracies(measured, levels, columns)
+
+
+def _accuracies(
+    measured: Measured, levels: Mapping[str, Sequence[str]], columns: Mapping[str, Differences]
+) -> Iterator[str]:
+    """Yield the differences in accuracy, and how many of them are decided."""
+    yield f"**Accuracy under each perturbation in percent, differences in points; {NOTE}**"
+    yield measured.table(levels, columns, accuracy=True)
+    for title, differences in columns.items():
+        found = [d for name, d in differences.items() if d and name in COLUMNS]
+        higher = [d.decided for d in found if d.value > 0]
+        lower = [d.decided for d in found if d.value < 0]
+        yield (
+            f"{title}: accuracy is higher under {len(higher)} of {len(found)} perturbations"
+            f" (decided under {sum(higher)}), and lower under {len(lower)} (decided under"
+            f" {sum(lower)})."
+        )
 
 
 def _clean_alone(measured: Measured, labels: list[str]) -> Iterator[str]:

@@ -1,5 +1,8 @@
 """Test what can be tested on a GPU only."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -84,3 +87,18 @@ def test_scores_are_those_of_the_cpu(tmp_path, tmp_path_factory, monkeypatch):
         assert cpu.keys() == gpu.keys() and {name for _, name, _ in cpu} > set(ATTACKS)
         for cell, line in cpu.items():
             assert abs(gpu[cell]["correct"] - line["correct"]) <= 2, cell
+
+
+@pytest.mark.parametrize("method", ["standard", "mtlat"])
+def test_deterministic_trainings_have_the_same_bits(tmp_path, method):
+    """Train twice in processes of their own, because cuBLAS reads its setting when it starts."""
+    folder, states = image_folder(tmp_path / "set"), []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        subprocess.run(
+            [sys.executable, train.__file__, "--arch", "resnet18", "--data", folder, "--size", "32",
+             "-b", "6", "--epochs", "2", "--cache-dir", tmp_path / "cache", "--method", method,
+             "--device", "cuda", "--amp", "bf16", "--channels-last", "--deterministic",
+             "--output-dir", out], check=True,
+        )  # fmt: skip
+        states.append(checkpoints.load_checkpoint(out / "last.pt")["model"])
+    assert states_equal(*states)

@@ -89,7 +89,11 @@ def test_near_0_the_interval_is_the_bootstraps():
     assert found.low >= 0 and not found.p < 0.01  # three images of 400 decide little
     resampled = [a[i].mean() / c[i].mean() for i in random.integers(400, size=(4000, 400))]
     assert np.quantile(resampled, (0.025, 0.975)) == pytest.approx(found[1:3], abs=0.003)
-    assert found.p == pytest.approx(2 * np.mean(np.array(resampled) <= 0), abs=0.02)
+    assert found.p == 0.25 > 2 * np.mean(np.array(resampled) <= 0)  # of a sign test, 3 to 0
+    clean, b[-1] = np.arange(400) < 50.0, 1  # R of the second is 1 of 50: nearly that of the first
+    found = paired.compare_robustness(a, np.ones(400), b, clean)
+    assert found.p == paired._bootstrap(a, np.ones(400), b, clean)[2] > 0.3
+    b[-1] = 0
     a[np.flatnonzero(c)[:60]] = 1
     assert paired.compare_robustness(a, c, b, d).p < 0.001
     assert paired.robustness_interval(b, c) == (0, 0)
@@ -240,6 +244,24 @@ def test_a_few_outcomes_of_either_model_take_the_bootstrap():
     for one, other in ((a, b), (b, a)):
         found = paired.compare_robustness(one, c, other, c)
         assert found[1:4] == paired._bootstrap(one, c, other, c)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_few_images_decide_no_more_than_a_sign_test(lost):
+    """Let one model be right, or wrong, for 8 images, and the other for none."""
+    c, eight = np.ones(1000), np.arange(1000) < 8.0
+    one, other = (c - eight, c) if lost else (eight * 1.0, c * 0)
+    for first, second in ((one, other), (other, one)):
+        found = paired.compare_robustness(first, c, second, c)
+        assert found.p == 2 / 2**8 and min(abs(found.low), abs(found.high)) > 0
+
+
+def test_few_right_images_decide_too_much_no_more_often_than_they_should():
+    """Equal models that are right for about four of 600 images."""
+    random, c = np.random.default_rng(8), np.ones(600)
+    pairs = (random.random((400, 2, 600)) < 0.007) * 1.0
+    p = np.array([paired.compare_robustness(a, c, b, c).p for a, b in pairs])
+    assert np.mean(p < 0.05) <= 0.05
 
 
 def test_gains_do_not_make_losses_few():
