@@ -94,7 +94,9 @@ def check_batch_size(config: TrainConfig, images: int) -> None:
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer that the configuration names."""
-    fused = not config.device.startswith("mps")
+    # After an overflow a fused step of SGD leaves its new momentum uninitialized.
+    overflows = config.opt == "sgd" and config.amp == "fp16"
+    fused = not config.device.startswith("mps") and not overflows
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.wd, "fused": fused}
     if config.opt == "sgd":
         return torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)

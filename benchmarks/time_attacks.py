@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attacks import cw2
+from attacks import cw2, full_precision
 from harness.benchmark.attack_registry import ATTACKS
 
 Run = Callable[[], Tensor]
@@ -75,6 +75,7 @@ def passes(work: Run, model: nn.Module, batch: int) -> float:
     return sum(counts) / batch
 
 
+@full_precision()  # for the other package's attacks too
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)

@@ -78,7 +78,7 @@ def feed_epochs(root: Path, cache: Path, args: argparse.Namespace) -> Callable[[
     """Decode the files, and return a function that times one epoch as train.py loads it."""
     sets = datasets.load_dataset(str(root), size=args.size, cache_dir=cache)
     feed = BatchLoader(sets.train, torch.device("cpu"))
-    return lambda: rate(feed.ahead(torch.randperm(len(feed)).split(args.batch)))
+    return lambda: rate(feed.prefetch(torch.randperm(len(feed)).split(args.batch)))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -118,7 +118,9 @@ def feed_larger(args: argparse.Namespace) -> None:
         batches = list(torch.randperm(count).split(args.batch))
         print(f"{count} images of {args.size} px, {args.larger} GiB, batch {args.batch}; images/s:")
         tenth = len(batches) // 10
-        print(*(f"{rate(feed.ahead(batches[i * tenth : (i + 1) * tenth])):.0f}" for i in range(10)))
+        print(
+            *(f"{rate(feed.prefetch(batches[i * tenth : (i + 1) * tenth])):.0f}" for i in range(10))
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak resident memory: {peak:.2f} GiB, including mapped pages of the file")
 

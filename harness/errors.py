@@ -101,6 +101,11 @@ def run_script(
     sys.exit(code)
 
 
+def is_explained(error: Exception) -> bool:
+    """Return whether `run_script` explains this error in a line, such as full memory."""
+    return bool(_describe(error, ""))
+
+
 def _describe(error: Exception, how_to_resume: str) -> str:
     """Describe in one line an error that the user can fix; nothing for any other."""
     if isinstance(error, distributed.PeerLostError):

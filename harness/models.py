@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from harness.checkpoints import load_weights
 from harness.cnn import CONVOLUTIONS, build_cnn
-from harness.errors import UserError, downloading, first_line
+from harness.errors import UserError, downloading, first_line, is_explained
 from mtlat import Model, Normalize, frozen, logits_of
 
 MeanStd = tuple[list[float], list[float]]  # per channel
@@ -304,10 +304,8 @@ def set_mode(name: str, model: nn.Module, *, training: bool) -> None:
 def compute_logits(model: Model, x: Tensor) -> Tensor:
     """Compute the logits (B, N) of images x (B, ...), without a graph.
 
-    The model returns them alone, as `.logits`, or as the first of a tuple or list.
-
-    Raises:
-        TypeError, ValueError: it does not.
+    Raises TypeError or ValueError unless the model returns them alone, as `.logits`, or first in a
+    tuple or list.
     """
     with torch.no_grad():
         return logits_of(model(x), torch.zeros(len(x), dtype=torch.int64, device=x.device))
@@ -339,6 +337,8 @@ def check_logits(name: str, model: nn.Module, x: Tensor, num_classes: int) -> Te
         with frozen(model):
             logits = compute_logits(model, x)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        if is_explained(error):
+            raise
         raise UserError(f"{name} fails on images {tuple(x.shape)}: {first_line(error)}") from None
     if logits.shape != (len(x), num_classes):
         raise UserError(

@@ -28,6 +28,12 @@ torch.set_num_threads(1)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU unless `-m gpu` asks for it: the other tests compare bits with a CPU's."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip slow tests unless -m names them, and skip GPU tests if there is no GPU."""
     for item in items:

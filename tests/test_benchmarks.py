@@ -1,6 +1,7 @@
 """Test that the benchmarks run, and that their counts agree with the work that is done."""
 
 import pytest
+import time_loading
 import time_step
 import torch
 from torch import nn
@@ -83,3 +84,11 @@ def test_step_prints_each_method_beside_the_plain_step(
     assert rows["standard"][:5] == ["3000.0", "0.7", "1.00", "1.00", "1.00"]
     assert rows["mtlat"][:5] == ["8500.0", "0.5", "2.83", "2.67", "1.06"]
     assert torch.tensor(float(rows["mtlat"][5])) > 0
+
+
+@pytest.mark.parametrize(
+    "flags", ["--images 40 --batch 4 --epochs 1", "--larger 0.0005 --batch 16"]
+)
+def test_loading_is_timed(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    time_loading.main(["--size", "32", *flags.split()])
+    assert "images/s" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from tests.support.tiny import image_folder, states_equal
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # that it is a prototype
 @pytest.mark.parametrize("flags", ["", "--amp bf16 --channels-last", "--amp fp16", "--opt sgd"])
 @pytest.mark.parametrize("method", METHODS)
 def test_an_epoch_does_not_wait_for_the_gpu(tmp_path, monkeypatch, method, flags):
@@ -37,8 +38,8 @@ def test_an_epoch_does_not_wait_for_the_gpu(tmp_path, monkeypatch, method, flags
         return [0.0] * len(losses)
 
     monkeypatch.setattr(train, "mean_losses", read_later)  # what waits on purpose
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         train.train_one_epoch(config, training, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -56,6 +57,7 @@ def test_feed_from_pinned_memory_gives_what_is_on_the_device():
         assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # a hint of torch.compile's
 @pytest.mark.parametrize("flags", ["", "--amp bf16 --channels-last --compile"])
 def test_training_goes_as_on_the_cpu(tmp_path, flags):
     """Check that the losses agree with those on the CPU.

@@ -545,6 +545,23 @@ def test_the_optimizer_is_the_one_that_is_named(tmp_path, flags, kind, defaults)
     assert defaults.items() <= optimizer.defaults.items()
 
 
+@pytest.mark.parametrize("opt", ["sgd", "adam"])
+def test_an_overflow_in_the_first_step_is_survived(folder, tmp_path, opt):
+    """A fused SGD would take what was in memory as its momentum: with --deterministic, NaN."""
+    argv = ["--arch", "tiny:convnet", "--data", str(folder), "--size", "12", "-b", "6", "--device",
+            "cpu", "--cache-dir", str(tmp_path / "cache"), "--deterministic", "--opt", opt,
+            "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    config = replace(parse_train_config(argv)[0], amp="fp16")  # which is refused on a CPU
+    try:
+        training = train.build(config, train.load_data(config), None)
+        training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, backoff_factor=2.0**-95)
+        train.train_one_epoch(config, training, 0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert training.scaler.get_scale() == 2**5
+    assert all(value.isfinite().all() for value in training.model.state_dict().values())
+
+
 def test_deterministic_refuses_what_torch_cannot_repeat(go):
     try:
         go("--epochs", "1", "--deterministic")

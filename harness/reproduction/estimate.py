@@ -132,7 +132,8 @@ class Meter:
 
     def _model(self, arch: str) -> nn.Module:
         model = build_model(arch, len(self.data.classes)).to(self.device).eval()
-        return fuse_for_inference(model, self._batch())
+        with full_precision():  # as in evaluate.py: TF32 would make fused networks seem to differ
+            return fuse_for_inference(model, self._batch())
 
     def _time_forward(self, arch: str) -> float:
         model, x = self._model(arch), self._batch()

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError, first_line
+from harness.errors import UserError, first_line, is_explained
 from harness.models import check_logits, set_mode
 from mtlat import (
     Draws,
@@ -152,6 +152,8 @@ def check_trainable(name: str, model: nn.Module, x: Tensor, num_classes: int, me
         try:
             targeted_fgsm(model, few, labels, 0.0)
         except RuntimeError as error:
+            if is_explained(error):
+                raise
             raise UserError(
                 f"{name} gives no gradient for the images, which --method {method} needs"
                 f" ({first_line(error)}): no torch.no_grad() or detach() in forward, and"

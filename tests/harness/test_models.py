@@ -168,6 +168,15 @@ def test_logits_are_found_in_objects_tuples_and_lists() -> None:
         models.check_logits("m", Wrapped(network, lambda z: {"out": z}), x, 3)
 
 
+def test_full_memory_is_not_taken_for_a_faulty_network() -> None:
+    def fill(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model, x = Wrapped(convnet(3), fill), torch.rand(2, 3, 16, 16)
+    with pytest.raises(torch.OutOfMemoryError):
+        models.check_logits("m", model, x, 3)
+
+
 def test_a_network_that_returns_an_object_is_trained(folder: Path) -> None:
     train.main(
         ["--arch", "tiny:Dressed", *options(folder, "--epochs", "1", "-b", "8", "--size", "16")]
