@@ -12,11 +12,12 @@ Algorithm 1    algorithm1          Eq. 1      mixup            Eq. 5      target
 
 Shapes: images x are (B, ...), floating point, in [0, 1]; labels y are distributions over N classes,
 (B, N); a target is class indices (B,) or distributions (B, N); lam and epsilon are a float or (B,),
-in [0, 1]. A model is an nn.Module, or a function without state, that maps x to logits (B, N), to an
-object with `.logits`, or to a tuple or list that begins with them. Bad input raises ValueError or
-TypeError with value, rule and fix; on a GPU, values are checked in the first call only.
+in [0, 1]. A model is an nn.Module that maps x to logits (B, N), to an object with `.logits`, or to
+a tuple or list that begins with them; or a function that calls no DDP and no BatchNorm in training.
+Bad input raises ValueError or TypeError with value, rule and fix; on a GPU each kind of value, such
+as pixels, is checked until it was right once. Keep images in float32: bfloat16 rounds the attack.
 
-Comments that begin with "Reading" mark what the paper leaves open, and how to do otherwise.
+Comments that begin with "Reading" mark what the paper leaves open, and the alternative, if any.
 """
 
 import math
@@ -27,7 +28,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 Model = Callable[[Tensor], Any]  # see "Shapes"
@@ -46,14 +46,14 @@ class Draws(NamedTuple):
     lam1: Tensor
     lam2: Tensor
     epsilon: Tensor
-    target: Tensor  # class indices
+    target: Tensor  # class indices; or distributions, (B, N)
 
 
 def algorithm1(
     model: Model, pair1: Pair, pair2: Pair, pair3: Pair, pair4: Pair, draws: Draws,
     *, steps: int = 1, clip: bool = False,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Yield the two losses of Algorithm 1, scalars; the model is trained on their sum.
+    """Yield loss1 and loss2 of Algorithm 1, scalars. Train on their sum.
 
     Run the backward pass of loss1 before asking for loss2: then the step keeps the activations of
     one minibatch at a time.
@@ -65,7 +65,7 @@ def algorithm1(
         steps, clip: see `targeted_fgsm`.
     """
     (x1, y1), (x2, y2), (x3, y3), (x4, y4) = pair1, pair2, pair3, pair4
-    lam1, lam2, epsilon, target = draws
+    lam1, lam2, epsilon, target = draws  # "Require"
     x_mix1, y_mix1 = mixup(x1, y1, x2, y2, lam1)  # Eq. 1
     # Reading 1: each loss has its own forward pass, so BatchNorm uses the statistics of its images
     # alone. Otherwise: concatenate x_mix1 and x_mtlat, and double the cross-entropy of the whole.
@@ -95,8 +95,8 @@ def draw(
         raise ValueError(f"{batch_size} images, {num_classes} classes: need at least 1 and 2")
     home = torch.device(device or "cpu") if generator is None else generator.device
     home = torch.device("cpu") if home.type == "mps" else home  # which draws no gamma variates
-    # Reading 3: every image has its own lambdas and epsilon, as Algorithm 1 is written for one set
-    # of couples. `per_batch` draws one of each for the whole minibatch.
+    # Reading 3: Algorithm 1 shows one set of couples, so every image has lambdas and an epsilon of
+    # its own. `per_batch` draws one of each for the whole minibatch.
     size = 1 if per_batch else batch_size
     # Beta(a, a) = G1 / (G1 + G2) with G1, G2 ~ Gamma(a), and Gamma(a) = Gamma(a + 1) U^(1/a). In
     # logarithms, because Gamma(a) underflows for small a.
@@ -106,7 +106,7 @@ def draw(
     log_g1, log_g2 = gamma.log() + torch.log1p(-u) / alpha  # 1 - u is in (0, 1]
     lam1, lam2 = torch.sigmoid(log_g1 - log_g2)
     epsilon = epsilon_max * torch.rand(size, generator=generator, **kind)
-    # Reading 4: the target may be any class, also one of the image's own, as printed.
+    # Reading 4: the target may be any class, including those of the mixed images, as printed.
     target = torch.randint(num_classes, (batch_size,), generator=generator, device=home)
     return Draws(*(t.expand(batch_size).to(device or home) for t in (lam1, lam2, epsilon, target)))
 
@@ -144,13 +144,16 @@ def targeted_fgsm(
         raise ValueError(f"steps is {steps}; the attack takes at least 1")
     epsilon = _per_image("epsilon", epsilon, x)
     step = epsilon * min(1.0, 2.5 / steps) * (-1 if away else 1)
-    x_adv = x = x.detach()  # Reading 5: x_mtlat is a constant in loss2, because sign has no slope
+    x_adv = x = x.detach()  # Reading 5: x_mtlat is constant in loss2: sign has the gradient 0
     # Reading 6: the attack runs in the mode that the caller set. In training mode BatchNorm uses
-    # the batch's statistics, without updating the running ones. Otherwise: call it in eval mode.
+    # the batch's statistics, without updating the running ones. Otherwise: set eval mode for it.
     with frozen(model), torch.enable_grad():
         for _ in range(steps):
             x_adv = x_adv.detach().requires_grad_()
-            loss = attack_loss(model(x_adv), target)  # has the sign of L's gradient
+            loss = attack_loss(model(x_adv), target)  # whose gradient has the sign of L's
+            if not loss.requires_grad:
+                fix = "freeze weights by requires_grad_(False), not no_grad; leave inference_mode"
+                raise TypeError(f"no gradient reaches the images; {fix}")
             (gradient,) = torch.autograd.grad(loss, x_adv)
             x_adv = (x_adv.detach() - step * gradient.sign()).clamp(x - epsilon, x + epsilon)
     # Reading 7: the result may leave [0, 1] by epsilon, as Eq. 5 is printed.
@@ -186,7 +189,7 @@ def mtlat_loss(
         x: images (B, ...) in [0, 1].
         y: class indices (B,) int64, or distributions (B, num_classes).
         num_classes: N.
-        others: see `draw` and `targeted_fgsm`; the defaults are the paper's.
+        alpha, epsilon_max, per_batch, generator, steps, clip: see `draw` and `targeted_fgsm`.
 
     Returns:
         A scalar. Costs 8/3 of the plain step, and updates BatchNorm's running statistics twice.
@@ -209,17 +212,14 @@ def mtlat_loss(
 class Normalize(nn.Module):
     """Layer that computes (x - mean) / std per channel of x (B, C, H, W)."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         positive = all(s > 0 for s in std)
         if not (len(mean) == len(std) > 0 and positive and all(0 <= m <= 1 for m in mean)):
             rule = "one of each per channel, of pixels in [0, 1], every std > 0"
             raise ValueError(f"mean {mean} and std {std}: {rule}; divide by 255 if given in levels")
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.mean = nn.Buffer(torch.tensor(mean).view(-1, 1, 1))
+        self.std = nn.Buffer(torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
@@ -234,20 +234,19 @@ def attack_loss(logits: Tensor, y: Tensor) -> Tensor:
     """Compute a scalar whose gradient is that of the batch's summed L times a positive number.
 
     Cross-entropy's own gradient vanishes in float32 where p_y rounds to 1; that of the log-odds
-    against y does not. They are weighted by 1 - p_y, because BatchNorm in training mode lets every
-    image change all logits. The weights are relative to the batch's largest, and large enough for a
-    backward pass in the logits' dtype. Soft labels keep the cross-entropy.
+    against y does not. Weighted by 1 - p_y it is L's again, which matters where BatchNorm in
+    training mode lets every image change all logits. The weights are divided by the largest, and
+    clamped, so that a backward pass in the logits' dtype does not underflow. Soft labels keep L.
     """
     logits = logits_of(logits, y)
     limits = torch.finfo(logits.dtype)
-    floor = math.log(limits.tiny * limits.eps) / 2  # half of the exponents; gradients use the rest
+    floor = math.log(limits.tiny * limits.eps) / 2  # half of the exponents, the rest for gradients
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = log_odds_against(logits, y if y.ndim == 1 else y.argmax(1))
-    log_weight = F.logsigmoid(loss.detach())  # log(1 - p_y)
-    if y.ndim == 2:
-        one_hot = y.amax(1) == 1
-        soft = -(y.to(logits.dtype) * logits.log_softmax(1)).sum(1)
-        loss, log_weight = torch.where(one_hot, loss, soft), log_weight.where(one_hot, 0)
+    y = (y if y.ndim == 2 else F.one_hot(y, logits.shape[1])).to(logits.dtype)
+    hard = y.amax(1) == 1  # one class alone
+    log_odds = log_odds_against(logits, y.argmax(1))
+    loss = torch.where(hard, log_odds, -(y * logits.log_softmax(1)).sum(1))
+    log_weight = F.logsigmoid(log_odds.detach()).where(hard, 0)  # log(1 - p_y)
     return ((log_weight - log_weight.amax()).clamp_min(floor).exp() * loss).sum()
 
 
@@ -281,7 +280,7 @@ def frozen(model: Model) -> Iterator[None]:
     changes += [(m, "_register_backward_hook", lambda output: output) for m in modules]
     with ExitStack() as after:
         if not modules:
-            after.enter_context(register_module_forward_pre_hook(_refuse_hidden))
+            after.enter_context(nn.modules.module.register_module_forward_pre_hook(_refuse_hidden))
         for owner, name, value in changes:
             if before := getattr(owner, name, False):
                 inherited = callable(before) and name not in vars(owner)
@@ -315,7 +314,7 @@ def check_images(*images: Tensor) -> None:
             raise TypeError(f"images are {kind}; give floating point: x.float() / 255")
         if x.shape != images[0].shape:
             raise ValueError(f"images {tuple(images[0].shape)} do not match {tuple(x.shape)}")
-        check_values("pixels", x, 0, 1, "divide by 255, clamp, or put Normalize inside the model")
+        check_values("pixels", x, 0, 1, "divide by 255, or put Normalize inside the model")
 
 
 def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0, sums: bool = True) -> None:
@@ -344,7 +343,7 @@ def check_values(name: str, values: Tensor, low: int, high: int, fix: str) -> No
         raise ValueError(f"{name}: none; rule: at least one image; fix: leave out empty batches")
     place = f"{name} {values.device.type}"
     if values.device.type == "cpu" or place not in _checked:
-        _checked.add(place)
         least, most = (v.item() for v in values.detach().aminmax())
         if not (low - 1e-3 <= least and most <= high + 1e-3):  # allows rounding, refuses NaN
             raise ValueError(f"{name}: {least:g} to {most:g}; rule: [{low}, {high}]; fix: {fix}")
+        _checked.add(place)

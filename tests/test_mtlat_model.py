@@ -270,7 +270,7 @@ def test_bad_input_names_the_value_the_rule_and_the_fix():
             ValueError,
             r"pixels: -0\.\d+ to 0\.\d+; rule: \[0, 1\].*Normalize",
         ),
-        (lambda: loss(x * 255), ValueError, "pixels: .* to 25.*divide by 255, clamp, or put"),
+        (lambda: loss(x * 255), ValueError, "pixels: .* to 25.*divide by 255, or put"),
         (lambda: loss(x * math.nan), ValueError, "pixels: nan to nan"),
         (lambda: loss((x * 255).byte()), TypeError, r"torch\.uint8.*x\.float\(\) / 255"),
         (lambda: loss(y=y - 1), ValueError, r"class indices: -1 to 2; rule: \[0, 3\]"),
@@ -325,6 +325,26 @@ def test_bad_input_names_the_value_the_rule_and_the_fix():
     for call, error, pattern in cases:
         with pytest.raises(error, match=pattern):
             call()
+
+
+def test_images_that_no_gradient_reaches_are_named():
+    """A backbone under no_grad is a frequent way to train the head alone."""
+
+    class Model(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.how, self.backbone, self.head = how, nn.Linear(192, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            with torch.set_grad_enabled(self.how != "no_grad"):
+                z = self.backbone(x.flatten(1))
+            return self.head(z.detach() if self.how == "detach" else z)
+
+    x, y = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    for how in ("no_grad", "detach", "inference_mode"):
+        inference = torch.inference_mode(how == "inference_mode")
+        with inference, pytest.raises(TypeError, match="no gradient reaches the images; freeze"):
+            mtlat.mtlat_loss(Model(how), x, y, num_classes=4)
 
 
 def test_rounding_passes_and_more_does_not():
