@@ -30,7 +30,7 @@ from harness.benchmark.measure import (
     perturb,
     refuse_other_runs,
 )
-from harness.benchmark.metrics import aggregate, score_differences
+from harness.benchmark.metrics import Results, aggregate, score_differences
 from harness.benchmark.registry import COLUMNS
 from harness.benchmark.store import Cell, append_cells, read_cells
 from harness.benchmark.subjects import (
@@ -69,6 +69,10 @@ def load_data(
     holding = [settings for settings in known if settings.get("held_out", True)]
     first, trained = [*known, {}][0], [*holding, *known, {}][0]
     source = config.data or first.get("data")
+    if not config.data and source and source not in SIZES and not Path(source).is_dir():
+        raise UserError(
+            f"{source}, on which a checkpoint was trained, is gone: say where, by --data"
+        )
     if not source:
         raise UserError("--data is missing: only a checkpoint of train.py knows its images")
     if source in SIZES:  # whose images are squares
@@ -136,16 +140,23 @@ def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
     """Warn of a checkpoint unless its training held out these test images; nothing if it did."""
     held_out = checkpoint["settings"].get("test_fingerprint")
     same = data.test_fingerprint == held_out or data.fingerprint == checkpoint["fingerprint"]
-    if same and data.test.images.shape[-1] == checkpoint["size"]:
-        return ""
+    side, trained = data.test.images.shape[-1], checkpoint["size"]
+    if same and side == trained:
+        seen = checkpoint["settings"].get("seen_before", "")
+        return f"{subject.label}: {seen}" if seen else ""
+    if side != trained:
+        return (
+            f"{subject.label} was trained at {trained} px, and the images have {side}: so it is not"
+            " known whether it was trained on them"
+        )
     if held_out is None and not data.fingerprint:
         return (
             f"{subject.label} may have seen test images: an earlier version of train.py wrote it,"
             " and the training images of --data are not in --cache-dir to compare"
         )
     return (
-        f"{subject.label} was trained on another dataset, size or preprocessing: it may have seen"
-        " test images"
+        f"{subject.label} was trained on another dataset or preprocessing: it may have seen test"
+        " images" + ("; to test all images, put the class folders into test/" * data.held_out)
     )
 
 
@@ -185,8 +196,9 @@ def run_warnings(run: Evaluation) -> list[str]:
 def evaluate(config: EvalConfig) -> None:
     """Measure every cell that is not finished yet, then report on all that are."""
     run, warnings = prepare(config)
+    chosen = f"{len(run.chosen)} of " * (len(run.chosen) < run.setup["total"])
     print(
-        f"{run.setup['total']} test images: {run.setup['origin']}; preprocessing:"
+        f"{chosen}{run.setup['total']} test images: {run.setup['origin']}; preprocessing:"
         f" {run.facts['preprocess']}"
     )
     for warning in warnings:
@@ -253,6 +265,7 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     models = {model.label: model.digest for model in run.models}
     results = aggregate(cells, models, run.config.baseline, run.config.supplement)
     notes = [f"preprocessing: {run.facts['preprocess']}", *results.notes, *warnings]
+    notes += chance_notes(results, run.data.classes)
     results = results._replace(notes=notes)
     head = {"format": 1, "command": shlex.join(sys.argv), "classes": run.data.classes,
             "weights": models, **run.facts, **run.setup}  # fmt: skip
@@ -269,13 +282,25 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     if any(COLUMNS.keys() & differences.keys() for differences in compared.values()):
         plots.plot_differences(compared, results.baseline, out / "differences.png")
     measured = tables.measured_tables(results)
-    if tables.CLEAN not in measured:
+    if any(COLUMNS.keys() & row.scores.keys() for row in results.rows):
         plots.plot_robustness(results, out / "robustness.png")
     if next(iter(registry.TABLES)) in measured:
         plots.plot_severities(results, out / "severities.png")
     if run.config.dump_images:
         plots.plot_images(contact_sheets(run), out / "images.png")
     print(f"\n{text}\ntables and figures: {out}")
+
+
+def chance_notes(results: Results, classes: list[str]) -> list[str]:
+    """Say of which models the clean accuracy is not decidedly better than chance."""
+    chance, first = 1 / len(classes), ", ".join(classes[:3])
+    return [
+        f"{row.model} is not decidedly better than chance ({100 * chance:.1f} %): then R means"
+        f" nothing. If its outputs are not in the order of the classes ({first}, ...), give"
+        " --imagenet-classes"
+        for row in results.rows
+        if row.scores["clean"].low <= chance
+    ]
 
 
 def contact_sheets(run: Evaluation) -> list[list[plots.Tile]]:

@@ -40,7 +40,7 @@ from harness.images.preprocess import CROPS
 from harness.models import MeanStd, compute_logits, count_correct, create_model, restore_model
 from harness.training.augment import flip_crop
 from harness.training.config import TrainConfig, parse_train_config, schedule_change
-from harness.training.log import header, log_csv, log_line
+from harness.training.log import describe_weights, header, log_csv, log_line
 from harness.training.manifold import check_mix_at, draw_layer, losses_at
 from harness.training.methods import METHODS, check_trainable
 from mtlat import Draws, Pair, draw
@@ -172,12 +172,16 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
 # ---------------------------------------------------------------- the training loop
 
 
-def train(config: TrainConfig, training: Training) -> None:
-    """Train the epochs that are left, and save a checkpoint after each."""
+def train(config: TrainConfig, training: Training, seen_before: str) -> None:
+    """Train the epochs that are left, and save a checkpoint after each.
+
+    `seen_before` is stored: whether --weights was trained on test images, see `describe_weights`.
+    """
     data, log, out = training.data, training.log, Path(config.output_dir)
     settings = asdict(config) | environment_info(config.device) | {
         "processes": distributed.world_size(), "command": shlex.join(sys.argv),
         "held_out": data.held_out, "test_fingerprint": data.test_fingerprint,
+        "seen_before": seen_before,
     }  # fmt: skip
     if distributed.rank() == 0:
         atomic_write(out / "args.json", json.dumps(settings, indent=2) + "\n")
@@ -208,9 +212,9 @@ def train(config: TrainConfig, training: Training) -> None:
             "images_per_second": round(images / seconds, 1),
             "seconds_left": round(per_epoch * (config.epochs - epoch - 1)),
         })  # fmt: skip
-        print(log_line(log[-1], config.epochs), flush=True)
         if distributed.rank() == 0:
             save(config, training, settings)
+        print(log_line(log[-1], config.epochs), flush=True)  # later, because the pipe may be closed
     print(
         f"clean accuracy {100 * log[-1]['clean_accuracy']:.1f} % on {len(data.test.labels)} images"
         f"\ncheckpoint: {out / 'last.pt'}\nnext: python evaluate.py {out / 'last.pt'}"
@@ -252,7 +256,7 @@ def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list
                 raise UserError(f"the loss became {sum(means)} in {place}: {LOWER_RATE}")
             bar.set_postfix_str(" ".join(f"loss{i} {m:.3f}" for i, m in enumerate(means, 1)))
     for averaged in filter(None, (model, training.average)):
-        average_running_statistics(averaged)
+        distributed.average_running_statistics(averaged)
     return means
 
 
@@ -302,18 +306,6 @@ def mean_losses(shares: Tensor) -> list[float]:
     return [sum(terms) for terms in zip(*distributed.all_gather(shares.tolist()), strict=True)]
 
 
-def average_running_statistics(model: nn.Module) -> None:
-    """Average BatchNorm's running statistics over the processes, each of which saw its own rows."""
-    statistics = [
-        buffer
-        for name, buffer in model.named_buffers()
-        if "running_" in name and buffer.is_floating_point()
-    ]
-    distributed.all_reduce_sum(statistics)
-    for statistic in statistics:
-        statistic.div_(distributed.world_size())
-
-
 def save(config: TrainConfig, training: Training, settings: dict[str, Any]) -> None:
     """Write log.csv, best.pt, last.pt.
 
@@ -342,7 +334,10 @@ def main(argv: list[str] | None = None) -> None:
         config, checkpoint = parse_train_config(argv)  # again: another run may have ended meanwhile
         if checkpoint and (changed := schedule_change(config, checkpoint)):
             print(changed)
-        train(config, build(config, load_data(config), checkpoint))
+        data = load_data(config)
+        if seen := describe_weights(config, data, checkpoint):
+            print(f"warning: {seen}", file=sys.stderr)
+        train(config, build(config, data, checkpoint), seen)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import io
 import warnings
 import zipfile
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,17 @@ def load_weights(path: str | Path) -> dict[str, Any]:
         if all(name.startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): value for name, value in content.items()}
     return {"model": content}
+
+
+def adapt_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adapt a state dict to the names that a network has, those of `own`.
+
+    In a LightningModule they begin with "model.", as docs/integrations.md calls the network. State
+    dicts of PyTorch before 0.4.1 lack BatchNorm's counters of batches.
+    """
+    counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
+    inside = all(k.startswith("model.") for k in state) and not any("model." in k for k in own)
+    return counters | {k.removeprefix("model.") if inside else k: v for k, v in state.items()}
 
 
 def _read(path: str | Path, *, only_zip: bool = False) -> Any:

@@ -214,3 +214,15 @@ def broadcast(tensors: Sequence[Tensor]) -> None:
         with _peer_errors():
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
+
+
+def average_running_statistics(model: nn.Module) -> None:
+    """Average BatchNorm's running statistics over the processes, each of which saw its own rows."""
+    statistics = [
+        buffer
+        for name, buffer in model.named_buffers()
+        if "running_" in name and buffer.is_floating_point()
+    ]
+    all_reduce_sum(statistics)
+    for statistic in statistics:
+        statistic.div_(_job.world_size)

@@ -72,6 +72,8 @@ def run_script(
     three cases one line on stderr says what happened. Any other exception shows its traceback.
     """
     retain_freed_memory()
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # no file name may end the run
             stream.reconfigure(errors="backslashreplace")

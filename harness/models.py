@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from harness.checkpoints import load_weights
+from harness.checkpoints import adapt_state, load_weights
 from harness.cnn import CONVOLUTIONS, build_cnn
 from harness.errors import UserError, downloading, first_line, is_explained
 from mtlat import Model, Normalize, frozen, logits_of
@@ -236,15 +236,15 @@ def create_model(
     network = build_model(arch, len(names))
     if weights is not None:
         own = network.state_dict()
-        state = _with_counters(content["model"], own)
+        state = adapt_state(content["model"], own)
         misfits, head = _differing(state, own), set()
         if new_head and (misfits or content.get("classes", names) != names):
             head = _differing(build_model(arch, len(names) + 1).state_dict(), own)
         for key in sorted(misfits - head):
             here, there = (tuple(d[key].shape) if key in d else "missing" for d in (state, own))
             raise UserError(
-                f"{weights} does not fit --arch {arch} with the dataset's {len(names)}"
-                f" classes: its {key} is {here}, and must be {there}"
+                f"{weights} does not fit --arch {arch} with {len(names)} classes: its {key} is"
+                f" {here}, and must be {there}"
             )
         network.load_state_dict({**state, **{key: own[key] for key in head}})
         if new_head:
@@ -271,11 +271,6 @@ def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[st
     """Return the names that only one of two state dicts has, or that differ in their shapes."""
     shapes = [{name: value.shape for name, value in state.items()} for state in (one, other)]
     return {name for name, _ in shapes[0].items() ^ shapes[1].items()}
-
-
-def _with_counters(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add BatchNorm's counters of batches, which state dicts of PyTorch before 0.4.1 lack."""
-    return {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | dict(state)
 
 
 def restore_model(checkpoint: dict[str, Any]) -> nn.Module:

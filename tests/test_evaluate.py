@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -239,6 +240,8 @@ def test_the_supplement_is_the_smallest_adversarial_step(bench: Bench) -> None:
     assert table["cw2_0", None]["l2"] == pytest.approx(result.l2[result.reached].median().item())
     assert table["cw2_0", None]["reached"] == int(result.reached.sum())
     assert "cw2_0" in registry.choose_perturbations(["cw2"], [])
+    (text,) = bench.root.glob("**/results.md")
+    assert re.search(r"\| CW2 at 0 \| L2 \|\n.*\n\| standard .* \| \d\.\d\d \|\n", text.read_text())
 
 
 def test_images_are_made_once_for_all_models(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -330,7 +330,7 @@ def test_a_model_of_more_classes_is_restricted_to_those_of_the_images(
     assert said in capsys.readouterr().err and said in bench.results("many")["notes"]
     # Weights alone, and a surrogate.
     torch.save(bench.networks()[0].state_dict(), bench.root / "three.pt")
-    with pytest.raises(UserError, match=r"with the dataset's 5 classes: its 2.bias is \(3,\)"):
+    with pytest.raises(UserError, match=r"with 5 classes: its 2.bias is \(3,\)"):
         argv = [str(bench.root / "three.pt"), *bench.argv(*options, *known, models="")]
         evaluate.main([*argv, "--arch", "tinynets:Linear5"])
     far = ["--only", "mi_fgsm_0.04", "--surrogate"]
@@ -513,9 +513,32 @@ def test_checkpoints_that_may_have_seen_the_test_images_are_marked(
     bench.run("--only", "brightness", "--size", "16", models="standard foreign larger")
     said = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in said] == ["foreign", "larger"]
-    assert all("may have seen test images" in line for line in said)
+    assert "may have seen test images" in said[0] and "trained at 64 px, and the images" in said[1]
     bench.run("--only", "fog", "--surrogate", bench.argv(models="standard")[0], out="same")
     assert "standard is the surrogate" in capsys.readouterr().err
+
+
+def test_models_that_guess_are_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.run("--only", "clean", models="standard tinynets:down")
+    said = capsys.readouterr().out
+    assert "down is not decidedly better than chance (33.3 %): then R means nothing." in said
+    assert "(blue, green, red, ...), give --imagenet-classes" in said
+    assert "standard is not" not in said
+
+
+def test_the_first_line_counts_the_tested_images(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.run("--only", "clean", "--limit", "6", models="standard")
+    assert capsys.readouterr().out.startswith("6 of 30 test images: ")
+
+
+def test_a_dataset_that_is_gone_is_named(bench: Bench) -> None:
+    settings = {"data": str(bench.root / "moved")}
+    bench.checkpoint("away", bench.sets().fingerprint, 3, 20.0, settings=settings)
+    command = [str(bench.root / "away" / "last.pt"), "--output-dir", str(bench.root / "x")]
+    with pytest.raises(UserError, match=r"moved, on which a checkpoint was trained, is gone: say"):
+        evaluate.main([*command, "--only", "clean", "--device", "cpu"])
 
 
 def test_checkpoints_are_compared_without_their_training_images(

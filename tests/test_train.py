@@ -1,6 +1,7 @@
 """Test train.py: methods against NumPy, settings, options and weights."""
 
 import json
+import shutil
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from torch._inductor.exc import InductorError
 from torch.testing import assert_close
 
+import evaluate
 import train
 from harness import checkpoints, models
 from harness.errors import UserError, run_script
@@ -379,7 +381,7 @@ def test_weights_start_a_fine_tuning(go, tmp_path, monkeypatch, capsys):
     assert other["model"]["6.weight"].shape == (2, 24)
     assert "new: 6.bias, 6.weight" in capsys.readouterr().out
     with pytest.raises(
-        UserError, match=r"last.pt does not fit --arch tiny:linear with the .* its 0\.bias is"
+        UserError, match=r"last.pt does not fit --arch tiny:linear with 3 classes: its 0\.bias is"
     ):
         go(
             "--weights",
@@ -402,11 +404,32 @@ def test_weights_start_a_fine_tuning(go, tmp_path, monkeypatch, capsys):
     assert_close(model.eval()(x), model[1](normalised))
 
 
+def test_weights_that_saw_images_held_out_now_are_named(go, folder, tmp_path, capsys):
+    """Of a folder CLASS/* alone another tenth is held out where images were added."""
+    go("--epochs", "1")
+    weights = "--weights", str(tmp_path / "out" / "last.pt"), "--epochs", "1"
+    go(*weights, out="same")
+    assert "warning" not in capsys.readouterr().err
+    for kind in folder.iterdir():
+        shutil.copytree(kind, folder / kind.name / "more")
+    assert "out/last.pt may have been" in go(*weights, out="more")["settings"]["seen_before"]
+    assert "warning: " in capsys.readouterr().err
+    evaluation = ["--only", "clean", "--cache-dir", str(tmp_path / "cache"), "--device", "cpu"]
+    for name, warnings in (("same", 0), ("more", 1)):
+        more = go("--resume", "auto", "--epochs", "2", out=name) if name == "more" else {}
+        assert more.get("settings", {}).get("seen_before", "") or name == "same"
+        capsys.readouterr()
+        evaluate.main([str(tmp_path / name / "last.pt"), *evaluation, "--output-dir",
+                       str(tmp_path / f"scores of {name}")])  # fmt: skip
+        assert capsys.readouterr().err.count("are held out as test images now") == warnings
+
+
 def plain_files(folder: Path, state: dict) -> dict[str, Path]:
     """Write a state dict in every form that is read."""
     wrapped = {f"module.{name}": value for name, value in state.items()}
+    lightning = {f"model.{name}": value for name, value in state.items()}
     forms = {"plain.pt": state, "wrapped.pth": wrapped, "nested.pt": {"model": state, "epoch": 3},
-             "both.pt": {"state_dict": wrapped}}  # fmt: skip
+             "both.pt": {"state_dict": wrapped}, "l.ckpt": {"state_dict": lightning}}  # fmt: skip
     for name, content in forms.items():
         torch.save(content, folder / name)
     torch.save(state, folder / "old.pth", _use_new_zipfile_serialization=False)

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -251,6 +252,31 @@ def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeyp
     straight, killed = comparable(tmp_path / "straight"), comparable(tmp_path / "killed")
     assert all(map(states_equal, straight, killed))
     assert len(straight[2]) == 12
+
+
+@pytest.mark.parametrize("closed", ["<&- >&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_not_end_a_run(folder, tmp_path, closed):
+    """A job may start without them."""
+    command = [
+        sys.executable, str(ROOT / "train.py"), "--arch", "tiny:convnet", "--data", str(folder),
+        "--size", "12", "-b", "26", "--epochs", "1", "--cache-dir", str(tmp_path / "cache"),
+        "--device", "cpu", "--output-dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    shell = f"{shlex.join(command)} {closed}"
+    done = subprocess.run(shell, shell=True, cwd=ROOT / "tests" / "support", check=False)
+    assert done.returncode == 0 and (tmp_path / "out" / "last.pt").exists()
+
+
+def test_an_epoch_is_saved_before_its_line_is_printed(go, tmp_path, monkeypatch):
+    """Printing may fail, where the pipe was closed."""
+
+    def close(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(train, "log_line", close)
+    with pytest.raises(BrokenPipeError):
+        go()
+    assert len(checkpoints.load_checkpoint(tmp_path / "out" / "last.pt")["log"]) == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(go, tmp_path, monkeypatch):

@@ -107,8 +107,9 @@ def failed_checks(accuracy: Mapping[str, float]) -> list[str]:
         if not 0 <= share <= 1:
             raise ValueError(f"accuracy of {name} is {share}; it must be in [0, 1]")
     known = {**accuracy, "nothing": 0.0}
+    other = {name: f", {share:.3f} under {name}" for name, share in accuracy.items()}
     return [
-        f"accuracy {known[a]:.3f} under {a}, {known[b]:.3f} under {b}: {reason}"
+        f"accuracy {known[a]:.3f} under {a}{other.get(b, '')}: {reason}"
         for a, b, slack, reason in _RULES
         if a in known and b in known and known[a] > known[b] + slack
     ]

@@ -76,8 +76,8 @@ class EvalConfig:
         f" {', '.join(GROUPS)}; clean, which is always measured (default: all but validation)",
         group="perturbations", nargs="+", metavar="NAME")
     skip: list[str] = option(None, "leave these out", nargs="+", metavar="NAME")
-    attack: list[str] = option(None, "add attacks of others, x_adv = callable(model, x, y); this"
-        " runs their code", nargs="+", metavar="NAME=module:callable")
+    attack: list[str] = option(None, "add attacks of others, x_adv = callable(model, x, y), which"
+        " are always measured; this runs their code", nargs="+", metavar="NAME=module:callable")
     epsilon: list[float] = option(None, "add the paper's PGD, PGD LL and MI-FGSM with these sizes,"
         " beside the paper's own", type=number(float, 0, 1, above=True), nargs="+", metavar="E")
 

@@ -289,7 +289,8 @@ def refuse_other_runs(run: Evaluation, path: Path, cells: list[Cell]) -> None:
         if cell["model"] not in digests:
             other.append(f"model: {cell['label']} of digest {cell['model']}, now not among them")
         if other:
+            reason = re.sub(r"([0-9a-f]{16})[0-9a-f]{48}", r"\1", other[0])  # of digests, a part
             raise UserError(
-                f"{path} holds results of another run ({other[0]}): choose another --output-dir, or"
+                f"{path} holds results of another run ({reason}): choose another --output-dir, or"
                 " delete that file"
             )

@@ -38,9 +38,14 @@ class Tile(NamedTuple):
 
 
 def plot_robustness(results: Results, path: Path) -> None:
-    """Plot R per perturbation as grouped bars, in the tables' order, with 95 % intervals."""
+    """Plot R per perturbation as grouped bars, in the tables' order, with 95 % intervals.
+
+    What was not measured, or is void, has no place.
+    """
     places: dict[str, float] = {}
-    for gap, names in enumerate(TABLES.get(title, []) for title in measured_tables(results)):
+    known = {n for row in results.rows for n, s in row.scores.items() if n not in row.void}
+    tables = [TABLES.get(title, []) for title in measured_tables(results)]
+    for gap, names in enumerate([name for name in table if name in known] for table in tables):
         places |= {name: len(places) + i + 0.7 * gap for i, name in enumerate(names)}
     figure = _figure(13, 4.5)
     axes = figure.subplots()

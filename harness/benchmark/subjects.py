@@ -97,7 +97,7 @@ def restrict(
 def _read_outputs(path: Path) -> list[str]:
     """Read the names of a model's outputs: of each line the wnid, or else the whole line."""
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--imagenet-classes {path} cannot be read: {error}") from None
     return [found[0] if (found := WNID.match(line)) else line for line in lines]
@@ -236,7 +236,7 @@ def inspect_subject(
             " random numbers in eval mode"
         )
     warnings = []
-    if isinstance(module, Restricted):
+    if isinstance(module, Restricted) and module.count != num_classes:
         warnings.append(
             f"{label} has {module.count} outputs; only those of the {num_classes} classes count"
         )

@@ -90,6 +90,7 @@ def margin_table(results: Results) -> list[list[str]]:
 def measured_tables(results: Results) -> list[str]:
     """List the titles of the tables that hold a score; `CLEAN` if none of TABLES does."""
     measured = {name for row in results.rows for name in row.scores}
+    measured |= {"cw2" for row in results.rows if row.cw2}  # CW2 at 0 has columns there
     titles = [title for title, names in TABLES.items() if measured & set(names)] or [CLEAN]
     return titles + [SUPPLEMENTARY] * any(row.supplement for row in results.rows)
 
@@ -105,6 +106,8 @@ def table_caption(results: Results, title: str) -> str:
     added = title == SUPPLEMENTARY
     scores = [row.supplement if added else row.scores for row in results.rows]
     names = {name for own in scores for name in own} if added else TABLES.get(title, ["clean"])
+    if not any(own.keys() & {*names} for own in scores):
+        names = ["clean"]  # beside which CW2 at 0 was measured alone
     counts = sorted({s.n for own in scores for k, s in own.items() if k in names})
     images = " or ".join(map(str, counts))
     if counts[-1] < results.total:

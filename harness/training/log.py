@@ -2,8 +2,10 @@
 
 import csv
 import io
+import os
 from typing import Any
 
+from harness.checkpoints import load_weights
 from harness.images.datasets import Dataset
 from harness.training.config import TrainConfig
 from harness.training.methods import METHODS
@@ -44,4 +46,29 @@ def header(config: TrainConfig, data: Dataset) -> str:
         f"{len(data.classes)} classes: {' '.join(data.classes)}\n"
         f"{steps} steps per epoch, each draws {method.minibatches} x {size} images:"
         f" {steps * method.minibatches * size} per epoch"
+    )
+
+
+def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None) -> str:
+    """Say if --weights may have been trained on images that are test images now, or nothing.
+
+    Of a folder CLASS/* alone a tenth is held out, and another one where images were added.
+
+    Args:
+        config: of this training.
+        data: its images.
+        checkpoint: that it continues from, and that knows what was said at its start.
+    """
+    if checkpoint:
+        return str(checkpoint["settings"].get("seen_before", ""))
+    if not (data.held_out and config.weights and os.path.exists(config.weights)):
+        return ""
+    content = load_weights(config.weights)
+    settings = content.get("settings", {})
+    apart = settings.get("test_fingerprint") == data.test_fingerprint
+    if apart or not settings.get("held_out") or not {*content["classes"]} & {*data.classes}:
+        return ""
+    return (
+        f"{config.weights} may have been trained on images that are held out as test images now:"
+        " another tenth was, if images were added; put test images into val/CLASS"
     )

@@ -151,7 +151,7 @@ def check_trainable(name: str, model: nn.Module, x: Tensor, num_classes: int, me
     if METHODS[method].terms > 1:  # the second loss is that of attacked images
         try:
             targeted_fgsm(model, few, labels, 0.0)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             if is_explained(error):
                 raise
             raise UserError(
