@@ -643,9 +643,16 @@ def test_an_accuracy_over_severities_has_the_interval_of_its_images() -> None:
 
 
 @pytest.mark.parametrize(("baseline", "void"), [("alpha", {"cw2"}), ("beta", set())])
-def test_cw2_is_void_by_the_named_baseline(baseline: str, void: set[str]) -> None:
+def test_cw2_is_void_by_the_named_baseline(
+    baseline: str, void: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = [line(m, "clean", 80) for m in (A, B)]
     for model, reached in ((A, 0), (B, 60)):
         lines.append(line(model, "cw2", 80 - reached, right=80, reached=reached,
                           misclassified=80, margin=1.0))  # fmt: skip
-    assert [row.void for row in make(lines, baseline).rows] == [void, void]
+    made = make([*lines, *(line(m, "pgd_0.04", 8) for m in (A, B))], baseline)
+    assert [row.void for row in made.rows] == [void, void]
+    drawn = collect_figures(monkeypatch)
+    plots.plot_robustness(made, tmp_path / "figure.png")
+    ticks = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
+    assert ticks == ["PGD", *(["CW2"] if not void else [])]  # and nothing that was not measured
