@@ -170,7 +170,7 @@ def target_labels(y: Tensor, target: Tensor, epsilon: Numbers) -> Tensor:
     return (1 - epsilon) * y + epsilon * target
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+def cross_entropy(logits: Any, y: Tensor) -> Tensor:
     """Compute L: the batch mean of -sum_k y_k log softmax(logits)_k, in float32 at least."""
     logits = logits_of(logits, y)
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -230,7 +230,7 @@ class Normalize(nn.Module):
 _checked: set[str] = set()
 
 
-def attack_loss(logits: Tensor, y: Tensor) -> Tensor:
+def attack_loss(logits: Any, y: Tensor) -> Tensor:
     """Compute a scalar whose gradient is that of the batch's summed L times a positive number.
 
     Cross-entropy's own gradient vanishes in float32 where p_y rounds to 1; that of the log-odds

@@ -87,7 +87,8 @@ def check_batch_size(config: TrainConfig, images: int) -> None:
     size, processes = config.minibatch_size, distributed.world_size()
     message = f"--batch-size {config.batch_size} makes minibatches of {size}"
     if not 0 < size <= images:
-        raise UserError(f"{message}, and there are {images} training images: choose another")
+        fix = "lower it" if size else "raise it"
+        raise UserError(f"{message}, and there are {images} training images: {fix}")
     if size < 2 * processes > 2:
         raise UserError(f"{message}, and each of {processes} processes needs 2 images: raise it")
 
@@ -241,12 +242,13 @@ def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list
             group["lr"] = config.learning_rate(epoch + (step - 1) / steps)
         optimizer.zero_grad()
         share = len(draws.target) / config.minibatch_size  # of the images, in this process
+        # Of --method mtlat these are the losses of mtlat.algorithm1, with --mix-at as it says.
         losses = losses_at(layer, method, model, pairs, draws, config.attack_steps)
         for term in range(method.terms):
             dtype = AMP_DTYPES.get(config.amp)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 loss = share * next(losses)
-            scaler.scale(loss).backward()
+            scaler.scale(loss).backward()  # the gradients of loss1 and loss2 add up
             totals[term] += loss.detach()
         update_weights(config, training)
         if step % config.print_freq == 0 or step == steps:

@@ -509,7 +509,7 @@ def test_the_normalization_of_the_command_line(go, tmp_path, capsys):
     with pytest.raises(UserError, match=r"--std is \[1.0, 1.0, 1.0\], but .* was begun with \[0.5"):
         parse_train_config(["--resume", path, *other])
     assert parse_train_config(["--resume", path])[0].std == std
-    with pytest.raises(UserError, match="--mean and --std need each other"):
+    with pytest.raises(UserError, match="--mean and --std belong together"):
         parse_train_config(flags[:4])
     torch.save(convnet(3).state_dict(), tmp_path / "plain.pt")
     capsys.readouterr()

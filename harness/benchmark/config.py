@@ -164,9 +164,11 @@ def parse_eval_config(argv: list[str] | None = None, description: str | None = N
         known = ", ".join(labels.values())
         raise UserError(f"--baseline {baseline} is not one of the models: {known}")
     zoo = [s for s in config.specs if not is_file(s) and s.startswith(LIBRARIES)]
-    if bool(zoo) != bool(config.weights):
+    if zoo and not config.weights:
+        raise UserError(f"{zoo[0]} needs --weights NAME; DEFAULT takes the best published ones")
+    if config.weights and not zoo and not os.path.exists(config.weights):
         raise UserError(
-            "torchvision:ARCH or timm:NAME, and --weights NAME need each other; DEFAULT is the best"
+            f"--weights {config.weights} is for torchvision:ARCH and timm:NAME: leave it out"
         )
     if config.weights and os.path.exists(config.weights):
         raise UserError(
@@ -174,7 +176,7 @@ def parse_eval_config(argv: list[str] | None = None, description: str | None = N
             " is a plain state dict"
         )
     if (config.mean is None) != (config.std is None):
-        raise UserError("--mean and --std need each other")
+        raise UserError("--mean and --std belong together: give both, or neither")
     if config.mean and not config.arch and all(is_file(s) or s in zoo for s in config.specs):
         raise UserError(
             "--mean and --std are for module:callable and --arch; other models know theirs"

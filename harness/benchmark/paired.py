@@ -100,11 +100,10 @@ def combine_seeds(differences: Sequence[Difference]) -> Difference:
     The variance of the mean is s^2 / S, with s the standard deviation over the S seeds, plus the
     sample variance of the images' mean influences divided by n. The interval is a t interval with
     Welch's and Satterthwaite's degrees of freedom. The first term contains a part of the second, so
-    that the interval is too wide unless the seeds differ much. In a simulation with three seeds,
-    whose images' influences correlate by 0.2 (about as in `results/tiny50`), p-values below 0.002
-    came up a fifth as often as they should where only images matter. Where the seeds' own variance
-    is that of one seed's images they came up 1.2 times as often, where it is twice that, 2.7 times,
-    and where it is four times, five times.
+    that the interval is too wide unless the seeds differ much. Simulation with three seeds, whose
+    images' influences correlate by 0.2 (about as in `results/tiny50`): p-values below 0.002 came up
+    0.2, 1.2, 2.7 and 5 times as often as they should where the variance between trainings was 0, 1,
+    2 and 4 times that of one seed's images.
     """
     if len(differences) == 1:
         return differences[0]

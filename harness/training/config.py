@@ -96,8 +96,8 @@ class TrainConfig:
     epochs: int = option(None, "passes over the training set; with --resume, more of them extend"
         f" a run, even a finished one {_recipe('epochs')}", group="optimization",
         type=number(int, 1), may_change=True)
-    batch_size: int = option(None, "images that the losses of a step see together, in all processes"
-        " together: two losses share them, 128 + 128 of 256, see --whole-batches"
+    batch_size: int = option(None, "images of a step, the sum over its losses and the processes: of"
+        " two losses each takes half, 128 + 128 of 256, see --whole-batches"
         f" {_recipe('batch_size')}", flags=("-b",), type=number(int, 1))
     whole_batches: bool = option(False, "give each of two losses a whole batch, 256 + 256: the"
         " other reading of the paper")
@@ -221,8 +221,14 @@ def _check_combinations(values: dict[str, Any], given: set[str]) -> None:
     for name, (other, needed) in {"milestones": step, "gamma": step, "momentum": sgd}.items():
         if name in given and values[other] != needed:
             raise UserError(f"--{name} has no effect with --{other} {values[other]}: leave it out")
+    method = values["method"]
+    vain = {"attack_steps", "epsilon_max"} if METHODS[method].terms == 1 else set()
+    vain |= set() if method in (*METHODS_THAT_MIX, "iat") else {"alpha"}
+    for name in sorted(given & vain):
+        flag = name.replace("_", "-")
+        raise UserError(f"--{flag} has no effect with --method {method}: leave it out")
     if (values["mean"] is None) != (values["std"] is None):
-        raise UserError("--mean and --std need each other")
+        raise UserError("--mean and --std belong together: give both, or neither")
     if values["sync_bn"] and not values["device"].startswith("cuda"):
         raise UserError(f"--sync-bn works on CUDA, not on {values['device']}: leave it out")
     if values["amp"] == "fp16" and values["device"] == "cpu":
