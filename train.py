@@ -196,9 +196,9 @@ def train(config: TrainConfig, training: Training, seen_before: str) -> None:
         epoch_started = time.monotonic()
         losses = train_one_epoch(config, training, epoch)
         seconds = time.monotonic() - epoch_started
-        share = max(1, config.batch_size // distributed.world_size())  # as much memory as a step
-        correct = count_correct(training.tested, training.test_loader.in_order(share))
-        for x, _ in islice(training.test_loader.in_order(share), 1):  # its last update may diverge
+        batch = max(1, config.batch_size // distributed.world_size())  # as much memory as a step
+        correct = count_correct(training.tested, training.test_loader.in_order(batch))
+        for x, _ in islice(training.test_loader.in_order(batch), 1):  # its last update may diverge
             if not compute_logits(training.tested, x).isfinite().all():
                 raise UserError(f"logits are not finite after epoch {epoch + 1}: {LOWER_RATE}")
         steps = len(data.train.labels) // config.minibatch_size

@@ -256,6 +256,23 @@ def test_a_few_images_decide_no_more_than_a_sign_test(lost):
         assert found.p == 2 / 2**8 and min(abs(found.low), abs(found.high)) > 0
 
 
+def test_of_few_lost_images_those_lost_are_counted():
+    """The second model is right for half of the images when clean, and loses 8 of these."""
+    c, d = np.ones(1000), np.arange(1000) % 2.0
+    found = paired.compare_robustness(c, c, d * (np.arange(1000) > 16), d)
+    assert found.value == pytest.approx(8 / 500) and found.p == 2 / 2**8
+
+
+def test_accuracies_over_severities_are_compared_by_their_means():
+    """One severity of five is lost for each of 20 images: a sign test would not see how little."""
+    c, d = np.ones(200), 1 - 0.2 * (np.arange(200) < 20)
+    d[40:52], c[40:52] = 1, 0
+    found = paired.compare_accuracy(c, d)
+    z = (c - d).mean() / ((c - d).std(ddof=1) / np.sqrt(200))
+    assert found.value < 0 and found.p == pytest.approx(2 * stats.norm.sf(abs(z)))
+    assert paired.compare_accuracy(np.round(c), np.round(d)).p == 2 / 2**12
+
+
 def test_few_right_images_decide_too_much_no_more_often_than_they_should():
     """Equal models that are right for about four of 600 images."""
     random, c = np.random.default_rng(8), np.ones(600)
