@@ -70,9 +70,7 @@ def load_data(
     first, trained = [*known, {}][0], [*holding, *known, {}][0]
     source = config.data or first.get("data")
     if not config.data and source and source not in SIZES and not Path(source).is_dir():
-        raise UserError(
-            f"{source}, on which a checkpoint was trained, is gone: say where, by --data"
-        )
+        raise UserError(f"{source}, the dataset of a checkpoint, is not there: name it with --data")
     if not source:
         raise UserError("--data is missing: only a checkpoint of train.py knows its images")
     if source in SIZES:  # whose images are squares
@@ -156,7 +154,11 @@ def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
         )
     return (
         f"{subject.label} was trained on another dataset or preprocessing: it may have seen test"
-        " images" + ("; to test all images, put the class folders into test/" * data.held_out)
+        " images"
+        + (
+            "; if it saw none of the folder, put the class folders into test/ to test all images"
+            * data.held_out
+        )
     )
 
 
@@ -282,7 +284,7 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     if any(COLUMNS.keys() & differences.keys() for differences in compared.values()):
         plots.plot_differences(compared, results.baseline, out / "differences.png")
     measured = tables.measured_tables(results)
-    if any(COLUMNS.keys() & row.scores.keys() for row in results.rows):
+    if any((COLUMNS.keys() & row.scores.keys()) - row.void for row in results.rows):
         plots.plot_robustness(results, out / "robustness.png")
     if next(iter(registry.TABLES)) in measured:
         plots.plot_severities(results, out / "severities.png")
@@ -293,13 +295,12 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
 
 def chance_notes(results: Results, classes: list[str]) -> list[str]:
     """Say of which models the clean accuracy is not decidedly better than chance."""
-    chance, first = 1 / len(classes), ", ".join(classes[:3])
     return [
-        f"{row.model} is not decidedly better than chance ({100 * chance:.1f} %): then R means"
-        f" nothing. If its outputs are not in the order of the classes ({first}, ...), give"
-        " --imagenet-classes"
+        f"{row.model} is not decidedly better than chance ({100 / len(classes):.1f} %): then R"
+        " means nothing. A model that train.py did not write may have its outputs in another order"
+        f" than the classes, {', '.join(classes[:3])} and so on: see --imagenet-classes"
         for row in results.rows
-        if row.scores["clean"].low <= chance
+        if row.scores["clean"].low <= 1 / len(classes)
     ]
 
 

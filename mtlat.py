@@ -152,7 +152,7 @@ def targeted_fgsm(
             x_adv = x_adv.detach().requires_grad_()
             loss = attack_loss(model(x_adv), target)  # whose gradient has the sign of L's
             if not loss.requires_grad:
-                fix = "freeze weights by requires_grad_(False), not no_grad; leave inference_mode"
+                fix = "freeze weights by requires_grad_, not no_grad or detach; no inference_mode"
                 raise TypeError(f"no gradient reaches the images; {fix}")
             (gradient,) = torch.autograd.grad(loss, x_adv)
             x_adv = (x_adv.detach() - step * gradient.sign()).clamp(x - epsilon, x + epsilon)

@@ -93,7 +93,7 @@ def adapt_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[
     dicts of PyTorch before 0.4.1 lack BatchNorm's counters of batches.
     """
     counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
-    inside = all(k.startswith("model.") for k in state) and not any("model." in k for k in own)
+    inside = not state.keys() & own.keys() and all(k.startswith("model.") for k in state)
     return counters | {k.removeprefix("model.") if inside else k: v for k, v in state.items()}
 
 

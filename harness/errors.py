@@ -72,6 +72,9 @@ def run_script(
     three cases one line on stderr says what happened. Any other exception shows its traceback.
     """
     retain_freed_memory()
+    while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # no file of the run may get the number of a closed stream
+    os.close(nowhere)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):

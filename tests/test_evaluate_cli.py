@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,7 +246,8 @@ def test_torchvisions_models_with_their_weights(
     with pytest.raises(UserError, match="no such file, and no such weights in torchvision"):
         bench.run(*options[:-1], "V9", models="torchvision:squeezenet1_1")
     names = bench.root / "names.txt"
-    names.write_text("".join(f"{CLASSES[i] if i < 3 else i}\n" for i in range(1000)))
+    text = "".join(f"{CLASSES[i] if i < 3 else i}\n" for i in range(1000))
+    names.write_text(text, "utf-8-sig")  # with a mark of the byte order, as Windows writes it
     options += ["--imagenet-classes", str(names)]
     lines = bench.run(
         *options, "--only", "fog", "--dump-images", "0", models="torchvision:squeezenet1_1"
@@ -522,8 +524,12 @@ def test_models_that_guess_are_named(bench: Bench, capsys: pytest.CaptureFixture
     bench.run("--only", "clean", models="standard tinynets:down")
     said = capsys.readouterr().out
     assert "down is not decidedly better than chance (33.3 %): then R means nothing." in said
-    assert "(blue, green, red, ...), give --imagenet-classes" in said
+    assert "the classes, blue, green, red and so on: see --imagenet-classes" in said
     assert "standard is not" not in said
+    rows = [SimpleNamespace(model=str(x), scores={"clean": SimpleNamespace(low=x)}) for x in
+            (0.2, 0.25, 0.3)]  # fmt: skip
+    notes = evaluate.chance_notes(SimpleNamespace(rows=rows), list("abcd"))
+    assert [note.split()[0] for note in notes] == ["0.2", "0.25"]
 
 
 def test_the_first_line_counts_the_tested_images(
@@ -537,8 +543,12 @@ def test_a_dataset_that_is_gone_is_named(bench: Bench) -> None:
     settings = {"data": str(bench.root / "moved")}
     bench.checkpoint("away", bench.sets().fingerprint, 3, 20.0, settings=settings)
     command = [str(bench.root / "away" / "last.pt"), "--output-dir", str(bench.root / "x")]
-    with pytest.raises(UserError, match=r"moved, on which a checkpoint was trained, is gone: say"):
+    with pytest.raises(UserError, match=r"moved, the dataset of a checkpoint, is not there: name"):
         evaluate.main([*command, "--only", "clean", "--device", "cpu"])
+    bench.checkpoint("away", bench.sets().fingerprint, 3, 20.0, settings={"data": "shapes"})
+    with pytest.raises(UserError) as error:  # of the embedded images, which are always there
+        evaluate.main([*command, "--only", "clean", "--device", "cpu"])
+    assert "is not there" not in str(error.value)
 
 
 def test_checkpoints_are_compared_without_their_training_images(

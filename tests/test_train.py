@@ -407,21 +407,30 @@ def test_weights_start_a_fine_tuning(go, tmp_path, monkeypatch, capsys):
 def test_weights_that_saw_images_held_out_now_are_named(go, folder, tmp_path, capsys):
     """Of a folder CLASS/* alone another tenth is held out where images were added."""
     go("--epochs", "1")
-    weights = "--weights", str(tmp_path / "out" / "last.pt"), "--epochs", "1"
-    go(*weights, out="same")
+    shutil.copytree(folder, tmp_path / "with val" / "train")
+    shutil.copytree(folder, tmp_path / "with val" / "val")
+    go("--epochs", "1", "--data", str(tmp_path / "with val"), out="whole")
+
+    def continue_from(name, out, *flags):
+        path = tmp_path / name / "last.pt"
+        return go("--weights", str(path), "--epochs", "1", *flags, out=out)["settings"]
+
+    assert not continue_from("out", "same")["seen_before"]
+    assert not continue_from("out", "larger", "--size", "16")["seen_before"]  # of the same files
     assert "warning" not in capsys.readouterr().err
+    assert "whole/last.pt may have been" in continue_from("whole", "b")["seen_before"]
     for kind in folder.iterdir():
         shutil.copytree(kind, folder / kind.name / "more")
-    assert "out/last.pt may have been" in go(*weights, out="more")["settings"]["seen_before"]
-    assert "warning: " in capsys.readouterr().err
+    seen = continue_from("out", "more")["seen_before"]
+    assert "out/last.pt may have been trained on some of the test images" in seen
+    assert continue_from("more", "third")["seen_before"] == seen
+    (tmp_path / "out" / "last.pt").unlink()
+    assert go("--resume", "auto", "--epochs", "2", out="more")["settings"]["seen_before"] == seen
+    assert f"warning: {seen}" in capsys.readouterr().err
     evaluation = ["--only", "clean", "--cache-dir", str(tmp_path / "cache"), "--device", "cpu"]
-    for name, warnings in (("same", 0), ("more", 1)):
-        more = go("--resume", "auto", "--epochs", "2", out=name) if name == "more" else {}
-        assert more.get("settings", {}).get("seen_before", "") or name == "same"
-        capsys.readouterr()
-        evaluate.main([str(tmp_path / name / "last.pt"), *evaluation, "--output-dir",
-                       str(tmp_path / f"scores of {name}")])  # fmt: skip
-        assert capsys.readouterr().err.count("are held out as test images now") == warnings
+    evaluate.main([str(tmp_path / "more" / "last.pt"), *evaluation, "--output-dir",
+                   str(tmp_path / "scores")])  # fmt: skip
+    assert f"more: {seen}" in capsys.readouterr().err
 
 
 def plain_files(folder: Path, state: dict) -> dict[str, Path]:

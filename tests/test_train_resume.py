@@ -1,6 +1,7 @@
 """Test how train.py resumes, and its messages for wrong usage."""
 
 import json
+import os
 import random
 import re
 import shlex
@@ -255,16 +256,26 @@ def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("closed", ["<&- >&-", "<&- >&- 2>&-"])
-def test_closed_streams_do_not_end_a_run(folder, tmp_path, closed):
-    """A job may start without them."""
+def test_closed_streams_do_not_end_a_run_nor_name_its_files(folder, tmp_path, closed):
+    """A job may start without them. What is written to them must not reach a file of the run."""
+    code = (
+        "import os, train; from pathlib import Path; from harness.errors import run_script\n"
+        "def main():\n"
+        "    file = os.open('opened', os.O_CREAT | os.O_WRONLY)\n"
+        "    os.write(1, b'x'), os.write(2, b'x'), os.write(file, str(file).encode())\n"
+        "    train.main()\n"
+        "run_script(main)"
+    )
     command = [
-        sys.executable, str(ROOT / "train.py"), "--arch", "tiny:convnet", "--data", str(folder),
-        "--size", "12", "-b", "26", "--epochs", "1", "--cache-dir", str(tmp_path / "cache"),
-        "--device", "cpu", "--output-dir", str(tmp_path / "out"),
+        sys.executable, "-c", code, "--arch", "tiny:convnet", "--data", str(folder), "--size", "12",
+        "-b", "26", "--epochs", "1", "--cache-dir", str(tmp_path / "cache"), "--device", "cpu",
+        "--output-dir", str(tmp_path / "out"),
     ]  # fmt: skip
-    shell = f"{shlex.join(command)} {closed}"
-    done = subprocess.run(shell, shell=True, cwd=ROOT / "tests" / "support", check=False)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    shell = f"PYTHONPATH={shlex.quote(path)} {shlex.join(command)} {closed}"
+    done = subprocess.run(shell, shell=True, cwd=tmp_path, check=False)
     assert done.returncode == 0 and (tmp_path / "out" / "last.pt").exists()
+    assert int((tmp_path / "opened").read_text()) > 2
 
 
 def test_an_epoch_is_saved_before_its_line_is_printed(go, tmp_path, monkeypatch):

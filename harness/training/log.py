@@ -1,6 +1,7 @@
 """The log of a training: one row per epoch, as CSV, as a line, and the header that is printed."""
 
 import csv
+import hashlib
 import io
 import os
 from typing import Any
@@ -49,6 +50,11 @@ def header(config: TrainConfig, data: Dataset) -> str:
     )
 
 
+def digest_test_files(data: Dataset) -> str:
+    """Identify the test images by their files, whatever their size."""
+    return hashlib.sha256("\n".join(data.paths).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
 def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None) -> str:
     """Say if --weights may have been trained on images that are test images now, or nothing.
 
@@ -65,10 +71,14 @@ def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, A
         return ""
     content = load_weights(config.weights)
     settings = content.get("settings", {})
-    apart = settings.get("test_fingerprint") == data.test_fingerprint
-    if apart or not settings.get("held_out") or not {*content["classes"]} & {*data.classes}:
+    if found := settings.get("seen_before"):
+        return str(found)
+    files, pixels = settings.get("test_files"), settings.get("test_fingerprint")
+    apart = digest_test_files(data) == files if files else data.test_fingerprint == pixels
+    if apart or not {*content.get("classes", [])} & {*data.classes}:
         return ""
     return (
-        f"{config.weights} may have been trained on images that are held out as test images now:"
-        " another tenth was, if images were added; put test images into val/CLASS"
+        f"{config.weights} may have been trained on some of the test images: it was tested on"
+        " others, and where images were added to a folder, another tenth is held out; put test"
+        " images into val/CLASS"
     )

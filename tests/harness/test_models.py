@@ -18,8 +18,9 @@ import train
 from harness import models
 from harness.benchmark.config import parse_eval_config
 from harness.benchmark.subjects import expected_images, resampling_warnings
-from harness.checkpoints import load_checkpoint
+from harness.checkpoints import adapt_state, load_checkpoint
 from harness.errors import UserError
+from harness.training.methods import check_trainable
 from tests.support.tiny import Wrapped, convnet, image_folder
 
 TIMM = "timm:test_resnet"  # 0.5 million weights; timm names weights of it
@@ -175,6 +176,20 @@ def test_full_memory_is_not_taken_for_a_faulty_network() -> None:
     model, x = Wrapped(convnet(3), fill), torch.rand(2, 3, 16, 16)
     with pytest.raises(torch.OutOfMemoryError):
         models.check_logits("m", model, x, 3)
+    network = convnet(3)
+    later = Wrapped(network, lambda z: fill(z) if not network[0].weight.requires_grad else z)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_trainable("m", later, x, 3, "mtlat")
+
+
+def test_a_network_called_model_keeps_its_names() -> None:
+    own = {"model.weight": torch.zeros(1), "bn.num_batches_tracked": torch.tensor(0)}
+    state = {"model.weight": torch.ones(1)}
+    assert adapt_state(state, own).keys() == own.keys()
+    lightning = {f"model.{key}": value for key, value in own.items()}
+    assert adapt_state(lightning, own).keys() == own.keys()
+    other = {"model.weight": torch.ones(1), "criterion.weight": torch.ones(1)}
+    assert adapt_state(other, {"weight": torch.ones(1)}) == other
 
 
 def test_a_network_that_returns_an_object_is_trained(folder: Path) -> None:

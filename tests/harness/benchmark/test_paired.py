@@ -263,6 +263,15 @@ def test_of_few_lost_images_those_lost_are_counted():
     assert found.value == pytest.approx(8 / 500) and found.p == 2 / 2**8
 
 
+def test_of_few_right_images_the_right_ones_are_counted():
+    """Eight are right by the one model, none by the other, which has half the clean accuracy."""
+    c, d, eight = np.ones(1000), np.arange(1000) % 2.0, np.arange(1000) < 8.0
+    for first, second in (((eight, c), (d * 0, d)), ((c * 0, c), (eight * d, d))):
+        found = paired.compare_robustness(*first, *second)
+        assert found.p == 2 / 2 ** max(first[0].sum(), second[0].sum())
+        assert paired.compare_robustness(*second, *first).p == found.p
+
+
 def test_accuracies_over_severities_are_compared_by_their_means():
     """One severity of five is lost for each of 20 images: a sign test would not see how little."""
     c, d = np.ones(200), 1 - 0.2 * (np.arange(200) < 20)
@@ -270,6 +279,7 @@ def test_accuracies_over_severities_are_compared_by_their_means():
     found = paired.compare_accuracy(c, d)
     z = (c - d).mean() / ((c - d).std(ddof=1) / np.sqrt(200))
     assert found.value < 0 and found.p == pytest.approx(2 * stats.norm.sf(abs(z)))
+    assert paired.compare_accuracy(d, c).p == pytest.approx(found.p)
     assert paired.compare_accuracy(np.round(c), np.round(d)).p == 2 / 2**12
 
 
