@@ -180,7 +180,10 @@ def _seeds_together(measured: Measured, arch: str, seeds: list[int], figure: Pat
     pairs = [measured.score(*(f"{method}-{seed}" for method in PAIR)) for seed in seeds]
     rows = {method: [pair.rows[i] for pair in pairs] for i, method in enumerate(PAIR)}
     table = comparison.compare(1, arch, rows)
-    columns = {f"seed {s}": measured.differ(f"mtlat-{s}", f"standard-{s}") for s in seeds}
+    columns, accuracies = (
+        {f"seed {s}": differ(f"mtlat-{s}", f"standard-{s}") for s in seeds}
+        for differ in (measured.differ, measured.differ_in_accuracy)
+    )
     mean = _over_seeds([*columns.values()])
     single = {name: difference for name, difference in mean.items() if name in COLUMNS}
     paper = paper_differences({row.method: row for row in table})
@@ -189,14 +192,10 @@ def _seeds_together(measured: Measured, arch: str, seeds: list[int], figure: Pat
     if len(seeds) > 1:
         yield _by_seeds_alone(mean, columns)
         columns["mean over the seeds"] = mean
+        accuracies["mean over the seeds"] = _over_seeds([*accuracies.values()])
     yield f"**Clean accuracy and R, means over the seeds; M-TLAT minus `standard`; {NOTE}**"
     yield measured.table(levels, columns)
-    columns = {
-        f"seed {s}": measured.differ_in_accuracy(f"mtlat-{s}", f"standard-{s}") for s in seeds
-    }
-    if len(seeds) > 1:
-        columns["mean over the seeds"] = _over_seeds([*columns.values()])
-    yield from _accuracies(measured, levels, columns)
+    yield from _accuracies(measured, levels, accuracies)
     for pair in pairs:
         yield from _say(pair)
     again = {
@@ -254,13 +253,7 @@ def _accuracies(
     yield measured.table(levels, columns, accuracy=True)
     for title, differences in columns.items():
         found = [d for name, d in differences.items() if d and name in COLUMNS]
-        higher = [d.decided for d in found if d.value > 0]
-        lower = [d.decided for d in found if d.value < 0]
-        yield (
-            f"{title}: accuracy is higher under {len(higher)} of {len(found)} perturbations"
-            f" (decided under {sum(higher)}), and lower under {len(lower)} (decided under"
-            f" {sum(lower)})."
-        )
+        yield f"{title}: accuracy is {tables.count_sides(found)}."
 
 
 def _clean_alone(measured: Measured, labels: list[str]) -> Iterator[str]:

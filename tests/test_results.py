@@ -168,20 +168,13 @@ def robustness_of(name: str) -> dict[tuple[str, str], list[float]]:
 
     Where CW2 reached no image, it is void and left out.
     """
-    shares = defaultdict(list)
-    for line in (RESULTS / name / "cells.jsonl").read_text().splitlines():
-        cell = json.loads(line)
-        if "hits" in cell and cell.get("reached") != 0:
-            hits = np.frombuffer(base64.b64decode(cell["hits"]), "uint8")
-            hits = np.unpackbits(hits, count=cell["n"])
-            shares[cell["label"], cell["perturbation"]].append(hits.mean())
-    found = {}
+    outcomes, found = outcomes_of(name), {}
     for method in PAIR:
         labels = [f"{method}-{seed}" for seed in range(3)]
-        found[method, "clean accuracy"] = [shares[x, "clean"][0] for x in labels]
-        for key, title in COLUMNS.items():
-            if all((x, key) in shares for x in labels):
+        for title, own in outcomes.items():
+            if own.keys() >= {*labels}:
+                divisors = outcomes["clean accuracy"] if title in COLUMNS.values() else {}
                 found[method, title] = [
-                    np.mean(shares[x, key]) / shares[x, "clean"][0] for x in labels
+                    own[x].mean() / (divisors[x].mean() if divisors else 1) for x in labels
                 ]
     return found

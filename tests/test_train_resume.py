@@ -259,7 +259,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeyp
 def test_closed_streams_do_not_end_a_run_nor_name_its_files(folder, tmp_path, closed):
     """A job may start without them. What is written to them must not reach a file of the run."""
     code = (
-        "import os, train; from pathlib import Path; from harness.errors import run_script\n"
+        "import os, train; from harness.errors import run_script\n"
         "def main():\n"
         "    file = os.open('opened', os.O_CREAT | os.O_WRONLY)\n"
         "    os.write(1, b'x'), os.write(2, b'x'), os.write(file, str(file).encode())\n"

@@ -166,14 +166,14 @@ def parse_eval_config(argv: list[str] | None = None, description: str | None = N
     zoo = [s for s in config.specs if not is_file(s) and s.startswith(LIBRARIES)]
     if zoo and not config.weights:
         raise UserError(f"{zoo[0]} needs --weights NAME; DEFAULT takes the best published ones")
-    if config.weights and not zoo and not os.path.exists(config.weights):
-        raise UserError(
-            f"--weights {config.weights} is for torchvision:ARCH and timm:NAME: leave it out"
-        )
     if config.weights and os.path.exists(config.weights):
         raise UserError(
             f"--weights {config.weights}: name the file itself as a model, with --arch if it"
             " is a plain state dict"
+        )
+    if config.weights and not zoo:
+        raise UserError(
+            f"--weights {config.weights} is for torchvision:ARCH and timm:NAME: leave it out"
         )
     if (config.mean is None) != (config.std is None):
         raise UserError("--mean and --std belong together: give both, or neither")

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,18 +144,21 @@ def answer(model: str, baseline: str, differences: Mapping[str, Difference | Non
     """
     clean = differences.get("clean")
     others = [d for name, d in differences.items() if name != "clean" and d]
-    higher = [d.decided for d in others if d.value > 0]  # whether each is decided
-    lower = [d.decided for d in others if d.value < 0]
     points = "not compared"
     if clean:
         decided = "decided" if clean.decided else "not decided"
         points = f"{100 * clean.value:+.1f} points ({decided})"
     said = f"{model} against {baseline}: clean accuracy {points}."
-    if not others:
-        return said
+    return f"{said} Robustness is {count_sides(others)}." if others else said
+
+
+def count_sides(differences: Sequence[Difference]) -> str:
+    """Say under how many perturbations a model is higher and lower, and how many are decided."""
+    higher = [d.decided for d in differences if d.value > 0]  # whether each is decided
+    lower = [d.decided for d in differences if d.value < 0]
     return (
-        f"{said} Robustness is higher under {len(higher)} of {len(others)} perturbations (decided"
-        f" under {sum(higher)}), and lower under {len(lower)} (decided under {sum(lower)})."
+        f"higher under {len(higher)} of {len(differences)} perturbations (decided under"
+        f" {sum(higher)}), and lower under {len(lower)} (decided under {sum(lower)})"
     )
 
 

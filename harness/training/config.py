@@ -217,16 +217,16 @@ def _default_arch(weights: str | None, data: str) -> Any:
 
 def _check_combinations(values: dict[str, Any], given: set[str]) -> None:
     """Raise `UserError` for settings that exclude each other, or were given in vain."""
-    step, sgd = ("schedule", "step"), ("opt", "sgd")
-    for name, (other, needed) in {"milestones": step, "gamma": step, "momentum": sgd}.items():
-        if name in given and values[other] != needed:
-            raise UserError(f"--{name} has no effect with --{other} {values[other]}: leave it out")
-    method = values["method"]
-    vain = {"attack_steps", "epsilon_max"} if METHODS[method].terms == 1 else set()
-    vain |= set() if method in (*METHODS_THAT_MIX, "iat") else {"alpha"}
-    for name in sorted(given & vain):
-        flag = name.replace("_", "-")
-        raise UserError(f"--{flag} has no effect with --method {method}: leave it out")
+    attacking = [name for name, method in METHODS.items() if method.terms > 1]
+    uses = {  # option: another one, and its values with which the first has an effect
+        "milestones": ("schedule", ["step"]), "gamma": ("schedule", ["step"]),
+        "momentum": ("opt", ["sgd"]), "alpha": ("method", [*METHODS_THAT_MIX, "iat"]),
+        "attack_steps": ("method", attacking), "epsilon_max": ("method", attacking),
+    }  # fmt: skip
+    for name, (other, needed) in uses.items():
+        if name in given and values[other] not in needed:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} has no effect with --{other} {values[other]}: leave it out")
     if (values["mean"] is None) != (values["std"] is None):
         raise UserError("--mean and --std belong together: give both, or neither")
     if values["sync_bn"] and not values["device"].startswith("cuda"):
