@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -152,7 +151,8 @@ def _repeat_interrupt(report: Callable[[Any], object], ignored: Any) -> None:
         report(ignored)
         return
     number = ignored.exc_value.args[0] if ignored.exc_value.args else signal.SIGINT
-    timer = threading.Timer(0.01, interrupt_main, [number])  # after the destructor
+    # After the destructor; by a signal, because that also ends a sleep and a wait for a process.
+    timer = threading.Timer(0.01, os.kill, [os.getpid(), number])
     timer.daemon = True
     timer.start()
 

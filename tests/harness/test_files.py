@@ -70,9 +70,11 @@ def test_an_interrupt_in_a_destructor_ends_the_script(
         time.sleep(9)
         reached.append("end")
 
+    started = time.monotonic()
     with pytest.raises(SystemExit) as end:
         run_script(main)
     assert end.value.code == 128 + number and reached == ["after"]
+    assert time.monotonic() - started < 8  # in the midst of the sleep
     assert capsys.readouterr().err == (
         "\nstopped; what was finished is kept, run it again to continue\n"
     )
