@@ -38,6 +38,7 @@ MEANS = {
     "mean of ImageNet-C's": TABLES["ImageNet-C's corruptions"],
     "mean of the paper's": TABLES["The paper's corruptions"],
     "mean of the nineteen": list(CORRUPTIONS),
+    "mean of four attacks": [name for name in TABLES["Adversarial attacks"] if name != "cw2"],
 }
 ROWS = {"clean": "clean accuracy", **{title: title for title in MEANS}, **COLUMNS}
 NOTE = (
