@@ -63,9 +63,10 @@ def mtlat(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator
 def iat(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[Tensor]:
     """Yield the losses of Interpolated Adversarial Training (Lamb et al., 2019).
 
-    Its attack is this paper's FGSM. Each attacked image is mixed with its neighbor: 0 with 1, 2
-    with 3, and so on. Minibatches are drawn in random order, and several processes share one in
-    such pairs. The last one of an odd minibatch is mixed with the one before it.
+    arXiv:1906.06784. The attack is this paper's FGSM. Each attacked image is mixed with its
+    neighbor: 0 with 1, 2 with 3, and so on. Minibatches are drawn in random order, and several
+    processes share one in such pairs. The last one of an odd minibatch is mixed with the one before
+    it.
     """
     x_mix, y_mix = mixup(*pairs[0], *pairs[1], draws.lam1)
     yield cross_entropy(model(x_mix), y_mix) / 2
