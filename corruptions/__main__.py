@@ -26,13 +26,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
 from corruptions import CORRUPTIONS, MIN_SIDE, SEVERITIES, corrupt, frost_source
 from corruptions.frost import FROST_DIR
-from corruptions.transform import SUFFIXES, center_crop, upright_rgb
+from corruptions.transform import SUFFIXES, center_crop, list_classes, upright_rgb
 
 _BATCH = 64  # images in memory at a time
 # ImageNet-C's published files were compressed as JPEG again after the corruption.
@@ -248,26 +247,19 @@ def write_tree(args: argparse.Namespace) -> None:
 
 def find_images(source: Path) -> list[Path]:
     """List the images of all class folders. Raise ValueError if there are no such folders."""
-    names = sorted(e.name for e in source.iterdir() if e.is_dir() and not e.name.startswith("."))
-    if not names:
+    found = list_classes(source)  # in evaluate.py's order: an image's draws depend on its place
+    if not found:
         raise ValueError(f"{source} has no class folders; the layout is DIR/class/file")
-    for name in names:
+    for name in found:
         visible = [e for e in (source / name).iterdir() if not e.name.startswith(".")]
         if visible and all(entry.is_dir() for entry in visible):
             raise ValueError(
                 f"{source / name} holds folders alone, so it is no class; the layout is "
                 f"DIR/class/file: name {source / name} itself"
             )
-    classes = {name: label for label, name in enumerate(names)}
-    found = make_dataset(source, classes, extensions=SUFFIXES)
-    # In evaluate.py's order, because an image's draws depend on its place.
-    paths = (Path(path) for path, _ in sorted(found, key=lambda entry: (entry[1], entry[0])))
-    return [path for path in paths if not _is_hidden(path.relative_to(source))]
-
-
-def _is_hidden(path: Path) -> bool:
-    """Return whether the path leads to a hidden file or folder, such as thumbnails."""
-    return any(part.startswith(".") for part in path.parts)
+    if empty := [name for name, files in found.items() if not files]:
+        raise ValueError(f"{source / empty[0]} has no images ({', '.join(SUFFIXES)})")
+    return [Path(file) for files in found.values() for file in files]
 
 
 def check_settings(args: argparse.Namespace, targets: list[Path]) -> None:

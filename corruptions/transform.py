@@ -1,8 +1,10 @@
 """Corruptions in data loading: image files, and a transform like those of torchvision's `v2`."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -72,6 +74,36 @@ def center_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
         return image.resize((size, size), Image.Resampling.BILINEAR, box)
     cut: Image.Image = F.center_crop(F.resize(image, [resize]), [size, size])
     return cut
+
+
+def list_classes(root: Path) -> dict[str, list[str]]:
+    """List the image files below each class folder, both sorted."""
+    with os.scandir(root) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir())
+    return {name: sorted(walk_images(root / name)) for name in names if not name.startswith(".")}
+
+
+def walk_images(root: Path) -> Iterator[str]:
+    """Yield the image files below a folder, and read no folder twice that links lead to.
+
+    Leaves out hidden files and folders, such as thumbnails. Raises OSError where a folder cannot be
+    read.
+    """
+    seen = set()
+    for folder, inside, files in os.walk(root, onerror=_raise, followlinks=True):
+        # Sorted, so that it is read under the same name everywhere.
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        if (real := os.path.realpath(folder)) in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        for file in files:
+            if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith("."):
+                yield os.path.join(folder, file)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 class Corrupt(nn.Module):

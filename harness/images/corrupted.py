@@ -16,10 +16,11 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from corruptions import SEVERITIES
+from corruptions.transform import list_classes
 from harness.errors import UserError
 from harness.images.cache import decode_all
 from harness.images.datasets import Dataset
-from harness.images.folders import File, list_classes
+from harness.images.folders import File
 
 LABELS = "labels.npy"
 _LAYOUT = "the layout is DIR/corruption/severity/class/file, with the names of --data"

@@ -4,9 +4,9 @@ import os
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-from corruptions.transform import SUFFIXES
+from corruptions.transform import list_classes
 from harness.errors import UserError
 
 TEST_SHARE = 0.1  # of every class, where a folder has no val/: "ten percent", as in the paper
@@ -48,36 +48,6 @@ def require_folder(root: Path) -> None:
     """Raise `UserError` unless the folder of a dataset exists."""
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder, and not shapes, cifar10 or cifar100")
-
-
-def list_classes(root: Path) -> dict[str, list[str]]:
-    """List the image files below each class folder, both sorted."""
-    with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir())
-    return {name: sorted(walk_images(root / name)) for name in names if not name.startswith(".")}
-
-
-def walk_images(root: Path) -> Iterator[str]:
-    """Yield the image files below a folder, and read no folder twice that links lead to.
-
-    Leaves out hidden files and folders, such as thumbnails. Raises OSError where a folder cannot be
-    read.
-    """
-    seen = set()
-    for folder, inside, files in os.walk(root, onerror=_raise, followlinks=True):
-        # Sorted, so that it is read under the same name everywhere.
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        if (real := os.path.realpath(folder)) in seen:
-            inside.clear()
-            continue
-        seen.add(real)
-        for file in files:
-            if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith("."):
-                yield os.path.join(folder, file)
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
 
 
 def list_folder(

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from corruptions.transform import center_crop
+from corruptions.transform import center_crop, walk_images
 from harness.errors import UserError
-from harness.images.folders import walk_images
 
 # (256, 224): the shorter side is resized to 256/224 of the square's side. None: squash.
 Crop = tuple[int, int] | None

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from corruptions import SEVERITIES, __main__, corrupt, frost_source
-from harness.images.folders import list_classes
+from harness.images.folders import list_folder
 
 ONLY = ["--only", "gaussian_noise", "frost", "saturate"]
 
@@ -51,8 +51,12 @@ def test_images_in_subfolders_are_listed_as_evaluate_lists_them(tmp_path: Path) 
     for name in ("b/z.png", "b/mid/y.png", "b/a.png", "a/x.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16)).save(tmp_path / name)
-    listed = [Path(file) for files in list_classes(tmp_path).values() for file in files]
-    assert __main__.find_images(tmp_path) == listed
+    (tmp_path / "b" / "loop").symlink_to(tmp_path / "b")
+    (tmp_path / ".cache" / "c.png").parent.mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / ".cache" / "c.png")
+    listed = list_folder(tmp_path, None, 0, hold_out=False).parts["test"]
+    assert len(listed) == 4
+    assert __main__.find_images(tmp_path) == [tmp_path / file.path for file in listed]
 
 
 def test_images_are_read_as_train_reads_them(

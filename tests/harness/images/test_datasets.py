@@ -17,6 +17,7 @@ import torchvision
 from PIL import Image
 from torch.testing import assert_close
 
+from corruptions.transform import list_classes, walk_images
 from harness.errors import UserError
 from harness.images import cache, datasets, embedded, folders
 from harness.images.loader import BatchLoader, ImageSet, map_images, prefetch
@@ -211,7 +212,7 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(folder, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", fail)
     with pytest.raises(PermissionError, match="deep"):
-        list(folders.walk_images(folder))
+        list(walk_images(folder))
 
 
 def test_train_and_val(folder, tmp_path):
@@ -451,7 +452,7 @@ def test_what_several_links_lead_to_is_read_once(folder, tmp_path):
     for name in "ab":
         (folder / "class1" / name).symlink_to(tmp_path / "more")
     (folder / "class1" / "0.png").rename(tmp_path / "more" / "0.png")
-    files = folders.list_classes(folder)["class1"]
+    files = list_classes(folder)["class1"]
     assert len(files) == 10 and str(folder / "class1" / "a" / "0.png") in files
 
 
