@@ -14,7 +14,6 @@ import argparse
 import itertools
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,11 +24,12 @@ from scipy import stats
 
 from corruptions import CORRUPTIONS
 from harness.benchmark import paired, plots, tables
-from harness.benchmark.metrics import Results, aggregate, score_differences
+from harness.benchmark.metrics import Results, aggregate, read_outcomes, score_differences
 from harness.benchmark.paired import Array, Difference
 from harness.benchmark.registry import COLUMNS, GROUPS, PERTURBATIONS, TABLES
 from harness.benchmark.store import Cell, read_cells
 from harness.reproduction import comparison
+from harness.reproduction.paper import methods_of_table
 from harness.reproduction.report import paper_differences
 
 MEANS = {
@@ -45,11 +45,6 @@ NOTE = (
     "95 % intervals; bold where decided, means of several perturbations without Holm's correction"
 )
 PAIR = ("standard", "mtlat")
-PAPER_TABLES = {
-    1: ("standard", "iat", "mtlat"),
-    2: ("standard", "mixup", "tlat"),
-    3: ("standard", "fgsm", "target-fgsm", "ls", "tlat"),
-}
 
 Differences = dict[str, Difference | None]
 
@@ -60,15 +55,12 @@ class Measured:
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.cells = cells
         self.digests = {cell["label"]: cell["model"] for cell in cells}
-        severities: dict[tuple[str, str], dict[int | None, Array]] = defaultdict(dict)
-        for cell in cells:
-            if "hits" in cell:
-                hits = paired.unpack(cell["hits"], cell["n"])
-                severities[cell["label"], cell["perturbation"]][cell["severity"]] = hits
+        by_key = {(c["model"], c["perturbation"], c["severity"]): c for c in cells}
+        severities = {name: PERTURBATIONS[name].severities for name in ("clean", *COLUMNS)}
         self.hits = {
-            (label, name): np.mean(list(found.values()), 0)
-            for (label, name), found in severities.items()
-            if len(found) == len(PERTURBATIONS[name].severities)
+            (label, name): found
+            for label, digest in self.digests.items()
+            for name, found in read_outcomes(by_key, digest, severities).items()
         }
 
     def score(self, *names: str) -> Results:
@@ -157,16 +149,6 @@ def _format(difference: Difference | None, accuracy: bool) -> str:
     return f"**{text}**" if difference.decided else text
 
 
-def _beside_the_paper(table: list[comparison.Compared]) -> Iterator[str]:
-    """Yield the answers, a table beside the paper's, and the orders that the paper argues with."""
-    yield from comparison.answers(table)
-    yield f"{comparison.conclusion(table)}."
-    yield f"**{comparison.comparison_caption(table)}**"
-    yield "\n".join(tables.markdown_rows(comparison.comparison_table(table)))
-    if found := comparison.orders(table):
-        yield "\n".join(tables.markdown_rows(comparison.orders_table(found)))
-
-
 def _say(results: Results) -> Iterator[str]:
     """Yield sentences on the differences to the baseline."""
     base, *others = results.rows
@@ -189,7 +171,7 @@ def _seeds_together(measured: Measured, arch: str, seeds: list[int], figure: Pat
     single = {name: difference for name, difference in mean.items() if name in COLUMNS}
     paper = paper_differences({row.method: row for row in table})
     plots.plot_differences({"mtlat": single}, "standard", figure, paper)
-    yield from _beside_the_paper(table)
+    yield from comparison.comparison_markdown([table])
     if len(seeds) > 1:
         yield _by_seeds_alone(mean, columns)
         columns["mean over the seeds"] = mean
@@ -227,12 +209,13 @@ def _by_seeds_alone(mean: Differences, columns: Mapping[str, Differences]) -> st
 
 def _one_seed(measured: Measured, arch: str, labels: list[str]) -> Iterator[str]:
     """Yield the tables of the networks that were trained with seed 0 alone."""
-    for number, methods in PAPER_TABLES.items():
+    for number in (1, 2, 3):
+        methods = methods_of_table(number)
         names = [f"{method}-0" for method in methods]
         if {*names} <= measured.digests.keys():
             rows = measured.score(*names).rows
             alone = {method: [row] for method, row in zip(methods, rows, strict=True)}
-            yield from _beside_the_paper(comparison.compare(number, arch, alone))
+            yield from comparison.comparison_markdown([comparison.compare(number, arch, alone)])
     clean = [x for x in labels if not any((x, name) in measured.hits for name in COLUMNS)]
     if clean:
         yield from _clean_alone(measured, clean)

@@ -116,7 +116,7 @@ def aggregate(
     by_key = {(cell["model"], cell["perturbation"], cell["severity"]): cell for cell in cells}
     severities = {name: PERTURBATIONS[name].severities for name in ("clean", *COLUMNS)}
     added = {name: (None,) for name in supplement if name not in COLUMNS}
-    outcomes = {name: _outcomes(by_key, d, severities | added) for name, d in models.items()}
+    outcomes = {name: read_outcomes(by_key, d, severities | added) for name, d in models.items()}
     measured = {n: _scores(by_key, d, outcomes[n], severities) for n, d in models.items()}
     extra = {n: _scores(by_key, d, outcomes[n], added) for n, d in models.items()}
     void = _void(by_key, models[baseline])
@@ -142,7 +142,7 @@ def aggregate(
     return Results(rows, baseline, total, _notes(rows, baseline, shown))
 
 
-def _outcomes(cells: Cells, digest: str, severities: Severities) -> Outcomes:
+def read_outcomes(cells: Cells, digest: str, severities: Severities) -> Outcomes:
     """Read the per-image outcomes of a model, where its cells have them for the same images."""
     found: Outcomes = {}
     for name, own in severities.items():

@@ -174,14 +174,9 @@ def _normal(
     half = float(stats.t.ppf(0.975, freedom)) * error
     if error:
         p = 2 * float(stats.t.sf(abs(value) / error, freedom))
-    else:
-        p = _least_p(len(influence)) if value else 1.0
+    else:  # as in a sign test in which all images agree
+        p = 2.0 ** (1 - len(influence)) if value else 1.0
     return Difference(value, value - half, value + half, p, influence)
-
-
-def _least_p(n: int) -> float:
-    """Return the p-value of a sign test in which all of n images agree."""
-    return float(2.0 ** (1 - n))
 
 
 def _sign_test(first: Array, second: Array) -> float:

@@ -39,12 +39,10 @@ class Subject(NamedTuple):
 class Restricted(nn.Module):
     """A model restricted to some of its outputs, in the order of the classes."""
 
-    rows: Tensor
-
     def __init__(self, model: nn.Module, rows: list[int], count: int) -> None:
         super().__init__()
         self.model, self.count = model, count
-        self.register_buffer("rows", torch.tensor(rows))
+        self.rows = nn.Buffer(torch.tensor(rows))
 
     def forward(self, x: Tensor) -> Tensor:
         return _select(self.model(x), x, self.rows, self.count)

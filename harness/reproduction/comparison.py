@@ -10,14 +10,14 @@ the opposite one ("contradicts"), it is "undecided", or the score is "void".
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from harness.benchmark.metrics import ModelScores, sign, table_value
 from harness.benchmark.paired import Difference, combine_seeds, holm, subtract, uncorrected
-from harness.benchmark.tables import MISSING, answer, to_plain
+from harness.benchmark.tables import MISSING, answer, markdown_rows, to_plain
 from harness.reproduction.paper import (
     ATTACKS_TITLE,
     BASELINE,
@@ -300,6 +300,18 @@ def answers(rows: Sequence[Compared]) -> list[str]:
         for row in rows
         if (row.table, row.method) == (1, "mtlat")
     ]
+
+
+def comparison_markdown(tables: Sequence[Sequence[Compared]]) -> Iterator[str]:
+    """Yield the answers, the tables beside the paper's, and the orders, in Markdown."""
+    rows = [row for table in tables for row in table]
+    yield from answers(rows)
+    yield f"{conclusion(rows)}."
+    for table in tables:
+        yield f"**{comparison_caption(table)}**"
+        yield "\n".join(markdown_rows(comparison_table(table)))
+    if found := orders(rows):
+        yield "\n".join(markdown_rows(orders_table(found)))
 
 
 def orders_to_plain(found: Sequence[Order]) -> list[dict[str, Any]]:

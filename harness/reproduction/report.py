@@ -31,6 +31,7 @@ from harness.reproduction.comparison import (
     answers,
     compare,
     comparison_caption,
+    comparison_markdown,
     comparison_table,
     conclusion,
     count_verdicts,
@@ -193,13 +194,7 @@ def _markdown(
     updates: list[list[str]], found: Sequence[Evaluated],
 ) -> str:  # fmt: skip
     """Format the tables beside the paper's, our full ones, and the commands."""
-    rows = [row for table in tables for row in table]
-    blocks = [f"# Scale {config.scale}", *answers(rows), f"{conclusion(rows)}."]
-    for table in tables:
-        lines = markdown_rows(comparison_table(table))
-        blocks += [f"**{comparison_caption(table)}**", "\n".join(lines)]
-    if found_orders := orders(rows):
-        blocks += ["\n".join(markdown_rows(orders_table(found_orders)))]
+    blocks = [f"# Scale {config.scale}", *comparison_markdown(tables)]
     blocks += ["\n".join(markdown_rows(updates))]
     for one in found:
         if one.tables != [3]:
