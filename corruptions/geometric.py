@@ -16,6 +16,7 @@ uniformly.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from corruptions.blur import take_pixels, wide_float
@@ -192,19 +193,36 @@ def draw_rotation(
     return (_whole(stream, severity, _check_bounds(bounds, 180)).mul_(_sign(stream)),)
 
 
-def rotation(images: Tensor, severity: int | None, angle: Tensor, *, profile: int = 224) -> Tensor:
+def rotation(
+    images: Tensor,
+    severity: int | None,
+    angle: Tensor,
+    *,
+    profile: int = 224,
+    bilinear: bool = False,
+) -> Tensor:
     """Rotate the image counterclockwise about its center. Uncovered pixels are 0.
 
     Args:
         angle: (B,), in degrees.
-
-    The nearest pixel is found in 16-bit fixed-point arithmetic, like Pillow's, which also rounds
-    the center: up to 0.3 % of an image's pixels, halfway between two, differ from Pillow's.
+        bilinear: interpolate bilinearly instead of taking the nearest pixel. That is found in
+            16-bit fixed-point arithmetic, like Pillow's, which also rounds the center: up to 0.3 %
+            of an image's pixels, halfway between two, differ from Pillow's.
     """
+    if not isinstance(bilinear, bool):
+        raise TypeError(f"bilinear must be True or False, got {bilinear!r}")
     height, width = images.shape[2:]
     radians = torch.deg2rad(angle.to(wide_float(images.device)))[:, None, None]
+    sine, cosine = radians.sin(), radians.cos()
     row, column = _pixel_grid(images)
-    sine, cosine = (f(radians).mul_(2**16).round_().int() for f in (torch.sin, torch.cos))
+    if bilinear:
+        sine, cosine = sine.float(), cosine.float()
+        x, y = column + 0.5 - width / 2, row + 0.5 - height / 2
+        grid = torch.stack(
+            [(cosine * x - sine * y) * (2 / width), (sine * x + cosine * y) * (2 / height)], dim=-1
+        )
+        return F.grid_sample(images.float(), grid, "bilinear", "zeros", align_corners=False)
+    sine, cosine = (part.mul(2**16).round_().to(torch.int32) for part in (sine, cosine))
     x, y = 2 * column + 1 - width, 2 * row + 1 - height  # twice the distance from the center
     source_column = (cosine * x - sine * y + (width << 16)).bitwise_right_shift_(17)
     source_row = (sine * x + cosine * y + (height << 16)).bitwise_right_shift_(17)

@@ -257,7 +257,7 @@ UNIT = GOOD.float() / 255
         ((GOOD, "fog", 1), {"profile": 100}, ValueError, "profile.*224, 64, 32.*100"),
         ((GOOD, "fog", 1), {"grey": 0.5}, TypeError, "fog has no option 'grey'.*none"),
         ((GOOD, "occlusion", 1), {"gray": 0.5}, TypeError, "'gray'.*bounds.*grey"),
-        ((GOOD, "rotation", 1), {"bilinear": True}, TypeError, "'bilinear'.*bounds"),
+        ((GOOD, "rotation", 1), {"bilinear": "no"}, TypeError, "bilinear.*'no'"),
         ((GOOD, "rotation", 1), {"bounds": 5}, ValueError, "bounds.*got 5"),
         ((GOOD, "rotation", 1), {"bounds": (1, 2, 3)}, ValueError, r"bounds.*\(1, 2, 3\)"),
         ((GOOD, "rotation", 1), {"bounds": ("1", "2")}, ValueError, r"bounds.*\('1', '2'\)"),

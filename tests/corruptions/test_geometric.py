@@ -80,6 +80,22 @@ def test_nearest_rotation_is_pillow(angle: int, size: tuple[int, int]) -> None:
     assert differ.mean() < 2e-3  # sources on the edge between two pixels
 
 
+@pytest.mark.parametrize("angle", [8, -25, 40])
+def test_bilinear_rotation_interpolates(angle: int) -> None:
+    """Check a linear ramp: each pixel has the value of the ramp at its source position."""
+    row, column = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    image = (row + 2 * column).to(torch.uint8).expand(1, 3, -1, -1)
+    raw = geometric.rotation(image, None, torch.tensor([angle]), bilinear=True)[0, 0]
+    radians = np.deg2rad(angle)
+    x, y = column - 31.5, row - 31.5
+    source_x = np.cos(radians) * x - np.sin(radians) * y + 31.5
+    source_y = np.sin(radians) * x + np.cos(radians) * y + 31.5
+    inside = (source_x > 0) & (source_x < 63) & (source_y > 0) & (source_y < 63)
+    torch.testing.assert_close(raw[inside], (source_y + 2 * source_x)[inside], rtol=0, atol=2e-3)
+    outside = (source_x < -1) | (source_x > 64) | (source_y < -1) | (source_y > 64)
+    assert inside.sum() > 2000 and outside.sum() > 50 and (raw[outside] == 0).all()
+
+
 # ------------------------------------------------------------------ drawing
 
 
@@ -137,7 +153,8 @@ def test_options_reach_the_draws() -> None:
     grey = corrupt(image, "occlusion", None, grey=0.5, bounds=(10, 10))
     assert set(grey.flatten().tolist()) == {0, 127} and (grey > 0).sum() == 5 * 3 * 10 * 10
     image = picture(64, 64)
-    assert not torch.equal(corrupt(image, "rotation", 3), image)
+    smooth = corrupt(image, "rotation", 3, bilinear=True)
+    assert not torch.equal(smooth, corrupt(image, "rotation", 3))
     assert torch.equal(corrupt(image, "rotation", None, bounds=(0, 0)), image)
 
 
