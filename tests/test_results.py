@@ -61,6 +61,10 @@ def test_the_levels_are_means_of_the_images_outcomes() -> None:
     rows = [[cell.strip() for cell in line.split("|")] for line in lines.splitlines()]
     printed = {row[1]: row[2:4] for row in rows[:34] if len(row) > 4}
     assert {title: printed[title] for title in expected} == expected
+    attacks = [title for title in measured if title.startswith(("PGD", "MI FGSM"))]
+    assert len(attacks) == 4
+    mean = [f"{np.mean([found[method, x] for x in attacks]):.3f}" for method in PAIR]
+    assert printed["mean of four attacks"] == mean
 
 
 def test_the_sentence_on_the_seeds_alone_is_a_t_test_with_holms_correction() -> None:
