@@ -53,29 +53,11 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def argv(images: Path, *more: str) -> list[str]:
     return [
-        *(
-            "--scale",
-            "small",
-            "--data",
-            str(images),
-            "--size",
-            "16",
-            "--archs",
-            "tiny:convnet",
-        ),
-        *(
-            "--surrogate",
-            "tiny:linear",
-            "--epochs",
-            "1",
-            "--batch-size",
-            "8",
-            "--device",
-            "cpu",
-        ),
-        *("--cache-dir", str(images.parent / "cache"), "--output-dir", str(images.parent / "out")),
-        *("--methods", "mtlat", *more),
-    ]
+        "--scale", "small", "--data", str(images), "--size", "16", "--archs", "tiny:convnet",
+        "--surrogate", "tiny:linear", "--epochs", "1", "--batch-size", "8", "--device", "cpu",
+        "--cache-dir", str(images.parent / "cache"), "--output-dir", str(images.parent / "out"),
+        "--methods", "mtlat", *more,
+    ]  # fmt: skip
 
 
 def tables(images: Path) -> Any:
@@ -495,11 +477,17 @@ def test_the_minutes_of_an_evaluation_count_the_making_of_images_once(tmp_path: 
 
 
 @pytest.mark.slow
-def test_the_command_itself(tmp_path: Path) -> None:
-    """Run the scripts as processes with figures, and check an interrupted and resumed run."""
+def test_the_command_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the scripts as processes with figures, and check an interrupted and resumed run.
+
+    The run that it is compared with is of this process, where nothing has to be imported again.
+    """
     folder = image_folder(tmp_path / "images", each=20, side=16)
     command = [sys.executable, reproduce.__file__, *argv(folder, "--tables", "1")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "support")}
+    environment = {
+        **os.environ, "PYTHONPATH": str(Path(__file__).parent / "support"),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as in this process
+    }  # fmt: skip
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True,
                                stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
     cells_file = tmp_path / "out" / "evaluation-tiny-convnet-seed0" / "cells.jsonl"
@@ -511,7 +499,8 @@ def test_the_command_itself(tmp_path: Path) -> None:
     subprocess.run(command, env=environment, check=True, capture_output=True)
     first = (tmp_path / "out" / "tables.json").read_bytes()
     os.rename(tmp_path / "out", tmp_path / "interrupted")
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    monkeypatch.setattr(reproduce, "run_task", in_process)
+    reproduce.main(command[2:])
     assert (tmp_path / "out" / "tables.json").read_bytes() == first
     assert torch.load(tmp_path / "out" / "tiny-convnet-mtlat-seed0" / "last.pt", weights_only=True)
 
