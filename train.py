@@ -25,13 +25,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from harness import distributed
 from harness.checkpoints import check_savable, save_checkpoint
 from harness.devices import environment_info, require_same_on_all_ranks
-from harness.errors import UserError, first_line, run_script
+from harness.errors import UserError, run_script
 from harness.files import atomic_write, lock_folder
 from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.folders import require_folder
@@ -39,6 +39,7 @@ from harness.images.loader import BatchLoader, to_device
 from harness.images.preprocess import CROPS
 from harness.models import MeanStd, compute_logits, count_correct, create_model, restore_model
 from harness.training.augment import flip_crop
+from harness.training.average import build_average
 from harness.training.config import TrainConfig, parse_train_config, schedule_change
 from harness.training.log import describe_weights, digest_test_files, header, log_csv, log_line
 from harness.training.manifold import check_mix_at, draw_layer, losses_at
@@ -90,7 +91,9 @@ def check_batch_size(config: TrainConfig, images: int) -> None:
         fix = "lower it" if size else "raise it"
         raise UserError(f"{message}, and there are {images} training images: {fix}")
     if size < 2 * processes > 2:
-        raise UserError(f"{message}, and each of {processes} processes needs 2 images: raise it")
+        raise UserError(
+            f"{message}, and each of {processes} processes needs 2 images: raise it, or start fewer"
+        )
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -103,25 +106,6 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
         return torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)
     kind = torch.optim.AdamW if config.opt == "adamw" else torch.optim.Adam
     return kind(model.parameters(), **common)
-
-
-def build_average(
-    config: TrainConfig, model: nn.Module, checkpoint: dict[str, Any] | None
-) -> AveragedModel | None:
-    """Build the average of the weights that --ema asks for, or restore it and the weights."""
-    if config.ema is None:
-        return None
-    step = get_ema_multi_avg_fn(config.ema)
-    try:
-        average = AveragedModel(model, multi_avg_fn=step, use_buffers=True)
-    except RuntimeError as error:  # of copy.deepcopy, such as with torch's old weight_norm
-        raise UserError(
-            f"--ema: --arch {config.arch} cannot be copied ({first_line(error)})"
-        ) from None
-    if checkpoint is not None:  # its "model" is the average, its "trained" the weights
-        model.load_state_dict(checkpoint["trained"])
-        average.n_averaged.fill_(len(checkpoint["log"]))  # above 0, so that the next step averages
-    return average
 
 
 def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None) -> Training:
