@@ -71,6 +71,7 @@ def process_group() -> Iterator[None]:
         if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
             with _peer_errors():
                 try:
+                    int(os.environ.get("LOCAL_RANK", ""))
                     store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
                 except ValueError:  # RANK or another variable is missing, or no number
                     raise LaunchError(
@@ -84,7 +85,7 @@ def process_group() -> Iterator[None]:
                 )
             _job = _Job(rank, world_size, store)
             if rank:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
+                nowhere = stack.enter_context(open(os.devnull, "w", errors="backslashreplace"))
                 stack.enter_context(redirect_stdout(nowhere))
                 stack.enter_context(redirect_stderr(nowhere))
         yield
@@ -134,15 +135,29 @@ def _peer_errors() -> Iterator[None]:
 
 @contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """Run the block in one process of each machine first: the others find what it stored."""
+    """Run the block in one process of each machine first: the others find what it stored.
+
+    All leave the block together, so that none waits in an exchange, which ends after `TIMEOUT`,
+    while another machine decodes its images. For one use in a start of a job.
+    """
     ready = f"ready {os.environ.get('GROUP_RANK')}"
-    with _peer_errors():
-        while local_rank() and not _job.store.check([ready]):
-            time.sleep(0.1)
+    if local_rank():
+        _wait_for([ready])
     yield
     if _job.world_size > 1:
         with _peer_errors():
             _job.store.set(ready, "")
+            _job.store.set(f"done {_job.rank}", "")
+        _wait_for([f"done {rank}" for rank in range(_job.world_size)])
+
+
+def _wait_for(keys: list[str]) -> None:
+    """Wait, however long it takes, until other processes have set the keys in the store."""
+    with _peer_errors():
+        while not _job.store.check(keys):
+            if _job.store.check(["errors"]):
+                raise PeerLostError("it has printed the reason")
+            time.sleep(0.1)
 
 
 def shard_rows(count: int) -> slice:

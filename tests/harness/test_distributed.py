@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -315,11 +316,22 @@ def test_what_several_processes_cannot_do(jobs, folder, tmp_path, flags, message
         assert said.startswith(message)
 
 
-def turn(seconds: float) -> tuple[float, float]:
+def print_a_name() -> None:
+    """Print a file name that UTF-8 cannot encode, except in rank 0, which prints to the tests."""
+    if distributed.rank():
+        print("caf\udce9")
+
+
+def test_other_ranks_print_any_name_to_nowhere(jobs):
+    assert jobs[2](print_a_name) == [None, None]
+
+
+def turn(seconds: float) -> tuple[float, float, float]:
     with distributed.local_rank_zero_first():
         entered = time.monotonic()
         time.sleep(seconds)
-        return entered, time.monotonic()
+        done = time.monotonic()
+    return entered, done, time.monotonic()
 
 
 def test_one_process_of_a_machine_goes_first_at_every_start_of_a_job():
@@ -327,10 +339,13 @@ def test_one_process_of_a_machine_goes_first_at_every_start_of_a_job():
     store = open_store()
     for _ in range(2):
         job = Job(2, store)
-        (_, first), (second, _) = job(turn, 0.3)
+        try:
+            (_, first, left), (second, last, _) = job(turn, 0.3)
+            assert sorted(job(distributed.is_first_error)) == [False, True]
+        finally:
+            job.end()
         assert first <= second
-        assert sorted(job(distributed.is_first_error)) == [False, True]
-        job.end()
+        assert last <= left  # a machine that is ready waits for the others
 
 
 def test_a_process_that_is_faster_than_the_first_waits_for_the_new_start():
@@ -449,10 +464,13 @@ def ends(processes: list[Any], said: Path) -> tuple[list[int], list[str]]:
     return [process.exitcode for process in processes], last
 
 
-@pytest.mark.parametrize("size", ["2", "abc"])
-def test_a_part_of_torchruns_environment_is_refused_in_one_line(monkeypatch, capsys, size):
-    monkeypatch.setenv("WORLD_SIZE", size)
-    monkeypatch.delenv("RANK", raising=False)
+@pytest.mark.parametrize("size, missing", [("2", "RANK"), ("abc", "RANK"), ("2", "LOCAL_RANK")])
+def test_a_part_of_torchruns_environment_is_refused_in_one_line(monkeypatch, capsys, size, missing):
+    place = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {**place, "WORLD_SIZE": size}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
     with pytest.raises(SystemExit) as ended:
         errors.run_script(lambda: pytest.fail("started"))
     assert ended.value.code == 2
