@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import re
 import sys
 import zlib
@@ -30,7 +31,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The content is on disk before it replaces the old file, so that a crash leaves one of the two.
     """
-    temporary = path.with_name(f".{path.name}.unfinished")
+    # With the machine's name, because several may write one folder of a file system without locks.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.unfinished")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -83,7 +85,7 @@ def _lock(file: Any, folder: Path, wait: bool) -> bool:
         print(f"waiting for another run that writes into {folder}", file=sys.stderr)
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return False
         raise
     return True

@@ -1,6 +1,9 @@
 """Test file locking and error messages that the tests of the scripts do not cover."""
 
+import errno
+import fcntl
 import os
+import platform
 import signal
 import sys
 import time
@@ -29,6 +32,26 @@ def test_a_lock_keeps_others_out_and_clears_up(tmp_path: Path) -> None:
             unfinished.touch()
     with lock_folder(out):
         assert sorted(path.name for path in out.iterdir()) == [".lock", "last.pt", "mine.tmp"]
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_two_machines_write_one_file(
+    reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check a file system without locks, such as Lustre often is."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    path = tmp_path / "pixels"
+    with lock_folder(tmp_path), atomic_path(path) as first:
+        first.write_text("one")
+        monkeypatch.setattr(platform, "node", lambda: "another")
+        with lock_folder(tmp_path), atomic_path(path) as second:
+            second.write_text("two")
+        assert path.read_text() == "two"
+    assert path.read_text() == "one" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_whole_content_is_on_disk_before_a_file_is_replaced_or_a_cell_is_finished(
