@@ -230,13 +230,17 @@ def _check_combinations(values: dict[str, Any], given: set[str]) -> None:
     if (values["mean"] is None) != (values["std"] is None):
         raise UserError("--mean and --std belong together: give both, or neither")
     if values["sync_bn"] and not values["device"].startswith("cuda"):
-        raise UserError(f"--sync-bn works on CUDA, not on {values['device']}: leave it out")
+        raise UserError(
+            f"--sync-bn works on CUDA, not on {values['device']}: leave it out, or use a GPU"
+        )
     if values["amp"] == "fp16" and values["device"] == "cpu":
-        raise UserError("--amp fp16 takes many times longer on a CPU: choose bf16, or leave it out")
+        raise UserError(
+            "--amp fp16 takes many times longer on a CPU: choose bf16, leave it out, or use a GPU"
+        )
     if values["warmup_epochs"] >= values["epochs"]:
         raise UserError(
             f"--warmup-epochs is {values['warmup_epochs']:g}, and must be below --epochs"
-            f" ({values['epochs']}): lower it"
+            f" ({values['epochs']}): lower it, or raise --epochs"
         )
     if values["mix_at"] != [INPUT]:
         if values["method"] not in METHODS_THAT_MIX:

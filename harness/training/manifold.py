@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError
+from harness.errors import UserError, is_explained
 from harness.models import compute_logits
 from harness.training.methods import Method
 from mtlat import Draws, Pair, cross_entropy, frozen, target_labels, targeted_fgsm
@@ -117,7 +117,9 @@ def check_mix_at(names: list[str], model: nn.Module, x: Tensor, num_classes: int
             with frozen(model):
                 lam = torch.ones(len(x), device=x.device)
                 shape = compute_logits(partial(mixed_logits, model, name, x2=x, lam=lam), x).shape
-        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError):
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            if is_explained(error):
+                raise
             shape = None
         if shape != (len(x), num_classes):
             raise UserError(

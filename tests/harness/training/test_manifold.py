@@ -194,6 +194,20 @@ def test_a_submodule_that_changes_the_number_of_classes_is_refused() -> None:
         check_mix_at(["block"], Widened(), torch.rand(5, 2), N)
 
 
+class Large(nn.Linear):
+    """A layer for which the memory is full at six inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x)
+
+
+def test_full_memory_is_not_taken_for_a_wrong_submodule() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        check_mix_at(["0"], nn.Sequential(Large(2, N)), torch.rand(5, 2), N)
+
+
 # ---------------------------------------------------------------- train.py
 
 
