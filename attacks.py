@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtlat import Model, check_images, check_values, frozen, log_odds_against, logits_of
+from mtlat import Model, check_images, check_values, frozen, grad_of, log_odds_against, logits_of
 
 __all__ = ["CW2Result", "cw2", "cw2_result", "full_precision", "mi_fgsm", "pgd", "pgd_ll"]
 
@@ -162,7 +162,7 @@ def cw2_result(
                 "logits are float16, where CW2's gradients overflow; give model.float()"
             )
         margin = _margin(logits, y).to(x.dtype)
-        (slope,) = torch.autograd.grad(margin.sum(), w)
+        slope = grad_of(margin.sum(), w)
         w, margin = w.detach(), margin.detach()
         reached = margin > confidence
         image = torch.where(_spread(reached, x), (torch.tanh(w) + 1) / 2, x)
@@ -266,7 +266,7 @@ def _cw2_round(
         wrong_by = _margin(logits_of(output, y), y).to(w.dtype)
         if step < steps - 1:  # the result of another update would not be judged
             loss = (moved + const * (confidence - wrong_by).clamp_min(0)).sum()
-            (gradient,) = torch.autograd.grad(loss, w)
+            gradient = grad_of(loss, w)
         x_adv, moved, wrong_by = x_adv.detach(), moved.detach(), wrong_by.detach()
         closer = (success := wrong_by > confidence) & (moved < distance)
         image = torch.where(_spread(closer, x_adv), x_adv, image)
@@ -303,8 +303,7 @@ def input_gradient(model: Model, x: Tensor, labels: Tensor) -> Tensor:
     """
     x = x.detach().requires_grad_()
     logits = logits_of(model(x), labels)
-    (gradient,) = torch.autograd.grad(log_odds_against(logits, labels).sum(), x)
-    return gradient
+    return grad_of(log_odds_against(logits, labels).sum(), x)
 
 
 def _margin(logits: Tensor, y: Tensor) -> Tensor:

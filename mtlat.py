@@ -84,8 +84,8 @@ def draw(
 ) -> Draws:  # fmt: skip
     """Draw lam1, lam2 ~ Beta(alpha, alpha), epsilon ~ U[0, epsilon_max], and a uniform target.
 
-    The numbers are drawn where the generator lives (None: torch's global one on `device`), and
-    returned on `device`.
+    The numbers are drawn where the generator lives (None: torch's global one on `device`; else of
+    a CPU or a CUDA device), and returned on `device`.
     """
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha}; Beta(alpha, alpha) needs alpha > 0 (paper: 0.4)")
@@ -128,8 +128,7 @@ def targeted_fgsm(
     Args:
         model: see "Shapes", above. Its parameters, their gradients and BatchNorm's running
             statistics stay as they are.
-        x: images.
-        target: class indices (B,) or distributions (B, N).
+        x, target: see "Shapes".
         epsilon: size of the step, of pixels in [0, 1].
         away: step away from `target`; with the true label this is the untargeted FGSM.
         steps: above 1, the attack is iterative (the paper's future work): each step has the size
@@ -150,11 +149,7 @@ def targeted_fgsm(
     with frozen(model), torch.enable_grad():
         for _ in range(steps):
             x_adv = x_adv.detach().requires_grad_()
-            loss = attack_loss(model(x_adv), target)  # whose gradient has the sign of L's
-            if not loss.requires_grad:
-                fix = "freeze weights by requires_grad_, not no_grad or detach; no inference_mode"
-                raise TypeError(f"no gradient reaches the images; {fix}")
-            (gradient,) = torch.autograd.grad(loss, x_adv)
+            gradient = grad_of(attack_loss(model(x_adv), target), x_adv)  # with L's sign
             x_adv = (x_adv.detach() - step * gradient.sign()).clamp(x - epsilon, x + epsilon)
     # Reading 7: the result may leave [0, 1] by epsilon, as Eq. 5 is printed.
     return x_adv.clamp(0, 1) if clip else x_adv
@@ -185,10 +180,8 @@ def mtlat_loss(
     """Compute loss1 + loss2 of Algorithm 1 on one minibatch: the line for a training loop.
 
     Args:
-        model: see "Shapes", above.
-        x: images (B, ...) in [0, 1].
-        y: class indices (B,) int64, or distributions (B, num_classes).
-        num_classes: N.
+        model, x: see "Shapes", above.
+        y, num_classes: class indices (B,) int64, or distributions (B, N); and N.
         alpha, epsilon_max, per_batch, generator, steps, clip: see `draw` and `targeted_fgsm`.
 
     Returns:
@@ -248,6 +241,14 @@ def attack_loss(logits: Any, y: Tensor) -> Tensor:
     loss = torch.where(hard, log_odds, -(y * logits.log_softmax(1)).sum(1))
     log_weight = F.logsigmoid(log_odds.detach()).where(hard, 0)  # log(1 - p_y)
     return ((log_weight - log_weight.amax()).clamp_min(floor).exp() * loss).sum()
+
+
+def grad_of(loss: Tensor, x: Tensor) -> Tensor:
+    """Compute the gradient of a loss with respect to x. Raise if none reaches x."""
+    if not loss.requires_grad:
+        fix = "freeze weights by requires_grad_, not no_grad or detach; no inference_mode"
+        raise TypeError(f"no gradient reaches the images; {fix}")
+    return torch.autograd.grad(loss, x)[0]
 
 
 def logits_of(output: Any, y: Tensor) -> Tensor:

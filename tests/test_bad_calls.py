@@ -55,8 +55,13 @@ def pgd(x: Any = X, y: Any = Y, model: Any = NET, **options: Any) -> Any:
     return attacks.pgd(model, x, y, **options)
 
 
-def cw2(**options: Any) -> Any:
-    return attacks.cw2(NET, X, Y, **options)
+def cw2(model: Any = NET, **options: Any) -> Any:
+    return attacks.cw2(model, X, Y, **options)
+
+
+def no_gradient(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return NET(x)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -162,6 +167,8 @@ FUNCTION_CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (partial(datasets.load_dataset, "shapes", size=-1), UserError, "--size -1 is out of range"),
     (partial(datasets.load_dataset, "shapes", size=10**9), UserError, "out of range"),
     (partial(datasets.load_dataset, "shapes", num_classes=11), UserError, "has 10 classes"),
+    (partial(pgd, model=no_gradient), TypeError, "no gradient reaches the images; freeze"),
+    (partial(cw2, model=no_gradient), TypeError, "no gradient reaches the images; freeze weights"),
     (partial(failed_checks, {"clean": NAN}), ValueError, "accuracy of clean is nan"),
     (partial(failed_checks, {"a": 1.5}), ValueError, r"accuracy of a is 1\.5"),
     (partial(models.build_model, "", 3), UserError, "torchvision has no such classifier"),
