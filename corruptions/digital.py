@@ -1,8 +1,8 @@
 """ImageNet-C's digital corruptions: contrast, elastic_transform, pixelate, jpeg, saturate.
 
 The results of `elastic_transform` and `saturate` are equal to the original's up to rounding, with
-the exception that `elastic_transform` states. The others are exactly the original's.
-`corruptions.registry` has the conventions.
+the exception that `elastic_transform` states. The others are the original's. `corruptions.registry`
+has the conventions, and says what truncation may change.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 from torchvision.transforms.v2.functional import jpeg
 
-from corruptions.blur import interleave
+from corruptions.blur import interleave, wide_float
 from corruptions.jpeg import round_trip
 from corruptions.rng import Fields, Size, Stream
 
@@ -102,9 +102,10 @@ def elastic_transform(
     warped = _sample(images.float(), *_undo_affine(columns, rows, moves), align_corners=True)
     if alpha == 0:
         return warped.clamp_(0, 255)
-    smooth_rows = _smoothing(height, sigma).to(images.device)
-    smooth_columns = _smoothing(width, sigma).to(images.device).T
-    x, y = (alpha * (smooth_rows @ field @ smooth_columns) for field in (along_x, along_y))
+    # In float64, because torch.set_float32_matmul_precision may let float32 products be rounded.
+    wide = wide_float(images.device)
+    down, right = (_smoothing(side, sigma).to(images.device, wide) for side in (height, width))
+    x, y = ((alpha * (down @ f.to(wide) @ right.T)).float() for f in (along_x, along_y))
     return _sample(warped, x.add_(columns), y.add_(rows), align_corners=False).clamp_(0, 255)
 
 
@@ -144,9 +145,9 @@ def _sample(images: Tensor, x: Tensor, y: Tensor, *, align_corners: bool) -> Ten
 
 @lru_cache(maxsize=10)  # both sides of an image at the five severities
 def _smoothing(size: int, sigma: float) -> Tensor:
-    """Build the float32 (size, size) matrix of a Gaussian cut at 3 sigma with mirrored borders."""
+    """Build the float64 (size, size) matrix of a Gaussian cut at 3 sigma with mirrored borders."""
     matrix = gaussian_filter1d(np.eye(size), sigma, axis=0, mode="reflect", truncate=3)
-    return torch.from_numpy(matrix).float()
+    return torch.from_numpy(matrix)
 
 
 # Side of the small image, as a share of the full side.
@@ -158,7 +159,11 @@ PIXELATE = {
 
 
 def pixelate(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
-    """Shrink with a box filter and enlarge by repeating pixels, bit for bit like Pillow."""
+    """Shrink with a box filter and enlarge by repeating pixels.
+
+    Bit for bit like Pillow, for images up to twice as tall as wide. (Pillow 13 shrinks the axes of
+    taller ones in another order, which may change a value by a level.)
+    """
     share = PIXELATE[profile][severity - 1]
     (height, width), device = images.shape[2:], images.device
     h, w = int(height * share), int(width * share)
@@ -171,8 +176,8 @@ def pixelate(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
 
 def _nearest(size: int, full: int, device: torch.device) -> Tensor:
     """Return which of `size` pixels is repeated at each of `full` places, int64 (full,)."""
-    places = torch.arange(full, device=device)
-    return (2 * places + 1).mul_(size).div_(2 * full, rounding_mode="floor")
+    places = (np.arange(full) + 0.5) * (size / full)  # Pillow's rounding, where two are as near
+    return torch.from_numpy(places.astype(np.int64)).to(device)
 
 
 def _box(planes: Tensor, size: int) -> Tensor:

@@ -119,7 +119,7 @@ def _resize(picture: Tensor, scale: float) -> Tensor:
     Pixel centers are aligned, and there is no antialiasing. Weights have 11 bits. The vertical pass
     drops 4 bits of the horizontal sums and 16 bits of each product before it rounds.
     """
-    left, right = _weigh_neighbors(picture.long(), 2, scale)
+    left, right = _weigh_neighbors(picture.int(), 2, scale)
     above, below = _weigh_neighbors((left + right) >> 4, 1, scale)
     return (((above >> 16) + (below >> 16) + 2) >> 2).to(torch.uint8)
 
@@ -134,8 +134,8 @@ def _weigh_neighbors(values: Tensor, axis: int, scale: float) -> tuple[Tensor, T
     share = position - first
     if axis == 1:
         share = share[:, None]
-    near = (2048 * (1 - share)).round().long() * values.index_select(axis, first)
-    far = (2048 * share).round().long() * values.index_select(axis, first + 1)
+    near = (2048 * (1 - share)).round().int() * values.index_select(axis, first)
+    far = (2048 * share).round().int() * values.index_select(axis, first + 1)
     return near, far
 
 

@@ -222,7 +222,8 @@ def rotation(
             [(cosine * x - sine * y) * (2 / width), (sine * x + cosine * y) * (2 / height)], dim=-1
         )
         return F.grid_sample(images.float(), grid, "bilinear", "zeros", align_corners=False)
-    sine, cosine = (part.mul(2**16).round_().to(torch.int32) for part in (sine, cosine))
+    whole = torch.int32 if 2 * max(height, width) + min(height, width) < 2**15 else torch.int64
+    sine, cosine = (part.mul(2**16).round_().to(whole) for part in (sine, cosine))
     x, y = 2 * column + 1 - width, 2 * row + 1 - height  # twice the distance from the center
     source_column = (cosine * x - sine * y + (width << 16)).bitwise_right_shift_(17)
     source_row = (sine * x + cosine * y + (height << 16)).bitwise_right_shift_(17)
@@ -237,7 +238,7 @@ def _pixel_grid(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fetch(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Gather pixels at int32 coordinates that broadcast to (B, H, W), as float32, 0 outside."""
+    """Gather pixels at whole coordinates that broadcast to (B, H, W), as float32, 0 outside."""
     height, width = images.shape[2:]
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     flat = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)

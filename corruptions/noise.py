@@ -1,7 +1,7 @@
 """ImageNet-C's noise corruptions: gaussian_noise, shot_noise, impulse_noise, speckle_noise.
 
-Given the same fields, the results are exactly the original's. `corruptions.registry` has the
-conventions.
+Given the same fields, the results are the original's. `corruptions.registry` has the conventions,
+and says what truncation may change.
 """
 
 from functools import cache

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import mtlat
 import train
-from corruptions import ALL_CORRUPTIONS, blur, corrupt, geometric
+from corruptions import ALL_CORRUPTIONS, blur, corrupt, digital, geometric
 from harness.benchmark.attack_registry import ATTACKS
 from harness.images.datasets import Dataset
 from harness.images.loader import BatchLoader, ImageSet
@@ -137,7 +137,7 @@ def test_an_epoch_asks_for_no_value_but_the_losses_that_are_printed(monkeypatch,
 def test_corruptions_stay_on_their_device(monkeypatch, name, apple):
     monkeypatch.setattr(torch, "equal", lambda *_: True)  # glass blur asks whether it is done
     if apple:
-        for module in (blur, geometric):
+        for module in (blur, digital, geometric):
             monkeypatch.setattr(module, "wide_float", lambda device: torch.float32)
     for side in (224, 64, 32):
         images = torch.zeros(3, 3, side, side, dtype=torch.uint8, device=META)

@@ -71,7 +71,7 @@ def test_translation_moves_every_pixel(down: int, right: int) -> None:
 
 
 @pytest.mark.parametrize("angle", [8, -8, 17, 40, -33, 90, 180, 0])
-@pytest.mark.parametrize("size", [(224, 224), (30, 41)])
+@pytest.mark.parametrize("size", [(224, 224), (30, 41), (16, 40_000)])
 def test_nearest_rotation_is_pillow(angle: int, size: tuple[int, int]) -> None:
     image = picture(*size)
     raw = geometric.rotation(image, None, torch.tensor([angle]))[0].permute(1, 2, 0).numpy()

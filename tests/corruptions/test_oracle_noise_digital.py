@@ -226,3 +226,12 @@ def test_pixelate_of_oblong_image_is_pillow(severity: int) -> None:
     expected = pillow_pixelate(image, int(75 * share), int(50 * share))
     actual = apply(image, "pixelate", severity, {}, profile=64)
     np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("side, severity", [(134, 4), (201, 1), (201, 4), (268, 1), (402, 4)])
+def test_pixelate_repeats_the_pixel_that_pillow_does(side: int, severity: int) -> None:
+    """Check sides at which a repeated pixel lies in the middle between two, up to rounding."""
+    image, share = patterned_image(side, side), (0.6, 0.5, 0.4, 0.3, 0.25)[severity - 1]
+    expected = pillow_pixelate(image, int(side * share), int(side * share))
+    actual = apply(image, "pixelate", severity, {}, profile=224)
+    np.testing.assert_array_equal(actual, expected)
