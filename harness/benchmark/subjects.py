@@ -242,7 +242,7 @@ def inspect_subject(
         warnings.append(f"{label} returns probabilities, not logits: attacks on it are too weak")
     try:
         broken = int(broken_gradients(module, x, y).sum())
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         if attacked:
             raise UserError(
                 f"{label} does not give the gradient with respect to the images, which attacks need"
