@@ -1,6 +1,7 @@
 """Test that the benchmarks run, and that their counts agree with the work that is done."""
 
 import pytest
+import sweep_gratings
 import time_loading
 import time_step
 import torch
@@ -92,3 +93,9 @@ def test_step_prints_each_method_beside_the_plain_step(
 def test_loading_is_timed(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     time_loading.main(["--size", "32", *flags.split()])
     assert "images/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["mtlat", "fgsm"])  # of Table 1, and of Table 3 alone
+def test_the_sweep_trains_every_network_but_the_surrogate(method: str) -> None:
+    tasks = sweep_gratings.plan_trainings(["--methods", method, "--output-dir", "out"])
+    assert [task.folder.name for task in tasks] == ["cnn4-standard-seed0", f"cnn4-{method}-seed0"]
