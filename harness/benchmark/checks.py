@@ -67,7 +67,7 @@ def pgd_longer(
     return x_adv
 
 
-# Costs 84 forward and 82 backward passes per image, and 91 and 90 more where PGD does not fool the
+# Costs 84 forward and 82 backward passes per image, and 94 and 90 more where PGD does not fool the
 # model: for a few hundred images.
 CHECKS: Mapping[str, Attack] = MappingProxyType({
     "pgd_0": Attack(pgd, {"epsilon": 0.0, "steps": 1}),

@@ -104,7 +104,8 @@ def combine_seeds(differences: Sequence[Difference]) -> Difference:
     that the interval is too wide unless the seeds differ much. Simulation with three seeds, whose
     images' influences correlate by 0.2 (about as in `results/tiny50`): p-values below 0.002 came up
     0.2, 1.2, 2.7 and 5 times as often as they should where the variance between trainings was 0, 1,
-    2 and 4 times that of one seed's images.
+    2 and 4 times that of one seed's images. The limit of `compare_robustness` for few images does
+    not hold here: with five images in each of three seeds p can be half of a sign test's.
     """
     if len(differences) == 1:
         return differences[0]

@@ -120,14 +120,12 @@ def table_caption(results: Results, title: str) -> str:
     graded = any(len(PERTURBATIONS[name].severities) > 1 for name in names)
     mean = ", mean of five severities" if graded else ""
     meaning = f": R = accuracy / clean accuracy{mean}" if title != CLEAN else ""
-    compared = max(
-        (sum(s.difference is not None for s in own.values()) for own in scores), default=0
-    )
+    compared = {sum(s.difference is not None for s in own.values()) for own in scores} - {0}
     decided = ""
     if compared:
         decided = (
             "; in parentheses where the paired difference is not decided at 95 % (Holm's correction"
-            f" for {compared})"
+            f" for {'up to ' * (len(compared) > 1)}{max(compared)})"
         )
     return (
         f"{title}{meaning}; n = {images} test images{few}; + and - against"

@@ -241,6 +241,23 @@ def test_paired_outcomes_decide_signs() -> None:
     assert flat["beta", "fog", "1"]["decided"] == flat["alpha", "fog", "mean"]["decided"] == ""
 
 
+def test_the_correction_is_that_of_each_model() -> None:
+    lines = [line(model, "clean", 80) for model in "abc"]
+    lines += [line(model, "rotation", 40) for model in "ab"]
+    made = metrics.aggregate(paired(lines), dict(zip("abc", "abc", strict=True)), "a")
+    clean, rotation = (
+        tables.table_caption(made, t) for t in (tables.CLEAN, "The paper's corruptions")
+    )
+    assert "(Holm's correction for up to 2)" in clean and "up to 2)" in rotation
+
+
+def test_black_box_attacks_from_several_surrogates_are_noted() -> None:
+    clean = [line(A, "clean", 80), line(B, "clean", 80)]
+    for second, noted in (("s", False), ("t", True)):
+        attacked = [line(m, "mi_fgsm_0.04", 40, surrogate=s) for m, s in ((A, "s"), (B, second))]
+        assert ("different surrogates" in tables.to_text(make(paired(clean + attacked)))) == noted
+
+
 def test_a_difference_of_zero_is_neither_higher_nor_lower() -> None:
     zero, higher = (Difference(value, -1, 1, 0.5, np.zeros(2)) for value in (0.0, 0.1))
     said = tables.answer("beta", "alpha", {"fog": zero, "frost": zero, "snow": higher})
