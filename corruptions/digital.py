@@ -161,8 +161,8 @@ PIXELATE = {
 def pixelate(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
     """Shrink with a box filter and enlarge by repeating pixels.
 
-    Bit for bit like Pillow, for images up to twice as tall as wide. (Pillow 13 shrinks the axes of
-    taller ones in another order, which may change a value by a level.)
+    Bit for bit like Pillow, for images up to twice as tall as wide. (For taller ones, Pillow 13
+    gives some values that are a level higher or lower.)
     """
     share = PIXELATE[profile][severity - 1]
     (height, width), device = images.shape[2:], images.device
