@@ -84,8 +84,8 @@ def draw(
 ) -> Draws:  # fmt: skip
     """Draw lam1, lam2 ~ Beta(alpha, alpha), epsilon ~ U[0, epsilon_max], and a uniform target.
 
-    The numbers are drawn where the generator lives (None: torch's global one on `device`; else of
-    a CPU or a CUDA device), and returned on `device`.
+    The numbers are drawn on the generator's device, a CPU or a CUDA device, and returned on
+    `device`. None is torch's global generator of `device`.
     """
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha}; Beta(alpha, alpha) needs alpha > 0 (paper: 0.4)")
@@ -181,7 +181,7 @@ def mtlat_loss(
 
     Args:
         model, x: see "Shapes", above.
-        y, num_classes: class indices (B,) int64, or distributions (B, N); and N.
+        y: class indices (B,) int64, or distributions (B, N), with N = num_classes.
         alpha, epsilon_max, per_batch, generator, steps, clip: see `draw` and `targeted_fgsm`.
 
     Returns:

@@ -140,19 +140,18 @@ def local_rank_zero_first() -> Iterator[None]:
     All leave the block together, so that none waits in an exchange, which ends after `TIMEOUT`,
     while another machine decodes its images. For one use in a start of a job.
     """
-    ready = f"ready {os.environ.get('GROUP_RANK')}"
     if local_rank():
-        _wait_for([ready])
+        _wait_for([_job.rank - local_rank()])  # torchrun counts through one machine after the other
     yield
     if _job.world_size > 1:
         with _peer_errors():
-            _job.store.set(ready, "")
             _job.store.set(f"done {_job.rank}", "")
-        _wait_for([f"done {rank}" for rank in range(_job.world_size)])
+        _wait_for(range(_job.world_size))
 
 
-def _wait_for(keys: list[str]) -> None:
-    """Wait, however long it takes, until other processes have set the keys in the store."""
+def _wait_for(ranks: Iterable[int]) -> None:
+    """Wait, however long it takes, until these ranks have left the block."""
+    keys = [f"done {rank}" for rank in ranks]
     with _peer_errors():
         while not _job.store.check(keys):
             if _job.store.check(["errors"]):

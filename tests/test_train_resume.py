@@ -250,7 +250,8 @@ def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeyp
     assert process.returncode == -signal.SIGKILL
     go(*argv, out="killed")
     said = capsys.readouterr().out
-    assert "epoch 12/12" in said and "epoch  1/12" not in said  # it goes on
+    assert "clean accuracy" in said and "epoch  1/12" not in said  # it goes on
+    assert "epoch 12/12" in said
     straight, killed = comparable(tmp_path / "straight"), comparable(tmp_path / "killed")
     assert all(map(states_equal, straight, killed))
     assert len(straight[2]) == 12

@@ -16,12 +16,12 @@ def build_average(
     """Build the average of the weights that --ema asks for, or restore it and the weights."""
     if config.ema is None:
         return None
-    average_floats = get_ema_multi_avg_fn(config.ema)
+    average_numbers = get_ema_multi_avg_fn(config.ema)
 
     def update(averages: Sequence[Tensor], states: Sequence[Tensor], count: Tensor | int) -> None:
         """Average states of one dtype. Integers are copied: rounding would change an index."""
-        if averages[0].is_floating_point():
-            average_floats(averages, states, count)
+        if averages[0].is_floating_point() or averages[0].is_complex():
+            average_numbers(averages, states, count)
         else:
             for average, state in zip(averages, states, strict=True):
                 average.copy_(state)
