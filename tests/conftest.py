@@ -4,14 +4,12 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
-import train
-from harness import checkpoints
-from tests.support.bench import Bench, open_bench
 from tests.support.tiny import image_folder
 
 # The default profile is `dev`; HYPOTHESIS_PROFILE or --hypothesis-profile selects another one.
@@ -65,6 +63,8 @@ def go(folder: Path, tmp_path: Path):
 
     There are 27 training images, 3 test images and two steps per epoch.
     """
+    import train  # here and below, because under `-n` the first process runs no test
+    from harness.checkpoints import load_checkpoint
 
     def run(*flags: str, out: str = "out", method: str = "mtlat") -> dict:
         argv = [
@@ -73,7 +73,7 @@ def go(folder: Path, tmp_path: Path):
             "--method", method, "--output-dir", str(tmp_path / out), *flags,
         ]  # fmt: skip
         train.main(argv)
-        return checkpoints.load_checkpoint(tmp_path / out / "last.pt")
+        return load_checkpoint(tmp_path / out / "last.pt")
 
     return run
 
@@ -81,5 +81,7 @@ def go(folder: Path, tmp_path: Path):
 @pytest.fixture
 def bench(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Bench]:
+) -> Iterator[Any]:
+    from tests.support.bench import open_bench
+
     yield from open_bench(tmp_path, tmp_path_factory, monkeypatch)

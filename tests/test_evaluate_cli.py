@@ -1,6 +1,6 @@
 """Test the command line of evaluate.py: cells, images, models, options, and wrong usage."""
 
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -669,11 +669,14 @@ def test_wrong_usage_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> 
         bench.run()
 
 
-def test_the_script_prints_one_line_and_exits_with_2(bench: Bench) -> None:
-    script = [sys.executable, str(Path(evaluate.__file__)), "nowhere.pt"]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: nowhere.pt: No such file or directory\n"
+def test_the_script_prints_one_line_and_exits_with_2(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "nowhere.pt"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(evaluate.__file__, run_name="__main__")
+    assert ended.value.code == 2
+    assert capfd.readouterr() == ("", "error: nowhere.pt: No such file or directory\n")
 
 
 def test_images_too_small_for_corruptions_are_scored_clean(go: Any, tmp_path: Path) -> None:
