@@ -59,7 +59,7 @@ TRAIN_CASES = [
     ("--seed 4294967296", "out of range"), ("--data-seed x", "'x' is not of type int"),
     ("--print-freq 0", "from 1"), ("--method mlat", "invalid choice: 'mlat'"),
     ("--opt adagrad", "invalid choice"), ("--amp half", "invalid choice"),
-    ("--amp fp16", "--amp fp16 takes many times longer on a CPU: choose bf16, leave"),
+    ("--amp fp16", "--amp fp16 takes many times longer on a CPU: leave it out"),
     ("--warmup-epochs 2 --epochs 2", "--warmup-epochs is 2, and must be below --epochs"),
     ("--schedule cosine --milestones 1", "--milestones has no effect with --schedule cosine"),
     ("--schedule cosine --gamma 0.1", "--gamma has no effect with --schedule cosine: leave it out"),

@@ -36,8 +36,8 @@ class EvalConfig:
     # fmt: off
     models: list[str] = option(MISSING, "a checkpoint of train.py; a state dict of --arch in a .pt,"
         " .pth or .safetensors file; torchvision:ARCH or timm:NAME, with --weights; or your own"
-        " module:callable, which runs its code, as does a checkpoint that was trained so; each is a"
-        " row of the tables",
+        " module:callable, which runs its code, as does a checkpoint of such a model; each model"
+        " is a row of the tables",
         group="models", nargs="+", metavar="MODEL")
     surrogate: str | None = option(None, "the model that the black-box attacks use: a VGG trained"
         " on the same images; without one they are left out", metavar="MODEL")
@@ -59,11 +59,11 @@ class EvalConfig:
     data: str | None = option(None, "as in train.py, or a test set alone: val/CLASS/*.jpg,"
         " test/CLASS/*.jpg or CLASS/*.jpg (default: what the first checkpoint was trained on)",
         group="images", flags=("--data-dir",), metavar="SET")
-    size: int | None = option(None, "side of the square that images are resized to (default: the"
-        " first one that a model expects)", type=number(int, MIN_SIDE, MAX_SIDE))
+    size: int | None = option(None, "side of the square that images are resized to (default:"
+        " that of the first model that has one)", type=number(int, MIN_SIDE, MAX_SIDE))
     preprocess: str | None = option(None, "squash or center-crop, as in train.py (default: as the"
         " images of --imagenet-c; otherwise the models' own)", choices=tuple(CROPS))
-    cache_dir: str = option(str(default_cache_dir()), "where decoded folders are kept, and CIFAR",
+    cache_dir: str = option(str(default_cache_dir()), "where decoded images and CIFAR are kept",
         metavar="DIR")
     limit: int | None = option(None, "test on N images, where possible equally many of each class,"
         " drawn with --seed (default: all)", type=number(int, 1), metavar="N")
@@ -72,11 +72,11 @@ class EvalConfig:
         " Tiny-ImageNet-C, or as DIR/corruption.npy, like CIFAR-10-C, instead of computing them",
         type=Path, metavar="DIR")
 
-    only: list[str] = option(None, "measure these, by name or by group:"
-        f" {', '.join(GROUPS)}; clean, which is always measured (default: all but validation)",
+    only: list[str] = option(None, "measure only these names or groups:"
+        f" {', '.join(GROUPS)}; or clean, which is always measured (default: all but validation)",
         group="perturbations", nargs="+", metavar="NAME")
     skip: list[str] = option(None, "leave these out", nargs="+", metavar="NAME")
-    attack: list[str] = option(None, "add attacks of others, x_adv = callable(model, x, y), which"
+    attack: list[str] = option(None, "add your own attacks, x_adv = callable(model, x, y), which"
         " are always measured; this runs their code", nargs="+", metavar="NAME=module:callable")
     epsilon: list[float] = option(None, "add the paper's PGD, PGD LL and MI-FGSM with these sizes,"
         " beside the paper's own", type=number(float, 0, 1, above=True), nargs="+", metavar="E")
@@ -86,11 +86,12 @@ class EvalConfig:
         group="running", flags=("-b",), type=number(int, 1))
     seed: int = option(0, "seed of all draws", type=number(int, 0, 2**32 - 1))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    output_dir: str | None = option(None, "for the finished cells, from which an interrupted run"
-        " continues, tables and figures (default: runs/evaluate/MODELS-DIGEST: the models and a"
-        " digest of their weights, the images and the seed, so that another --only goes on there)",
+    output_dir: str | None = option(None, "folder of the finished cells, from which an interrupted"
+        " run continues, and of tables and figures (default: runs/evaluate/MODELS-DIGEST, the"
+        " models and a digest of their weights, the images and the seed; runs that differ only in"
+        " --only share it)",
         metavar="DIR")
-    dump_images: int = option(4, "draw N images under every perturbation of the tables that is"
+    dump_images: int = option(4, "plot N images under every perturbation of the tables that is"
         " computed here, with the first model's predictions", type=number(int, 0, 100), metavar="N")
     # fmt: on
 

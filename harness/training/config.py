@@ -77,7 +77,7 @@ class TrainConfig:
     download: bool = option(False, "download CIFAR if it is missing", may_change=True)
     skip_bad_images: bool = option(False, "leave out and count unreadable image files, instead of"
         " stopping")
-    cache_dir: str = option(str(default_cache_dir()), "where decoded folders are kept, and CIFAR",
+    cache_dir: str = option(str(default_cache_dir()), "where decoded images and CIFAR are kept",
         metavar="DIR", may_change=True)
 
     arch: str = option(None, "a torchvision classifier, timm:NAME, a small network of"
@@ -96,8 +96,8 @@ class TrainConfig:
     epochs: int = option(None, "passes over the training set; with --resume, more of them extend"
         f" a run, even a finished one {_recipe('epochs')}", group="optimization",
         type=number(int, 1), may_change=True)
-    batch_size: int = option(None, "images of a step, the sum over its losses and the processes: of"
-        " two losses each takes half, 128 + 128 of 256, see --whole-batches"
+    batch_size: int = option(None, "images of a step, over all losses and processes; two losses"
+        " take half each, 128 + 128 of 256, see --whole-batches"
         f" {_recipe('batch_size')}", flags=("-b",), type=number(int, 1))
     whole_batches: bool = option(False, "give each of two losses a whole batch, 256 + 256: the"
         " other reading of the paper")
@@ -111,10 +111,10 @@ class TrainConfig:
         f" the new schedule holds from its next epoch on {_recipe('milestones')}",
         type=number(float, 0), nargs="*", metavar="EPOCH", may_change=True)
     gamma: float = option(0.1, "see --milestones", type=number(float, 0, 1))
-    schedule: str = option("step", "of the learning rate; step: see --milestones; cosine: from --lr"
-        " to 0 along half a cosine", choices=("step", "cosine"))
-    warmup_epochs: float = option(0.0, "let the learning rate first rise from a hundredth of --lr"
-        " for this many epochs; a cosine begins after them", type=number(float, 0),
+    schedule: str = option("step", "schedule of the learning rate; step: see --milestones; cosine:"
+        " from --lr to 0 along half a cosine", choices=("step", "cosine"))
+    warmup_epochs: float = option(0.0, "raise the learning rate from a hundredth of --lr to --lr in"
+        " these epochs; a cosine begins after them", type=number(float, 0),
         metavar="EPOCHS")
     clip_grad: float | None = option(None, "scale the gradient of a step down to this norm if it is"
         " longer (default: not scaled)", type=number(float, 0, above=True), metavar="NORM")
@@ -126,7 +126,8 @@ class TrainConfig:
         type=number(int, 0, 2**32 - 1))
     deterministic: bool = option(False, "compute the same bits on a GPU every time, but slower")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...", may_change=True)
-    amp: str = option("no", "mixed precision", choices=("no", "bf16", "fp16"))
+    amp: str = option("no", "mixed precision; bf16 is many times slower than float32 on a CPU"
+        " without instructions for it", choices=("no", "bf16", "fp16"))
     compile: bool = option(False, "compile the model with torch.compile")
     channels_last: bool = option(False, "store images and weights in PyTorch's channels-last"
         " memory format")
@@ -138,7 +139,7 @@ class TrainConfig:
         metavar="PATH", may_change=True)
     output_dir: str = option(None, "for log and checkpoints (default: runs/ARCH-METHOD)",
         metavar="DIR", may_change=True)
-    print_freq: int = option(10, "how often the losses are read and shown", flags=("-p",),
+    print_freq: int = option(10, "steps between two reports of the losses", flags=("-p",),
         type=number(int, 1), metavar="STEPS", may_change=True)
     # fmt: on
 
@@ -234,9 +235,7 @@ def _check_combinations(values: dict[str, Any], given: set[str]) -> None:
             f"--sync-bn works on CUDA, not on {values['device']}: leave it out, or use a GPU"
         )
     if values["amp"] == "fp16" and values["device"] == "cpu":
-        raise UserError(
-            "--amp fp16 takes many times longer on a CPU: choose bf16, leave it out, or use a GPU"
-        )
+        raise UserError("--amp fp16 takes many times longer on a CPU: leave it out, or use a GPU")
     if values["warmup_epochs"] >= values["epochs"]:
         raise UserError(
             f"--warmup-epochs is {values['warmup_epochs']:g}, and must be below --epochs"
