@@ -59,9 +59,7 @@ def algorithm1(
     one minibatch at a time.
 
     Args:
-        model: see "Shapes", above.
         pair1, pair2, pair3, pair4: four couples of images and labels, (x, y) each.
-        draws: one lam1, lam2, epsilon and target for each image.
         steps, clip: see `targeted_fgsm`.
     """
     (x1, y1), (x2, y2), (x3, y3), (x4, y4) = pair1, pair2, pair3, pair4
@@ -85,7 +83,7 @@ def draw(
     """Draw lam1, lam2 ~ Beta(alpha, alpha), epsilon ~ U[0, epsilon_max], and a uniform target.
 
     The numbers are drawn on the generator's device, a CPU or a CUDA device, and returned on
-    `device`. None is torch's global generator of `device`.
+    `device`, by default there. Without a generator, torch's global one of `device` draws them.
     """
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha}; Beta(alpha, alpha) needs alpha > 0 (paper: 0.4)")
@@ -94,7 +92,7 @@ def draw(
     if batch_size < 1 or num_classes < 2:
         raise ValueError(f"{batch_size} images, {num_classes} classes: need at least 1 and 2")
     home = torch.device(device or "cpu") if generator is None else generator.device
-    home = torch.device("cpu") if home.type == "mps" else home  # which draws no gamma variates
+    home = torch.device("cpu") if home.type == "mps" else home  # MPS draws no gamma variates
     # Reading 3: Algorithm 1 shows one set of couples, so every image has lambdas and an epsilon of
     # its own. `per_batch` draws one of each for the whole minibatch.
     size = 1 if per_batch else batch_size
@@ -143,7 +141,7 @@ def targeted_fgsm(
         raise ValueError(f"steps is {steps}; the attack takes at least 1")
     epsilon = _per_image("epsilon", epsilon, x)
     step = epsilon * min(1.0, 2.5 / steps) * (-1 if away else 1)
-    x_adv = x = x.detach()  # Reading 5: x_mtlat is constant in loss2: sign has the gradient 0
+    x_adv = x = x.detach()  # Reading 5: x_mtlat is constant in loss2, as sign has gradient 0
     # Reading 6: the attack runs in the mode that the caller set. In training mode BatchNorm uses
     # the batch's statistics, without updating the running ones. Otherwise: set eval mode for it.
     with frozen(model), torch.enable_grad():
@@ -195,9 +193,9 @@ def mtlat_loss(
         y = F.one_hot(y, num_classes).to(torch.promote_types(x.dtype, torch.float32))
     # Reading 8: the four couples are the minibatch and three random permutations of it. Otherwise:
     # give `algorithm1` four independent minibatches. (An image may be mixed with itself.)
-    kind: Any = {"dtype": torch.float32, "device": (generator or x).device}
-    orders = torch.rand(3, len(x), generator=generator, **kind).argsort().to(x.device)
-    pair2, pair3, pair4 = ((x[order], y[order]) for order in orders)
+    home = (generator or x).device
+    keys = torch.rand(3, len(x), generator=generator, dtype=torch.float32, device=home)
+    pair2, pair3, pair4 = ((x[order], y[order]) for order in keys.argsort().to(x.device))
     loss1, loss2 = algorithm1(model, (x, y), pair2, pair3, pair4, draws, steps=steps, clip=clip)
     return loss1 + loss2
 
@@ -211,8 +209,7 @@ class Normalize(nn.Module):
         if not (len(mean) == len(std) > 0 and positive and all(0 <= m <= 1 for m in mean)):
             rule = "one of each per channel, of pixels in [0, 1], every std > 0"
             raise ValueError(f"mean {mean} and std {std}: {rule}; divide by 255 if given in levels")
-        self.mean = nn.Buffer(torch.tensor(mean).view(-1, 1, 1))
-        self.std = nn.Buffer(torch.tensor(std).view(-1, 1, 1))
+        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(-1, 1, 1)) for v in (mean, std))
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
@@ -220,23 +217,23 @@ class Normalize(nn.Module):
 
 # ---------------------------------------------------------------- numerics and input checks
 
-_checked: set[str] = set()
+_checked: set[str] = set()  # kinds of values that were right once, see `check_values`
 
 
 def attack_loss(logits: Any, y: Tensor) -> Tensor:
     """Compute a scalar whose gradient is that of the batch's summed L times a positive number.
 
     Cross-entropy's own gradient vanishes in float32 where p_y rounds to 1; that of the log-odds
-    against y does not. Weighted by 1 - p_y it is L's again, which matters where BatchNorm in
+    against y does not. Multiplied by 1 - p_y, it equals L's again. This matters where BatchNorm in
     training mode lets every image change all logits. The weights are divided by the largest, and
     clamped, so that a backward pass in the logits' dtype does not underflow. Soft labels keep L.
     """
     logits = logits_of(logits, y)
     limits = torch.finfo(logits.dtype)
-    floor = math.log(limits.tiny * limits.eps) / 2  # half of the exponents, the rest for gradients
+    floor = math.log(limits.tiny * limits.eps) / 2  # half of the exponents; gradients have the rest
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     y = (y if y.ndim == 2 else F.one_hot(y, logits.shape[1])).to(logits.dtype)
-    hard = y.amax(1) == 1  # one class alone
+    hard = y.amax(1) == 1  # a single class
     log_odds = log_odds_against(logits, y.argmax(1))
     loss = torch.where(hard, log_odds, -(y * logits.log_softmax(1)).sum(1))
     log_weight = F.logsigmoid(log_odds.detach()).where(hard, 0)  # log(1 - p_y)
@@ -245,10 +242,11 @@ def attack_loss(logits: Any, y: Tensor) -> Tensor:
 
 def grad_of(loss: Tensor, x: Tensor) -> Tensor:
     """Compute the gradient of a loss with respect to x. Raise if none reaches x."""
-    if not loss.requires_grad:
+    gradient = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
+    if gradient is None:
         fix = "freeze weights by requires_grad_, not no_grad or detach; no inference_mode"
         raise TypeError(f"no gradient reaches the images; {fix}")
-    return torch.autograd.grad(loss, x)[0]
+    return gradient
 
 
 def logits_of(output: Any, y: Tensor) -> Tensor:
@@ -275,7 +273,7 @@ def frozen(model: Model) -> Iterator[None]:
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     changes: list[Any] = [(m, "track_running_stats", False) for m in modules if m.training]
     # Compiled models compute the weights' gradients if these require any, and DDP awaits them.
-    changes += [(p, "requires_grad", False) for m in modules for p in m.parameters(False)]
+    changes += [(p, "requires_grad", False) for m in modules for p in m.parameters(recurse=False)]
     changes += [(m, "forward", m.module.__call__) for m in modules if isinstance(m, DDP)]
     # Lightning Fabric's hook raises in a backward pass that Fabric did not start, such as this.
     changes += [(m, "_register_backward_hook", lambda output: output) for m in modules]
@@ -284,7 +282,7 @@ def frozen(model: Model) -> Iterator[None]:
             after.enter_context(nn.modules.module.register_module_forward_pre_hook(_refuse_hidden))
         for owner, name, value in changes:
             if before := getattr(owner, name, False):
-                inherited = callable(before) and name not in vars(owner)
+                inherited = callable(before) and name not in vars(owner)  # a method of the class
                 undo = (delattr, owner, name) if inherited else (setattr, owner, name, before)
                 after.callback(*undo)
                 setattr(owner, name, value)
@@ -323,12 +321,12 @@ def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0, sums: bool = 
     for y in labels:
         if not isinstance(y, Tensor):
             raise TypeError(f"labels are {type(y).__name__}; give a tensor of class indices")
-        n = num_classes or labels[0].shape[-1]
-        if y.shape != (len(x), n) and not (num_classes and y.shape == (len(x),)):
-            rule = f"({len(x)},) or ({len(x)}, {n})" if num_classes else f"({len(x)}, N)"
+        b, n = x.shape[:1].numel(), num_classes or labels[0].shape[-1:].numel()  # 1 without axes
+        if y.shape != (b, n) and not (num_classes and y.shape == (b,)):
+            rule = f"({b},) or ({b}, {n})" if num_classes else f"({b}, N)"
             rule = f"images or logits {tuple(x.shape)} need {rule}; is N right? Indices become"
             raise ValueError(f"labels have shape {tuple(y.shape)}; {rule} F.one_hot(y, N).float()")
-        if y.dtype != torch.int64 if y.ndim == 1 else not y.is_floating_point():
+        if not (y.dtype == torch.int64 if y.ndim == 1 else y.is_floating_point()):
             raise TypeError(f"labels are {y.dtype}; give int64 indices (B,), or float (B, N)")
         if y.ndim == 1:
             check_values("class indices", y, 0, n - 1, "count the classes from 0")
@@ -339,11 +337,11 @@ def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0, sums: bool = 
 
 
 def check_values(name: str, values: Tensor, low: int, high: int, fix: str) -> None:
-    """Raise unless all values are in [low, high]; on a GPU once, as reading stalls it."""
+    """Raise unless all values are in [low, high]. On a GPU, look until they were right once."""
     if not values.numel():
         raise ValueError(f"{name}: none; rule: at least one image; fix: leave out empty batches")
     place = f"{name} {values.device.type}"
-    if values.device.type == "cpu" or place not in _checked:
+    if values.device.type == "cpu" or place not in _checked:  # reading a value stalls a GPU
         least, most = (v.item() for v in values.detach().aminmax())
         if not (low - 1e-3 <= least and most <= high + 1e-3):  # allows rounding, refuses NaN
             raise ValueError(f"{name}: {least:g} to {most:g}; rule: [{low}, {high}]; fix: {fix}")
