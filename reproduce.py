@@ -12,14 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 import train
 from harness.benchmark.registry import choose_perturbations
 from harness.benchmark.store import read_cells
 from harness.errors import UserError, deferred_signals, run_script
 from harness.images.datasets import Dataset
-from harness.models import build_model, count_correct
+from harness.models import build_model, check_name, count_correct
 from harness.reproduction.estimate import Meter, time_second_call
 from harness.reproduction.plan import (
     EvalTask,
@@ -49,7 +47,8 @@ def reproduce(config: ReproduceConfig) -> None:
     for evaluation in evaluations:
         refuse_other_limit(evaluation, config.limit, len(data.test.labels))
     for arch in [config.surrogate, *config.archs]:  # a wrong name ends it now, not after hours
-        with torch.device("cpu" if ":" in arch else "meta"):  # where weights cost nothing
+        check_name(arch)
+        if ":" in arch:  # may be the user's own code
             build_model(arch, len(data.classes))
     if config.dry_run:
         list_tasks(config, tasks, progress, data)

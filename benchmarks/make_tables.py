@@ -268,7 +268,10 @@ def make_tables(folder: Path, arch: str) -> None:
     kept = [cell for cell in cells if (cell["label"], cell["perturbation"]) not in own]
     measured = Measured([*kept, *own.values()])
     labels = measured.digests
-    seeds = [s for s in range(len(labels)) if {f"{method}-{s}" for method in PAIR} <= labels.keys()]
+    found = ({label.removeprefix(f"{m}-") for label in labels} for m in PAIR)
+    seeds = sorted(int(seed) for seed in set.intersection(*found) if seed.isdecimal())
+    if not seeds:
+        raise SystemExit(f"error: {folder}/cells.jsonl has no seed with both of {', '.join(PAIR)}")
     together = [f"{method}-{seed}" for method in PAIR for seed in seeds]
     alone = [label for label in labels if label not in together]
     blocks = [

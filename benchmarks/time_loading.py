@@ -121,7 +121,8 @@ def feed_larger(args: argparse.Namespace) -> None:
         print(
             *(f"{rate(feed.prefetch(batches[i * tenth : (i + 1) * tenth])):.0f}" for i in range(10))
         )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     print(f"peak resident memory: {peak:.2f} GiB, including mapped pages of the file")
 
 

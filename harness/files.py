@@ -45,7 +45,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_write(path: Path, content: bytes | memoryview | str) -> None:
     """Write a file as a whole, or leave the old one unchanged."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, str):  # a file's name may hold what UTF-8 cannot encode
+            content = content.encode(errors="backslashreplace")
+        temporary.write_bytes(content)
 
 
 @contextmanager

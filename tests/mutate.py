@@ -199,14 +199,18 @@ def run_tests(copy: Path, tests: list[str], limit: float) -> bool:
             code = pytest.main([*flags, *(f"tests/{test}" for test in tests)])
         os._exit(int(code))
     end = time.monotonic() + limit
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return status == 0
-        time.sleep(0.05)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return False
+    try:
+        while time.monotonic() < end:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                pid = 0
+                return status == 0
+            time.sleep(0.05)
+        return False
+    finally:
+        if pid:  # too slow, or interrupted
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def survivors(name: str, numbers: list[int], copy: Path) -> Iterator[tuple[int, str]]:
@@ -253,6 +257,8 @@ def main() -> None:
         for name in args.files:
             count = mutants(ROOT / name)
             numbers = args.only or list(range(count))
+            if numbers[-1:] and max(numbers) >= count:
+                parser.error(f"{name} has the mutants 0 to {count - 1}")
             if args.sample and not args.only and args.sample < count:
                 numbers = sorted(random.Random(f"{args.seed} {name}").sample(numbers, args.sample))
             alive = list(survivors(name, numbers, copy))

@@ -243,6 +243,8 @@ def test_attacks_of_other_libraries(run: Run, name: str, monkeypatch: pytest.Mon
     x, y = images(0, 6), made.model(images(0, 6)).argmax(1)
     x_adv = load_attack(name, f"others:{name}", 0).function(made.model, x, y)
     assert 0.03 < (x_adv - x).abs().max() < 0.0401
+    moved = (x_adv - x).abs().flatten(1).mean(1)
+    assert moved.max() > 0.03  # to the end of the ball, and not by a third of it
     assert (made.model.eval()(x_adv).argmax(1) == y).sum() < 6
 
 

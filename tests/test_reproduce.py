@@ -284,6 +284,7 @@ def test_runs_of_other_settings_or_images_are_refused_in_a_line(images: Path) ->
         (["--size", "8"], "8 is out of range: from 16 up"),
         (["--archs", "cnn6"], "--surrogate cnn6 is one of --archs"),
         (["--archs", "resnet19"], "--arch resnet19: torchvision has no such classifier"),
+        (["--surrogate", "regnet_y_400mf", "--archs", "resnet19"], "--arch resnet19: torchvision"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--device", "abacus"], "--device abacus"),
         (["--train-flags=--colour red"], "unrecognized arguments: --colour red"),
@@ -296,6 +297,25 @@ def test_wrong_usage_ends_in_a_line_before_anything_is_trained(
         reproduce.main(["--output-dir", str(images.parent / "out"), *options])
     assert "\n" not in str(caught.value)
     assert CALLS == [] and not (images.parent / "out").exists()
+
+
+def test_one_process_alone_reproduces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.distributed, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="start it without torchrun"):
+        planned()
+
+
+def test_a_script_on_another_drive_is_named_by_its_whole_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = planned()[0]
+    assert plan.command(task, Path.cwd() / "here").startswith("python here/train.py --data shapes")
+
+    def refuse(path: object) -> None:
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    monkeypatch.setattr("os.path.relpath", refuse)
+    assert plan.command(task, Path("/there")).startswith("python /there/train.py --data shapes")
 
 
 # ---------------------------------------------------------------------------- child processes

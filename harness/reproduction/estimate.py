@@ -77,7 +77,7 @@ class Meter:
         time_epoch: Callable[[TrainConfig, Dataset], tuple[float, float]],
     ) -> None:  # fmt: skip
         self.data, self.device, self.time_epoch = data, device, time_epoch
-        self.known: dict[Any, float] = {}  # of an epoch
+        self.known: dict[Any, float] = {}  # seconds of an epoch
         self._forward, self._gradient = cache(self._time_forward), cache(self._time_gradient)
         self._corrupt = cache(self._time_corruption)
 

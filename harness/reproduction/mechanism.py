@@ -38,12 +38,13 @@ class Cues(NamedTuple):
     follows_grating: float  # predictions of that other class
 
 
-def draw_cues(size: int, amplitude: float = AMPLITUDE) -> dict[str, Tensor]:
+def draw_cues(size: int, amplitude: float = AMPLITUDE, seed: int = 0) -> dict[str, Tensor]:
     """Draw the test images with both cues, with one of them, and with exchanged gratings.
 
     Args:
         size: side in pixels.
         amplitude: of the gratings.
+        seed: of the images, --data-seed.
 
     Returns:
         Images uint8 (N, 3, size, size) by "both", "shape", "grating" and "exchanged".
@@ -53,7 +54,7 @@ def draw_cues(size: int, amplitude: float = AMPLITUDE) -> dict[str, Tensor]:
         "exchanged": {"shift": SHIFT},
     }  # fmt: skip
     return {
-        name: draw_shapes(INDICES["test"], size, **{"amplitude": amplitude, **change})[0]
+        name: draw_shapes(INDICES["test"], size, seed, **{"amplitude": amplitude, **change})[0]
         for name, change in changes.items()
     }
 
@@ -87,10 +88,10 @@ def average(outcomes: Outcomes) -> Cues:
 
 
 def follow_all(
-    folders: Mapping[str, Path], size: int, amplitude: float = AMPLITUDE
+    folders: Mapping[str, Path], size: int, amplitude: float = AMPLITUDE, seed: int = 0
 ) -> dict[str, Outcomes]:
     """Call `follow_cues` for the checkpoints of these training folders, by name."""
-    images = draw_cues(size, amplitude)
+    images = draw_cues(size, amplitude, seed)
     return {
         name: follow_cues(restore_model(load_checkpoint(folder / "last.pt")), images)
         for name, folder in folders.items()

@@ -3,11 +3,13 @@
 import os
 import shlex
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from corruptions import MIN_SIDE
+from harness import distributed
 from harness.benchmark.store import read_cells
 from harness.cli import number, option, parse_options
 from harness.devices import resolve_device
@@ -63,8 +65,8 @@ class ReproduceConfig:
     """All options of reproduce.py, with the recipe filled in."""
 
     # fmt: off
-    scale: str = option("demo", "the recipe that all other options override; its value is given"
-        " below for each scale, - for train.py's own",
+    scale: str = option("demo", "the recipe; every other option replaces a part of it, given below"
+        " for each scale (-: train.py's default)",
         group="what is reproduced", choices=tuple(RECIPES))
     tables: list[int] = option(None, "the paper's tables: 1: standard, iat, mtlat; 2: mixup, tlat;"
         " 3: clean accuracy of fgsm, target-fgsm, ls, tlat; or all (default: all; demo: standard"
@@ -76,7 +78,7 @@ class ReproduceConfig:
     dry_run: bool = option(False, "list what would be run, with the time that it will take,"
         " estimated from a few steps")
 
-    data: str = option(None, f"as in train.py; required where - is the default {_default('data')}",
+    data: str = option(None, f"as in train.py; required where - stands {_default('data')}",
         group="the recipe", metavar="SET")
     classes: int | None = option(None, f"as in train.py {_default('classes')}",
         type=number(int, 2), metavar="K")
@@ -88,14 +90,14 @@ class ReproduceConfig:
         type=number(int, 1))
     lr: float | None = option(None, f"as in train.py, not for the surrogate {_default('lr')}",
         type=number(float, 0, above=True))
-    surrogate: str = option(None, "the network that the black-box attacks use"
-        f" {_default('surrogate')}", metavar="ARCH")
+    surrogate: str = option(None, "the network that the black-box attacks use; another one needs"
+        f" another --output-dir {_default('surrogate')}", metavar="ARCH")
     surrogate_epochs: int | None = option(None, "its epochs, if not --epochs", type=number(int, 1))
     surrogate_lr: float = option(None, f"its learning rate {_default('surrogate_lr')}",
         type=number(float, 0, above=True))
     limit: int = option(None, "test on N images, 0: on all, as in evaluate.py"
         f" {_default('limit')}", type=number(int, 0), metavar="N")
-    train_flags: str = option(None, "further options of train.py, as in"
+    train_flags: str = option(None, "further options of train.py that every method has, as in"
         f" --train-flags=\"--amp bf16\" {_default('train_flags')}", metavar="FLAGS")
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...", group="running")
@@ -110,6 +112,8 @@ def parse_reproduce_config(
 ) -> ReproduceConfig:
     """Parse the command line of reproduce.py, and fill in the recipe of its scale."""
     values, _ = parse_options(ReproduceConfig, argv, description)
+    if distributed.world_size() > 1:
+        raise UserError("reproduce.py runs as one process: start it without torchrun")
     scale, recipe = values["scale"], dict(RECIPES[values["scale"]])
     if others := set(values["methods"] or ()) - {BASELINE}:
         recipe["tables"] = [t for t in (1, 2, 3) if others & set(methods_of_table(t))]
@@ -190,13 +194,13 @@ def _folder(config: ReproduceConfig, arch: str, method: str, seed: int) -> Path:
 
 
 def _train_task(config: ReproduceConfig, arch: str, method: str, seed: int) -> TrainTask:
-    own = arch == config.surrogate
+    surrogate = arch == config.surrogate
     folder = _folder(config, arch, method, seed)
     settings = {
         "data": config.data, "classes": config.classes, "size": config.size, "arch": arch,
         "method": method, "seed": seed,
-        "epochs": (own and config.surrogate_epochs) or config.epochs,
-        "batch-size": config.batch_size, "lr": config.surrogate_lr if own else config.lr,
+        "epochs": (surrogate and config.surrogate_epochs) or config.epochs,
+        "batch-size": config.batch_size, "lr": config.surrogate_lr if surrogate else config.lr,
         "cache-dir": config.cache_dir, "device": config.device, "resume": "auto",
         "output-dir": folder,
     }  # fmt: skip
@@ -250,4 +254,7 @@ def _flags(settings: dict[str, Any]) -> list[str]:
 
 def command(task: TrainTask | EvalTask, root: Path) -> str:
     """Format the task as one would type it here; the scripts are in `root`."""
-    return f"python {shlex.join([os.path.relpath(root / task.script), *task.argv])}"
+    script = str(root / task.script)
+    with suppress(ValueError):  # on another drive of Windows
+        script = os.path.relpath(script)
+    return f"python {shlex.join([script, *task.argv])}"

@@ -47,7 +47,7 @@ from harness.training.config import TrainConfig
 from harness.training.methods import METHODS
 
 VERSIONS = ("hardware", "python", "torch", "torchvision", "revision")
-STEP_IMAGES = 32  # from which plot_step chooses two to mix
+STEP_IMAGES = 32  # of a minibatch, of which plot_step shows one mix
 
 
 class Trained(NamedTuple):
@@ -143,7 +143,8 @@ def write_report(
     outcomes = {}
     if config.data == "shapes" and len(data.classes) == len(embedded.NAMES):
         folders = {path.name: path for one in found for path in one.models.values()}
-        outcomes = follow_all(folders, config.size)
+        seed = next(iter(trained.values())).settings["data_seed"]
+        outcomes = follow_all(folders, config.size, seed=seed)
     facts = {
         "format": 2, "recipe": recipe, "images": data.fingerprint, "rows": to_plain(rows),
         "verdicts": count_verdicts(rows), "orders": orders_to_plain(found_orders),
@@ -175,9 +176,10 @@ def _describe(config: ReproduceConfig, found: Sequence[Evaluated], data: Dataset
             " illustrate how the method works, and prove nothing about photographs."
         )
     archs = ", ".join(dict.fromkeys(one.arch for one in found))
+    tested = min(config.limit or len(data.test.labels), len(data.test.labels))
     return (
         f"{archs} on {len(data.classes)} classes of {config.data}:"
-        f" {len(data.train.labels)} training and {len(data.test.labels)} test images of"
+        f" {len(data.train.labels)} training and {tested} test images of"
         f" {side}x{side}, {_count(config.epochs, 'epoch')}, {_count(config.seeds, 'seed')}."
         f"{illustration} The paper trains ResNet-50 and ResNeXt-50 for 90 epochs on 100 classes of"
         " ImageNet at 224x224. The further an experiment is from that, the less its numbers can be"

@@ -150,6 +150,9 @@ def test_decided_differences_agree_or_contradict(sense: int, verdict: str) -> No
         f"Robustness is higher under {higher} of 24 perturbations (decided under {higher}),"
         f" and lower under {lower} (decided under {lower})."
     )
+    both = comparison.answers([*rows, *(row._replace(arch="other") for row in rows)])
+    names = [text.partition(" against")[0] for text in both]
+    assert names == ["M-TLAT (resnet50)", "M-TLAT (other)"]
 
 
 def test_p_values_are_corrected_for_the_25_scores_of_a_row_and_not_for_its_means() -> None:

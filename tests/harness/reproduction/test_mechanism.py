@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import train
 from attacks import pgd
 from harness.checkpoints import load_checkpoint
-from harness.images import embedded
+from harness.images import datasets, embedded
 from harness.models import restore_model
 from harness.reproduction import mechanism
 from harness.reproduction.page import Figure, Table, Text
@@ -46,6 +46,12 @@ def test_a_detector_of_gratings_follows_gratings(monkeypatch: pytest.MonkeyPatch
     assert shifted.follows_shape > 0.99 and shifted.follows_grating < 0.01 and shifted.both < 0.01
     blind = measure_cues(Detector(), amplitude=0.0)
     assert max(blind) < 0.2
+
+
+def test_the_images_with_both_cues_are_the_test_images() -> None:
+    for seed in (0, 5):
+        test = datasets.load_dataset("shapes", size=32, seed=seed).test.images
+        assert torch.equal(mechanism.draw_cues(32, seed=seed)["both"], test)
 
 
 def test_cues_are_measured_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:

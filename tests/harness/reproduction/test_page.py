@@ -97,6 +97,7 @@ def test_the_page_needs_nothing_from_elsewhere(png: Path) -> None:
     assert all(str(address).startswith(("data:", "#")) for address in addresses)
     (style,) = read.text("style")
     assert "url(" not in style and "@import" not in style and style.count("{") == style.count("}")
+    assert "&" not in style and '"Segoe UI"' in style and "> summary" in style  # not escaped
     policy = [a["content"] for a in read.all("meta") if "http-equiv" in a]
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
