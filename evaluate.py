@@ -49,7 +49,7 @@ from harness.images.corrupted import require_severities
 from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.loader import BatchLoader
 from harness.images.preprocess import Crop, choose_crop, describe, kind
-from harness.models import compute_logits
+from harness.models import compute_logits, is_right
 
 SHEET_SEVERITY = 3  # of the corruptions in the contact sheet
 
@@ -152,13 +152,10 @@ def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
             f"{subject.label} may have seen test images: an earlier version of train.py wrote it,"
             " and the training images of --data are not in --cache-dir to compare"
         )
+    advice = "; if it saw none of the folder, put the class folders into test/ to test all images"
     return (
         f"{subject.label} was trained on another dataset or preprocessing: it may have seen test"
-        " images"
-        + (
-            "; if it saw none of the folder, put the class folders into test/ to test all images"
-            * data.held_out
-        )
+        f" images{advice * data.held_out}"
     )
 
 
@@ -268,7 +265,7 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     results = aggregate(cells, models, run.config.baseline, run.config.supplement)
     notes = [f"preprocessing: {run.facts['preprocess']}", *results.notes, *warnings]
     notes += chance_notes(results, run.data.classes)
-    results = results._replace(notes=notes)
+    results = results._replace(notes=[escape_unprintable(note) for note in notes])
     head = {"format": 1, "command": shlex.join(sys.argv), "classes": run.data.classes,
             "weights": models, **run.facts, **run.setup}  # fmt: skip
     content = {**head, **tables.to_plain(results)}
@@ -315,11 +312,13 @@ def contact_sheets(run: Evaluation) -> list[list[plots.Tile]]:
             continue
         severity = SHEET_SEVERITY if len(entry.severities) > 1 else None
         images, _ = perturb(run, name, severity, model, batch)
-        predictions = compute_logits(model.module, images).argmax(1)
+        logits = compute_logits(model.module, images)
+        right = is_right(logits, batch[2])
         title = f"{COLUMNS.get(name, name)} {severity or ''}".strip()
-        for sheet, image, k, y in zip(sheets, images, predictions, batch[2], strict=True):
+        shown = zip(sheets, images, logits.argmax(1), batch[2], right, strict=True)
+        for sheet, image, k, y, hit in shown:
             title = f"clean: {run.data.classes[y]}" if name == "clean" else title
-            sheet.append(plots.Tile(title, image.cpu(), run.data.classes[k], bool(k == y)))
+            sheet.append(plots.Tile(title, image.cpu(), run.data.classes[k], bool(hit)))
     return sheets
 
 

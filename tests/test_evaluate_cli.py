@@ -18,7 +18,7 @@ from PIL import Image
 import evaluate
 from attacks import mi_fgsm
 from corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS, corrupt
-from harness.benchmark import config, measure, plots, registry, subjects
+from harness.benchmark import config, measure, metrics, plots, registry, subjects
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import CHECKS
 from harness.benchmark.fusion import fuse_for_inference
@@ -452,6 +452,8 @@ def test_scores_are_made_in_full_precision(bench: Bench) -> None:
         ("Stuck", "ignores eval"), ("Noisy", "other logits for the same images the second time"),
         ("Broken", "not finite"), ("Two", r"returns \(16, 2\).*dataset's 3 classes"),
         ("Text", "fails on .*: the model returns str; give logits"),
+        ("Half", "returns float16 logits, too narrow for attacks"),
+        ("Writing", "changes its input in place: let it begin with"),
         ("Big", r"fails on images \(16, 3, 16, 16\)"),
     ],
 )  # fmt: skip
@@ -472,6 +474,27 @@ def test_models_that_attacks_may_fail_on_are_marked(
         assert "tinynets:Soft returns probabilities, not logits" in text
         assert "tinynets:Flat: the gradient is zero or NaN for 16 of 16 sampled images" in text
         assert "standard returns" not in text
+
+
+def test_full_memory_in_a_backward_pass_is_not_called_a_missing_gradient(bench: Bench) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.run("--only", "pgd_0.04", models="standard tinynets:Full")
+
+
+def test_a_model_with_another_name_than_before_is_noted_by_its_own(bench: Bench) -> None:
+    options = ["--data", str(bench.root / "images"), "--size", "16", "--only", "contrast"]
+    cells = [{**line, "label": "one"} for line in bench.run(*options, models="tinynets:Hollow")]
+    notes = metrics.aggregate(cells, {"two": cells[0]["model"]}, "two", {}).notes
+    assert any("logits of two are NaN under contrast" in note for note in notes)
+    assert not any("one" in note for note in notes)
+
+
+def test_notes_escape_names_that_cannot_be_printed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "chance_notes", lambda *_: ["the classes, caf\udce9"])
+    bench.run("--only", "clean", models="standard")
+    assert "caf\\udce9" in (bench.root / "out" / "results.md").read_text()
 
 
 def test_an_image_whose_logits_are_nan_is_wrong(bench: Bench) -> None:

@@ -146,8 +146,9 @@ class EvalConfig:
 
 
 def is_file(spec: str) -> bool:
-    """Return whether a model is named by a checkpoint's path."""
-    return os.path.exists(spec) or ":" not in spec
+    """Return whether a model's name is a path, even of a file that does not exist."""
+    suffixes = (".pt", ".pth", ".safetensors")
+    return os.path.exists(spec) or ":" not in spec or spec.endswith(suffixes)
 
 
 def parse_eval_config(argv: list[str] | None = None, description: str | None = None) -> EvalConfig:

@@ -39,7 +39,7 @@ class Score(NamedTuple):
     high: float
     n: int
     robustness: float  # R = accuracy / clean accuracy, NaN if that is 0
-    sign: str  # + - or nothing, against the baseline, of the two decimals that are printed
+    sign: str  # + - or nothing, against the baseline, of the numbers as printed
     by_severity: tuple[float, ...]  # accuracies
     r_low: float = math.nan  # 95 % interval of R
     r_high: float = math.nan
@@ -138,7 +138,8 @@ def aggregate(
             )
         )  # fmt: skip
     total = max((cell["total"] for cell in by_key.values()), default=0)
-    shown = [cell for cell in by_key.values() if cell["model"] in models.values()]
+    labels = {digest: name for name, digest in models.items()}  # a cell's may be an earlier run's
+    shown = [{**c, "label": labels[c["model"]]} for c in by_key.values() if c["model"] in labels]
     return Results(rows, baseline, total, _notes(rows, baseline, shown))
 
 

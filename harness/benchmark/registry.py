@@ -11,7 +11,7 @@ from harness.benchmark.checks import CHECKS, broken_gradients
 from harness.errors import UserError
 
 CHECK = "check_"  # prefix of the attack checks' names
-SUPPLEMENT = "cw2_0"  # CW2 at confidence 0: the smallest step; not a row of `supplementary`
+SUPPLEMENT = "cw2_0"  # CW2 at confidence 0, the smallest step; --attack and --epsilon add others
 SUPPLEMENT_ROUNDS = 4  # of its bisection, which finds a step of about the smallest length
 SAMPLE = 200  # images that the attack checks and the supplement take
 
@@ -93,7 +93,7 @@ def supplementary(attacks: list[str], epsilons: list[float], seed: int) -> dict[
         name, _, spec = text.partition("=")
         if not re.fullmatch(r"[\w.+-]+", name) or not re.fullmatch(r"[^:]+:[^:]+", spec):
             raise UserError(f"--attack {text}: write NAME=module:callable")
-        if name in PERTURBATIONS or name in GROUPS or name in rows:
+        if name in PERTURBATIONS or name in GROUPS or name in rows or name.startswith(CHECK):
             raise UserError(f"--attack {text}: the name {name} is taken; choose another")
         rows[name] = Perturbation("supplementary", attack=load_attack(name, spec, seed))
     return rows

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.benchmark.checks import broken_gradients
 from harness.benchmark.config import EvalConfig
 from harness.benchmark.fusion import fuse_for_inference
-from harness.errors import UserError, first_line
+from harness.errors import UserError, first_line, is_explained
 from harness.images.preprocess import CROPS, Crop
 from harness.models import (
     LIBRARIES,
@@ -227,12 +227,17 @@ def inspect_subject(
     label, module, _ = subject
     if any(layer.training for layer in module.modules()):
         raise UserError(f"{label} ignores eval(): its modules must adopt train(False)")
+    images = x.clone()
     first, second = (check_logits(label, module, x, num_classes) for _ in range(2))
+    if not torch.equal(x, images):
+        raise UserError(f"{label} changes its input in place: let it begin with x = x.clone()")
     if not torch.allclose(first, second, 1e-4, 1e-4):
         raise UserError(
             f"{label} returns other logits for the same images the second time: it must not draw"
             " random numbers in eval mode"
         )
+    if attacked and first.dtype == torch.float16:
+        raise UserError(f"{label} returns float16 logits, too narrow for attacks: use float32")
     warnings = []
     if isinstance(module, Restricted) and module.count != num_classes:
         warnings.append(
@@ -240,21 +245,27 @@ def inspect_subject(
         )
     if first.min() >= 0 and torch.allclose(first.sum(1), first.new_ones(len(x))):
         warnings.append(f"{label} returns probabilities, not logits: attacks on it are too weak")
-    try:
-        broken = int(broken_gradients(module, x, y).sum())
-    except (RuntimeError, TypeError) as error:
-        if attacked:
-            raise UserError(
-                f"{label} does not give the gradient with respect to the images, which attacks need"
-                f" ({first_line(error)}): let it, or add --skip white-box black-box"
-            ) from None
-        broken = 0
-    if broken:
+    if broken := _count_broken(subject, x, y, attacked):
         warnings.append(
             f"{label}: the gradient is zero or NaN for {broken} of {len(x)} sampled images, so"
             " attacks cannot change these, and the scores under attacks are too high"
         )
     return warnings
+
+
+def _count_broken(subject: Subject, x: Tensor, y: Tensor, attacked: bool) -> int:
+    """Count images with a broken gradient. Raise if attacks need one, and the model has none."""
+    try:
+        return int(broken_gradients(subject.module, x, y).sum())
+    except (RuntimeError, TypeError) as error:
+        if attacked and is_explained(error):  # such as full memory
+            raise
+        if attacked:
+            raise UserError(
+                f"{subject.label} does not give the gradient with respect to the images, which"
+                f" attacks need ({first_line(error)}): let it, or add --skip white-box black-box"
+            ) from None
+    return 0
 
 
 def fuse_subject(subject: Subject, x: Tensor) -> Subject:

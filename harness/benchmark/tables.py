@@ -271,16 +271,12 @@ def to_csv(results: Results) -> str:
                 out.writerow([row.model, name, severity, s.n, *numbers, *[""] * 8])
             numbers = _digits(s.accuracy, s.low, s.high, s.robustness, s.r_low, s.r_high)
             cells = [row.model, name, "mean" if several else "", s.n, *numbers, s.sign]
-            out.writerow([*cells, *_difference_cells(s.difference)])
+            compared: list[str] = [""] * 5
+            if d := s.difference:
+                decided = "yes" if d.decided else "no"
+                compared = [*_digits(d.value, d.low, d.high, d.adjusted), decided]
+            out.writerow([*cells, *compared])
     return sink.getvalue()
-
-
-def _difference_cells(difference: Difference | None) -> list[str]:
-    """Format a difference for the last columns of the CSV file."""
-    if difference is None:
-        return [""] * 5
-    numbers = difference.value, difference.low, difference.high, difference.adjusted
-    return [*_digits(*numbers), "yes" if difference.decided else "no"]
 
 
 def to_plain(value: Any) -> Any:

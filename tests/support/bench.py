@@ -54,6 +54,14 @@ class Hollow(Net):
     def forward(self, x):
         empty = (x.std((2, 3)).amax(1) < 0.1)[:, None]
         return torch.where(empty, float("nan"), super().forward(x))
+class Half(Net):
+    def forward(self, x): return super().forward(x).half()
+class Writing(Net):
+    def forward(self, x): return super().forward(x.mul_(8).round_().div_(8))
+class Full(Net):
+    def forward(self, x):
+        if torch.is_grad_enabled(): raise torch.OutOfMemoryError
+        return super().forward(x)
 class Exact(Net):
     def forward(self, x):
         if x.sum() < 0 or torch.backends.cudnn.allow_tf32:  # torch.fx cannot trace this

@@ -160,6 +160,7 @@ def test_what_comes_back_is_checked(name: str, message: str) -> None:
     ("--attack a=others", "a=others: write NAME=module:callable"),
     ("--attack pgd_0.04=others:same", "the name pgd_0.04 is taken; choose another"),
     ("--attack noise=others:same", "the name noise is taken"),
+    ("--attack check_a=others:same", "the name check_a is taken"),
     ("--attack a=others:same a=others:gray", "the name a is taken"),
     ("--attack pgd_0.1=others:same --epsilon 0.1", "the name pgd_0.1 is taken"),
     ("--attack a=others:none", "--attack a=others:none: .*none"),

@@ -1,6 +1,7 @@
 """Test what is changed in a model for inference."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torchvision
 from torch import nn
 from torch.testing import assert_close
 
+from attacks import attack_mode, input_gradient
 from harness.benchmark import fusion
 from harness.benchmark.fusion import fuse_for_inference
 
@@ -50,3 +52,50 @@ def test_a_change_of_the_logits_by_more_than_rounding_is_left_out(
     model, x = Flattening().eval(), torch.rand(2, 3, 8, 8)
     nn.init.ones_(model.linear.bias)  # at logits near 1 the relative tolerance counts, too
     assert_close(fuse_for_inference(model, x)(x), model(x))
+
+
+class Rounded(torch.autograd.Function):
+    """Round, and pass the gradient on, as quantized networks do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return (4 * x).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+class Special(nn.Module):
+    """A network with BatchNorm whose forward pass holds something that torch.fx loses."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.found = kind, {}
+        self.convs = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Linear(4, 5)
+        self.convs.register_forward_hook(lambda *given: self.found.update(y=given[2]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "rounded":
+            x = Rounded.apply(x)
+        if self.kind == "no_grad":
+            with torch.no_grad():
+                constant = x.amax((1, 2, 3), keepdim=True)
+            x = x / constant
+        y = self.convs(x)
+        return self.head((self.found["y"] if self.kind == "hook" else y).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["", "rounded", "no_grad", "hook"])
+def test_logits_and_gradients_stay_those_of_the_model(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x, other = Special(kind).eval(), torch.rand(4, 3, 8, 8), torch.rand(6, 3, 8, 8)
+    y = torch.zeros(6, dtype=torch.int64)
+    fused = fuse_for_inference(model, x)
+    assert fused is not model or kind == "hook"
+    assert_close(fused(other), model(other))
+    with attack_mode(fused, other, y) as (bare, images, labels):
+        made = input_gradient(bare, images, labels)
+    with attack_mode(model, other, y) as (bare, images, labels):
+        assert_close(made, input_gradient(bare, images, labels), rtol=1e-3, atol=1e-6)
