@@ -31,7 +31,7 @@ from tqdm import tqdm
 from harness import distributed
 from harness.checkpoints import check_savable, save_checkpoint
 from harness.devices import environment_info, require_same_on_all_ranks
-from harness.errors import UserError, run_script
+from harness.errors import UserError, first_line, run_script
 from harness.files import atomic_write, lock_folder
 from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.folders import require_folder
@@ -100,7 +100,8 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
     """Build the optimizer that the configuration names."""
     # After an overflow a fused step of SGD leaves its new momentum uninitialized.
     overflows = config.opt == "sgd" and config.amp == "fp16"
-    fused = not config.device.startswith("mps") and not overflows
+    real = all(p.is_floating_point() for p in model.parameters() if p.requires_grad)
+    fused = real and not config.device.startswith("mps") and not overflows
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.wd, "fused": fused}
     if config.opt == "sgd":
         return torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)
@@ -120,6 +121,7 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     if checkpoint is None:
         given = (config.mean, config.std) if config.mean and config.std else None
         model, normalize = create_model(config.arch, data.classes, config.weights, normalize=given)
+        check_savable(f"--arch {config.arch}", model)
     else:
         if checkpoint["fingerprint"] != data.fingerprint:
             raise UserError(
@@ -133,7 +135,10 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     device = torch.device(config.device)
     model.to(device)
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)
+        try:
+            model.to(memory_format=torch.channels_last)
+        except RuntimeError as error:  # of 3-D convolutions
+            raise UserError(f"--channels-last: {first_line(error)}; leave the flag out") from None
     if config.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     loaders = BatchLoader(data.train, device), BatchLoader(data.test, device)
@@ -142,7 +147,6 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
         rows = torch.arange(config.minibatch_size)[distributed.shard_rows(config.minibatch_size)]
         x, _ = loaders[0](rows)
         check_trainable(f"--arch {config.arch}", model, x, len(data.classes), config.method)
-        check_savable(f"--arch {config.arch}", model)
         check_mix_at(config.mix_at, model, x, len(data.classes))
     optimizer = build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -182,7 +186,7 @@ def train(config: TrainConfig, training: Training, seen_before: str) -> None:
         seconds = time.monotonic() - epoch_started
         batch = max(1, config.batch_size // distributed.world_size())  # as much memory as a step
         correct = count_correct(training.tested, training.test_loader.in_order(batch))
-        for x, _ in islice(training.test_loader.in_order(batch), 1):  # its last update may diverge
+        for x, _ in islice(training.test_loader.in_order(batch), 1):  # the last update may diverge
             if not compute_logits(training.tested, x).isfinite().all():
                 raise UserError(f"logits are not finite after epoch {epoch + 1}: {LOWER_RATE}")
         steps = len(data.train.labels) // config.minibatch_size

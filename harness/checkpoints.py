@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError, first_line
+from harness.errors import UserError, first_line, out_of_memory
 from harness.files import atomic_write
 
 # What DistributedDataParallel and torch.compile, in either order, put before every name.
@@ -32,8 +32,10 @@ def save_checkpoint(paths: list[Path], **content: Any) -> None:
 
 
 def check_savable(name: str, model: nn.Module) -> None:
-    """Raise `UserError` unless the model's state dict holds tensors alone, as checkpoints do."""
+    """Raise `UserError` unless the model's state dict holds tensors with shapes alone."""
     for key, value in model.state_dict().items():
+        if nn.parameter.is_lazy(value):
+            raise UserError(f"{name}: {key} has no shape yet; let it compute logits once")
         if not isinstance(value, Tensor):
             raise UserError(
                 f"{name}: {key} of its state dict is a {type(value).__name__}, and a checkpoint"
@@ -75,8 +77,8 @@ def load_weights(path: str | Path) -> dict[str, Any]:
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    values = content.values() if isinstance(content, dict) else []
-    if not values or not all(isinstance(value, Tensor) for value in values):
+    pairs = content.items() if isinstance(content, dict) else []
+    if not pairs or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs):
         raise UserError(
             f"{path} is neither a checkpoint of train.py nor a state dict: save model.state_dict()"
         )
@@ -115,6 +117,8 @@ def _read(path: str | Path, *, only_zip: bool = False) -> Any:
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly every kind on a damaged file
+        if out_of_memory(error):
+            raise
         reason = first_line(error).split(". ")[0]
         kind = "nor a state dict" if intact else "or is damaged"
         fix = "save model.state_dict()" if intact else "restore or remove it"

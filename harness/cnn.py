@@ -1,4 +1,4 @@
-"""Small convolutional networks, which learn the embedded set in a minute on one CPU core."""
+"""Small convolutional networks, which learn the embedded set in a minute on a CPU."""
 
 from torch import nn
 

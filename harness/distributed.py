@@ -138,7 +138,7 @@ def local_rank_zero_first() -> Iterator[None]:
     """Run the block in one process of each machine first: the others find what it stored.
 
     All leave the block together, so that none waits in an exchange, which ends after `TIMEOUT`,
-    while another machine decodes its images. For one use in a start of a job.
+    while another machine decodes its images. Use it once per start of a job.
     """
     if local_rank():
         _wait_for([_job.rank - local_rank()])  # torchrun counts through one machine after the other

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import io
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -37,6 +38,13 @@ def downloading(option: str, what: str, place: str | os.PathLike[str]) -> Iterat
     """Raise `UserError` where the network fails in the block, which downloads `what` to `place`."""
     try:
         yield
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, RuntimeError) and "invalid hash" not in str(error):
+            raise
+        raise UserError(
+            f"{option}: {what} came damaged, or its file in {place} is ({first_line(error)}):"
+            " remove the file, and start again"
+        ) from None
     except (URLError, ConnectionError, TimeoutError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
@@ -105,6 +113,13 @@ def run_script(
     sys.exit(code)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that the memory of the CPU or of the accelerator is full."""
+    said = str(error) if isinstance(error, RuntimeError) else ""  # torch's on a CPU and on MPS
+    in_words = "DefaultCPUAllocator" in said or "MPS backend out of memory" in said
+    return in_words or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 def is_explained(error: Exception) -> bool:
     """Return whether `run_script` explains this error in a line, such as full memory."""
     return bool(_describe(error, ""))
@@ -119,8 +134,7 @@ def _describe(error: Exception, how_to_resume: str) -> str:
         )
     if isinstance(error, UserError | distributed.LaunchError):
         return str(error)
-    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if out_of_memory(error):
         return "out of memory: lower --batch-size or --size; train.py can also take --amp bf16"
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from harness.checkpoints import adapt_state, load_weights
+from harness.checkpoints import adapt_state, check_savable, load_weights
 from harness.cnn import CONVOLUTIONS, build_cnn
 from harness.errors import UserError, downloading, first_line, is_explained
 from mtlat import Model, Normalize, frozen, logits_of
@@ -166,7 +166,7 @@ def find_weights(arch: str, name: str) -> Published:
     preset = entry.transforms()
     (resize,), (size,) = preset.resize_size, preset.crop_size
     normalize = list(preset.mean), list(preset.std)
-    if model in AUXILIARY:  # with their weights, torchvision's networks turn the preset's into this
+    if model in AUXILIARY:  # torchvision's, with weights, renormalize their input to this
         normalize = [0.5] * 3, [0.5] * 3
     return Published(
         partial(_download, model, entry, name), entry.meta["categories"], normalize, size,
@@ -235,11 +235,12 @@ def create_model(
         normalize = _timm_config(arch)["mean"], _timm_config(arch)["std"]
     network = build_model(arch, len(names))
     if weights is not None:
+        check_savable(f"--arch {arch}", network)
         own = network.state_dict()
         state = adapt_state(content["model"], own)
         misfits, head = _differing(state, own), set()
         if new_head and (misfits or content.get("classes", names) != names):
-            head = _differing(build_model(arch, len(names) + 1).state_dict(), own)
+            head = _differing(build_model(arch, len(names) + 1).state_dict(), own) & own.keys()
         for key in sorted(misfits - head):
             here, there = (tuple(d[key].shape) if key in d else "missing" for d in (state, own))
             raise UserError(
@@ -331,7 +332,7 @@ def check_logits(name: str, model: nn.Module, x: Tensor, num_classes: int) -> Te
     try:
         with frozen(model):
             logits = compute_logits(model, x)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         if is_explained(error):
             raise
         raise UserError(f"{name} fails on images {tuple(x.shape)}: {first_line(error)}") from None

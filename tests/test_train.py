@@ -537,6 +537,21 @@ def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
         models.create_model("squeezenet1_1", list("abc"), "DEFAULT")
 
 
+def test_weights_whose_file_is_damaged(monkeypatch):
+    def cut(*_, **__):
+        raise RuntimeError('invalid hash value (expected "f37072fd", got "e3b0c442")')
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", cut)
+    message = r"--weights DEFAULT: https://.*squeezenet.* came damaged, or its file in .*: remove"
+    with pytest.raises(UserError, match=message):
+        models.create_model("squeezenet1_1", list("abc"), "DEFAULT")
+
+
+def test_a_network_with_a_complex_weight_is_trained(go):
+    found = go("--arch", "tiny:waves", "--epochs", "1")
+    assert found["model"]["turn"].is_complex() and not found["model"]["turn"].eq(1).any()
+
+
 @pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.terms > 1])
 def test_the_attack_takes_the_steps_that_are_asked_for(method):
     linear, entry, calls = nn.Linear(6, 4), METHODS[method], []

@@ -51,7 +51,7 @@ class Files(NamedTuple):
     def pixels_path(self) -> Path:
         """Name the cache file by a hash of everything that decides the pixels."""
         facts = [VERSION, str(self.root.resolve()), self.size, self.skip_bad_images]
-        facts += [self.resize] if self.resize else []  # squashed ones are named as before
+        facts += [self.resize] if self.resize else []  # squashed ones keep their old names
         facts += [(*file, *_stamp(self.root / file.path)) for file in self.files]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         return self.cache_dir / f"{name}.u8"

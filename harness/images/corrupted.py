@@ -116,11 +116,11 @@ def _map_array(place: Path, data: Dataset) -> tuple[Any, list[int]]:
     if not set(sources) <= set(ARRAYS):
         raise UserError(f"--imagenet-c: {place} is scored with --data {' or '.join(ARRAYS)}")
     images, labels = (_load_array(path) for path in (place, place.with_name(LABELS)))
-    count = len(labels) // len(SEVERITIES)
-    if images.dtype != np.uint8 or images.shape != (len(labels), 32, 32, 3):
+    count = labels.size // len(SEVERITIES)
+    if images.dtype != np.uint8 or images.shape != (labels.size, 32, 32, 3):
         raise UserError(
-            f"--imagenet-c: {place} is {images.dtype} {images.shape}; with the {len(labels)} labels"
-            f" of {LABELS} it must be uint8 {(len(labels), 32, 32, 3)}"
+            f"--imagenet-c: {place} is {images.dtype} {images.shape}; with the {labels.size} labels"
+            f" of {LABELS} it must be uint8 {(labels.size, 32, 32, 3)}"
         )
     rows = [int(number) for number in numbers]
     if not _same_labels(labels, count, rows, data.test.labels.tolist()):

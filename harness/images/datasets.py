@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms import v2
 
-from harness.errors import UserError, downloading
+from harness.errors import UserError, downloading, first_line
 from harness.images import embedded
 from harness.images.cache import Files, cached_checksum, decode_cached, default_cache_dir
 from harness.images.folders import File, Listing, choose_classes, list_folder
@@ -120,10 +120,10 @@ def _load_cifar(
         try:
             with downloading("--download", source, root):
                 raw = kind(root, train=part == "train", download=download)
-        except RuntimeError:
+        except RuntimeError as error:
             raise UserError(
-                f"{source} is not in {root}: name its folder with --cache-dir, or download it by"
-                f" train.py --data {source} --download"
+                f"{source} is not in {root} ({first_line(error)}): name its folder with"
+                f" --cache-dir, or download it by train.py --data {source} --download"
             ) from None
         images = torch.from_numpy(np.ascontiguousarray(raw.data.transpose(0, 3, 1, 2)))
         images = v2.functional.resize(images, [size, size])

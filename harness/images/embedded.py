@@ -120,7 +120,7 @@ def draw_shapes(
     Args:
         indices: of the images; index modulo 10 is the class.
         size: side in pixels.
-        seed: any integer from 0 on.
+        seed: from 0 to 2**32 - 1.
         shapes: False leaves the shapes away.
         amplitude: of the gratings, 0 for none.
         shift: class k gets the grating of class k + shift, modulo 10.

@@ -28,11 +28,11 @@ def build_average(
 
     try:
         average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-    except RuntimeError as error:  # of copy.deepcopy, such as with torch's old weight_norm
+    except (RuntimeError, TypeError) as error:  # of copy.deepcopy, as with torch's old weight_norm
         raise UserError(
             f"--ema: --arch {config.arch} cannot be copied ({first_line(error)})"
         ) from None
     if checkpoint is not None:  # its "model" is the average, its "trained" the weights
         model.load_state_dict(checkpoint["trained"])
-        average.n_averaged.fill_(len(checkpoint["log"]))  # above 0, so that the next step averages
+        average.n_averaged.fill_(len(checkpoint["log"]))  # at 0 the next step copies
     return average

@@ -28,7 +28,7 @@ PAPER_RECIPE = {"arch": "resnet50", "epochs": 90, "batch_size": 256, "lr": 0.002
 SHAPES_RECIPE = {"arch": "cnn4", "epochs": 8, "batch_size": 32, "lr": 0.002,
                  "milestones": (5.33, 7.12)}  # fmt: skip
 
-# Settings of checkpoints that lack them.
+# Settings of older checkpoints, which lack them.
 EARLIER = {"preprocess": "squash", "mean": None, "std": None, "mix_at": [INPUT], "augment": "no",
            "schedule": "step", "warmup_epochs": 0.0, "ema": None, "clip_grad": None}  # fmt: skip
 # What a resumed run may change, and keeps unless it is given.
@@ -47,7 +47,7 @@ class TrainConfig:
     method: str = option("mtlat",
         "; ".join(f"{name}: {m.description}" for name, m in METHODS.items()),
         group="method", choices=tuple(METHODS))
-    alpha: float = option(ALPHA, "lambda ~ Beta(alpha, alpha)", type=number(float, 0, above=True))
+    alpha: float = option(ALPHA, "lambda ~ Beta(alpha, alpha)", type=number(float, 1e-30, 1e30))
     epsilon_max: float = option(EPSILON_MAX, "epsilon ~ U[0, epsilon_max], in pixels of [0, 1]",
         flags=("--eps-max",), type=number(float, 0, 1))
     attack_steps: int = option(1, "iterations of the attack; the paper takes one",

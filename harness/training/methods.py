@@ -64,9 +64,8 @@ def iat(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[T
     """Yield the losses of Interpolated Adversarial Training (Lamb et al., 2019).
 
     arXiv:1906.06784. The attack is this paper's FGSM. Each attacked image is mixed with its
-    neighbor: 0 with 1, 2 with 3, and so on. Minibatches are drawn in random order, and several
-    processes share one in such pairs. The last one of an odd minibatch is mixed with the one before
-    it.
+    neighbor: 0 with 1, 2 with 3, and so on. The order of a minibatch is random, and processes never
+    divide a pair. The last one of an odd minibatch is mixed with the one before it.
     """
     x_mix, y_mix = mixup(*pairs[0], *pairs[1], draws.lam1)
     yield cross_entropy(model(x_mix), y_mix) / 2
@@ -143,6 +142,7 @@ def check_trainable(name: str, model: nn.Module, x: Tensor, num_classes: int, me
     check_logits(name, model, x, num_classes)
     set_mode(name, model, training=False)  # in which BatchNorm's running statistics stay
     few = x[:2]
+    check_logits(f"{name} in eval mode", model, few, num_classes)
     labels = torch.zeros(len(few), dtype=torch.int64, device=x.device)
     if not logits_of(model(few), labels).requires_grad:
         raise UserError(

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from harness.benchmark.store import append_cells
-from harness.errors import UserError, run_script
+from harness.checkpoints import load_weights
+from harness.errors import UserError, out_of_memory, run_script
 from harness.files import atomic_path, atomic_write, lock_folder
 
 
@@ -136,3 +137,31 @@ def test_what_pytorch_cannot_repeat_is_said_in_a_line(capsys: pytest.CaptureFixt
     )
     with pytest.raises(RuntimeError, match="size"):  # any other RuntimeError is raised unchanged
         run_script(lambda: torch.zeros(4) + torch.zeros(5))
+
+
+def test_text_that_utf_8_cannot_encode_is_escaped(tmp_path: Path) -> None:
+    """Check the name of a folder of Latin-1, which Python reads as surrogates."""
+    atomic_write(tmp_path / "tables.md", "caf\udce9, é\n")
+    assert (tmp_path / "tables.md").read_bytes() == "caf\\udce9, é\n".encode()
+
+
+@pytest.mark.parametrize("words", [
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you",
+    "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried",
+    "MPS backend out of memory (MPS allocated: 4.35 GB, other allocations: 1.00 MB)",
+])  # fmt: skip
+def test_the_words_of_every_platform_for_full_memory_are_known(words: str) -> None:
+    assert out_of_memory(RuntimeError(words)) and not out_of_memory(ValueError(words))
+    assert not out_of_memory(RuntimeError("size mismatch"))
+
+
+def test_a_checkpoint_that_does_not_fit_into_memory_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt")
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError):
+        load_weights(tmp_path / "weights.pt")

@@ -27,6 +27,18 @@ def counting(num_classes: int) -> nn.Module:
     return model
 
 
+class waves(nn.Module):
+    """A network with a complex weight."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.ones(3, 1, 1, dtype=torch.complex64))
+        self.network = convnet(num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network((x * self.turn).abs())
+
+
 class Wrapped(nn.Module):
     """Return what `wrap` makes of the network's logits."""
 

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -19,31 +20,13 @@ from harness.checkpoints import load_checkpoint
 from tests.support.tiny import Wrapped, convnet, image_folder, linear
 
 SIDE = 16
-TRAIN = [
-    "--arch",
-    "tiny:convnet",
-    "--data",
-    "set",
-    "--size",
-    str(SIDE),
-    "--epochs",
-    "1",
-]
-TRAIN += ["--batch-size", "26", "--cache-dir", "cache", "--device", "cpu", "--output-dir", "new"]
-EVALUATE = ["run/last.pt", "--cache-dir", "cache", "--device", "cpu", "--output-dir", "new"]
-REPRODUCE = [
-    "--data",
-    "set",
-    "--size",
-    str(SIDE),
-    "--archs",
-    "tiny:convnet",
-    "--epochs",
-    "1",
-]
-REPRODUCE += ["--surrogate", "tiny:linear", "--cache-dir", "cache", "--device", "cpu"]
-REPRODUCE += ["--batch-size", "26", "--output-dir", "new", "--dry-run"]
-EVALUATE += ["--dump-images", "0", "--only", "fog"]
+TRAIN = f"--arch tiny:convnet --data set --size {SIDE} --epochs 1 --batch-size 26".split()
+TRAIN += "--cache-dir cache --device cpu --output-dir new".split()
+EVALUATE = "run/last.pt --cache-dir cache --device cpu --output-dir new".split()
+EVALUATE += "--dump-images 0 --only fog".split()
+REPRODUCE = f"--data set --size {SIDE} --archs tiny:convnet --epochs 1".split()
+REPRODUCE += "--surrogate tiny:linear --cache-dir cache --device cpu --batch-size 26".split()
+REPRODUCE += "--output-dir new --dry-run".split()
 
 
 def png(width: int = SIDE, height: int = SIDE, **options: Any) -> bytes:
@@ -102,6 +85,44 @@ def still(num_classes: int) -> nn.Module:
 def probe(num_classes: int) -> nn.Module:
     """Return a network that has a gradient for its weights, and none for the images."""
     return nn.Sequential(Wrapped(nn.Identity(), Tensor.detach), linear(num_classes))
+
+
+class Axes(Picky):
+    """A network that takes the mean over an axis that images do not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(4)
+
+
+class TwoFaced(nn.Module):
+    """A network that returns a dictionary in eval mode."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.network = linear(num_classes)
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.network(x)
+        return logits if self.training else {"logits": logits}
+
+
+class Locked(TwoFaced):
+    """A network that cannot be copied."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.network(x)
+
+
+class Volume(Locked):
+    """A network with a 3-D convolution."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.unused = nn.Conv3d(1, 1, 1)
 
 
 class Extra(nn.Linear):
@@ -178,6 +199,7 @@ def checkpoints(whole: Path) -> dict[str, bytes]:
         **{f"no-{key}": saved({k: v for k, v in good.items() if k != key})
            for key in ("model", "arch", "classes", "log")},
         "int-classes": saved({**good, "classes": 3}),
+        "numbered": saved({0: torch.ones(2)}),
         "script": bytes(scripted(3).save_to_buffer()),
     }  # fmt: skip
     return files
