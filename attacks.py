@@ -17,7 +17,7 @@ passes to the input. Bad input raises ValueError or TypeError with the value, th
 What the paper leaves open, the reading taken here, and the option for another one:
  1. PGD's step is 2.5 epsilon / steps, here 0.01 (Madry et al.). Otherwise: `step_size`.
  2. PGD starts at a random point of its ball, as its reference does. Otherwise: `random_start`.
- 3. PGD LL approaches the class that is least likely for the clean image, even the true one. Its
+ 3. PGD LL approaches the class that is least likely for the clean image, even if it is true. Its
     last iterate counts, even if an earlier one fooled the model. Otherwise: `target`.
  4. MI-FGSM's step is epsilon / steps, from the image, away from the true label (Dong et al.).
  5. CW2 returns an image unchanged if it cannot make it wrong by more than the confidence. So does
@@ -152,22 +152,21 @@ def cw2_result(
     check_number("steps", steps, 2, "the first iterate is the image (paper: 40)", whole=True)
     check_number("step_size", step_size, 0, "it is Adam's learning rate (original: 0.01)")
     check_number("rounds", rounds, 1, "1 tells what the largest const reaches", whole=True)
-    check_number("const_range[0]", const_range[0], 1e-12, "it is a weight (original: 0.001)")
-    check_number("const_range[1]", const_range[1], const_range[0], "give (smallest, largest)")
+    least, most = const_range
+    check_number("const_range[0]", least, 1e-12, "it is a weight (original: 0.001)")
+    check_number("const_range[1]", most, least, "give (smallest, largest)", 1e15)
     with attack_mode(model, x, y) as (model, x, y):
         w = torch.atanh((2 * x - 1) * 0.999999).requires_grad_()  # finite at black and white
         logits = logits_of(model((torch.tanh(w) + 1) / 2), y)
         if logits.dtype == torch.float16:
-            raise TypeError(
-                "logits are float16, where CW2's gradients overflow; give model.float()"
-            )
+            raise TypeError("logits are float16, where CW2's gradient overflows; use model.float()")
         margin = _margin(logits, y).to(x.dtype)
         slope = grad_of(margin.sum(), w)
         w, margin = w.detach(), margin.detach()
         reached = margin > confidence
         image = torch.where(_spread(reached, x), (torch.tanh(w) + 1) / 2, x)
         distance = torch.zeros_like(margin).masked_fill(~reached, math.inf)
-        low, high = (torch.full_like(margin, const) for const in const_range)
+        low, high = (torch.full_like(margin, const) for const in (least, most))
         const, left = high.clone(), (~reached).nonzero().squeeze(1)
         for _ in range(rounds):
             if not len(left):
@@ -292,7 +291,7 @@ def draw_starts(
     if made != wanted:
         raise ValueError(f"start is {made}; {restarts} runs need a tensor of shape {wanted}")
     check_values("start", start, -1, 1, "give it in units of epsilon")
-    return start.to(x).reshape(shape)
+    return start.detach().to(x).reshape(shape)
 
 
 def input_gradient(model: Model, x: Tensor, labels: Tensor) -> Tensor:

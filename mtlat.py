@@ -85,8 +85,8 @@ def draw(
     The numbers are drawn on the generator's device, a CPU or a CUDA device, and returned on
     `device`, by default there. Without a generator, torch's global one of `device` draws them.
     """
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha is {alpha}; Beta(alpha, alpha) needs alpha > 0 (paper: 0.4)")
+    if not 1e-30 <= alpha <= 1e30:  # float32 holds these
+        raise ValueError(f"alpha is {alpha}; it must lie in [1e-30, 1e30] (paper: 0.4)")
     if not 0 <= epsilon_max <= 1:
         raise ValueError(f"epsilon_max is {epsilon_max}; it must lie in [0, 1] (paper: 0.025)")
     if batch_size < 1 or num_classes < 2:

@@ -133,8 +133,10 @@ def main(argv: list[str] | None = None) -> None:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except RuntimeError as error:  # torch's texts may have many lines
         _fail(str(error).partition("\n")[0] or type(error).__name__)
-    except (ValueError, Image.DecompressionBombError) as error:
+    except ValueError as error:
         _fail(str(error))
+    except MemoryError:
+        _fail("out of memory: lower --size")
     except KeyboardInterrupt:
         print("\nstopped; what was written is kept: run the same command again", file=sys.stderr)
         sys.exit(130)
@@ -315,8 +317,11 @@ def save(image: Tensor, path: Path, *, png: bool) -> None:
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield the file to write, which takes the name `path` once it is complete."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two may write one tree
-    yield unfinished
-    os.replace(unfinished, path)
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from corruptions.rng import Stream
 
 # Many results are integers up to float rounding (constant areas, full white). Truncation must not
 # lower them by a level on any device. The guard is larger than float32's error there. Of the other
-# results, it raises only one in 4096 to the next integer. (From float to uint8 is slower than int.)
+# results, it raises only one in 4096 to the next integer. (To uint8 through int is faster.)
 _TRUNCATION_GUARD = 2.0**-12
 # Images of 224 x 224 px per chunk. A CPU takes few, so that the temporaries stay in the cache and
 # their memory is reused.
@@ -66,7 +66,7 @@ def corrupt(
         if entry.draw is not None:
             if "images" in draw_options:
                 draw_options["images"] = pixels[part]
-            stream = Stream(seed, name, severity, numbers[part])
+            stream = Stream(seed, "".join(name), severity, numbers[part])  # a plain str
             fields = entry.draw(stream, severity, (height, width), profile, **draw_options)
         with torch.autocast(pixels.device.type, enabled=False):
             raw = entry.function(pixels[part], severity, *fields, profile=profile, **options)
@@ -114,7 +114,7 @@ def _check_images(images: Tensor) -> Tensor:
         raise TypeError(f"images must be uint8 or floating point in [0, 1], got {images.dtype}")
     if images.numel():
         low, high = (bound.item() for bound in images.aminmax())
-        if not (low >= 0 and high <= 1):  # NaN fails both
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # allows a resize's rounding, refuses NaN
             raise ValueError(
                 f"floating-point images must lie in [0, 1], got values from {low} to {high}; "
                 "divide by 255 or pass uint8, and corrupt before any normalization"

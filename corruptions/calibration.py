@@ -1,5 +1,6 @@
 """Calibrate the ranges of the paper's four corruptions for another model, as the paper did."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 
@@ -8,25 +9,19 @@ from torch import Tensor
 
 from corruptions.apply import corrupt
 
-# Upper end and precision of the search, in px at 224, shares of full scale, px at 224, degrees.
+# Upper end of the search, in px at 224, shares of full scale, px at 224, degrees; and its steps.
 _SEARCH = {
-    "occlusion": (224.0, 1.0),
-    "color_distortion": (1.0, 0.005),
-    "translation": (224.0, 1.0),
-    "rotation": (90.0, 1.0),
+    "occlusion": (224.0, 256),
+    "color_distortion": (1.0, 256),
+    "translation": (224.0, 256),
+    "rotation": (90.0, 128),
 }
 
 
 def calibrate(
-    model: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-    name: str,
-    *,
-    losses: tuple[float, float] = (0.05, 0.30),
-    seed: int = 0,
-    batch_size: int = 128,
-) -> tuple[float, float]:
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, name: str, *,
+    losses: tuple[float, float] = (0.05, 0.30), seed: int = 0, batch_size: int = 128,
+) -> tuple[float, float]:  # fmt: skip
     """Search for the range of a corruption that costs the model 5 to 30 points of accuracy.
 
     The paper says "5 %" and "30 %", which are read as points: its ResNet-50, with R from 0.68 to
@@ -47,51 +42,41 @@ def calibrate(
     """
     if name not in _SEARCH:
         raise ValueError(f"name must be one of {', '.join(_SEARCH)}, got {name!r}")
-    if len(images) == 0 or len(images) != len(labels):
-        raise ValueError(f"pass images and as many labels, got {len(images)} and {len(labels)}")
+    if len(images) == 0 or labels.shape != (len(images),):
+        shape = tuple(labels.shape)
+        raise ValueError(f"pass images and as many labels, got {len(images)} and shape {shape}")
     if not 0 < losses[0] <= losses[1]:
         raise ValueError(f"losses must satisfy 0 < low <= high, got {losses}")
-    largest, precision = _SEARCH[name]
-    accuracy = partial(_accuracy, model, images, labels, name, seed, batch_size)
-    clean, worst = accuracy(0.0), accuracy(largest)
-    if clean - worst < losses[1]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    largest, steps = _SEARCH[name]
+    correct = partial(_correct, model, images, labels, name, seed, batch_size)
+    clean = correct(0.0)
+
+    def lost(step: int) -> float:
+        return (clean - correct(largest * step / steps)) / len(images)  # one quotient: 5 % is 0.05
+
+    if (most := lost(steps)) < losses[1]:
         raise ValueError(
-            f"{name} costs this model at most {clean - worst:.3f} of accuracy, less than "
+            f"{name} costs this model at most {most:.3f} of accuracy, less than "
             f"losses[1] = {losses[1]}; lower `losses`"
         )
-    low, high = (
-        _bisect(lambda amount: clean - accuracy(amount), loss, largest, precision)
-        for loss in losses
-    )
-    return low, high
+    low, high = (bisect_left(range(steps), loss, 1, key=lost) for loss in losses)
+    return largest * low / steps, largest * high / steps
 
 
 @torch.no_grad()
-def _accuracy(
+def _correct(
     model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, name: str, seed: int,
     batch_size: int, amount: float,
-) -> float:  # fmt: skip
-    """Compute the accuracy on images that are all corrupted by exactly `amount`."""
+) -> int:  # fmt: skip
+    """Count the right predictions on images that are all corrupted by exactly `amount`."""
     correct = 0
     for index in torch.arange(len(images)).split(batch_size):
         part = slice(int(index[0]), int(index[-1]) + 1)
         bounds = (amount, amount)
         corrupted = corrupt(images[part], name, 1, seed=seed, index=index, bounds=bounds)
-        if corrupted.dtype == torch.uint8:
-            corrupted = corrupted.float().div_(255)
+        scale = 255 if corrupted.dtype == torch.uint8 else 1
+        corrupted = corrupted.float().div_(scale)
         correct += int((model(corrupted).argmax(1) == labels[part]).sum())
-    return correct / len(images)
-
-
-def _bisect(
-    lost: Callable[[float], float], wanted: float, largest: float, precision: float
-) -> float:
-    """Bisect for the smallest amount that costs at least `wanted` accuracy, up to `precision`."""
-    low, high = 0.0, largest
-    while high - low > precision:
-        middle = (low + high) / 2
-        if lost(middle) < wanted:
-            low = middle
-        else:
-            high = middle
-    return high
+    return correct

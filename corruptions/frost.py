@@ -108,7 +108,7 @@ def _read(path: Path) -> Tensor:
     try:
         with Image.open(path) as picture:
             pixels = np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # SyntaxError: Pillow's for a damaged PNG
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's
         raise ValueError(f"cannot read {path} ({error}); replace the file") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

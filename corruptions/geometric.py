@@ -205,9 +205,9 @@ def rotation(
 
     Args:
         angle: (B,), in degrees.
-        bilinear: interpolate bilinearly instead of taking the nearest pixel. That is found in
-            16-bit fixed-point arithmetic, like Pillow's, which also rounds the center: up to 0.3 %
-            of an image's pixels, halfway between two, differ from Pillow's.
+        bilinear: interpolate bilinearly instead of taking the nearest pixel. The nearest is
+            found with 16 fraction bits, like Pillow's, which also rounds the center: up to 0.3 % of
+            an image's pixels, halfway between two, differ from Pillow's.
     """
     if not isinstance(bilinear, bool):
         raise TypeError(f"bilinear must be True or False, got {bilinear!r}")
@@ -217,7 +217,7 @@ def rotation(
     row, column = _pixel_grid(images)
     if bilinear:
         sine, cosine = sine.float(), cosine.float()
-        x, y = column + 0.5 - width / 2, row + 0.5 - height / 2
+        x, y = column.float() + 0.5 - width / 2, row.float() + 0.5 - height / 2
         grid = torch.stack(
             [(cosine * x - sine * y) * (2 / width), (sine * x + cosine * y) * (2 / height)], dim=-1
         )

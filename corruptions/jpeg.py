@@ -2,8 +2,8 @@
 
 This is baseline JPEG with the defaults of Pillow and torchvision: 4:2:0 chroma, the slow integer
 DCT in both directions, and chroma upsampling with a triangle filter. Entropy coding is omitted,
-because it is lossless. The result equals Pillow's bit for bit at every quality and size, on every
-device. There is no loop over images.
+because it is lossless. The result equals Pillow's bit for bit at every quality and for widths of 5
+and more, on every device. There is no loop over images.
 
 Constants: ITU-T T.81 (quantization tables, Annex K), JFIF 1.02 (color), libjpeg (fixed point).
 """

@@ -55,7 +55,7 @@ def snow(
 ) -> Tensor:
     """Whiten the image, then add a snow layer and its copy rotated by 180 degrees.
 
-    The snow layer is rounded to 8 bits twice. It is computed in the dtype of `noise`, so that
+    The snow layer is truncated to 8 bits twice. It is computed in the dtype of `noise`, so that
     float64 noise, such as the original's, rounds in the same direction as in the original.
 
     Args:

@@ -56,7 +56,8 @@ def test_cw2_stays_in_range(seed: int, confidence: float) -> None:
 def test_pgd_ll_approaches_the_least_likely_class(seed: int) -> None:
     model, x, y = network(), images(seed), labels(seed)
     target, start = model(x).argmin(1), 2 * images(seed + 1) - 1
-    found = pgd_ll(model, x, y, start=start)
+    found = pgd_ll(model, x, y, start=start.clone().requires_grad_())
+    assert not found.requires_grad
     assert torch.equal(found, pgd(model, x, y, target=target, start=start))
     assert torch.equal(found, pgd_ll(model, x, (y + 1) % 4, start=start))  # for any y
 
@@ -434,6 +435,8 @@ def test_an_entry_does_what_its_name_says(name: str) -> None:
         (cw2, {"step_size": -1.0}, ValueError, r"step_size is -1\.0"),
         (cw2, {"rounds": 0}, ValueError, "rounds is 0"),
         (cw2, {"const_range": (0.0, 1.0)}, ValueError, r"const_range\[0\] is 0\.0"),
+        (cw2, {"const_range": (1.0,)}, ValueError, "not enough values"),
+        (cw2, {"const_range": (1.0, 1e25)}, ValueError, r"const_range\[1\] is 1e\+25; .*to 1e\+15"),
         (cw2, {"const_range": (1.0, 0.1)}, ValueError, r"const_range\[1\].*\(smallest, largest\)"),
         (pgd, {"model": nn.Flatten(0)}, ValueError, r"returns shape \(324,\); logits are \(3, N\)"),
         (pgd, {"model": nn.Flatten(2)}, ValueError, r"returns shape \(3, 3, 36\)"),

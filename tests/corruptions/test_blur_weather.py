@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -208,6 +209,11 @@ def test_frost_source_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert frost_source() == str(tmp_path.resolve())
     with pytest.raises(ValueError, match=r"cannot read .*frost1\.png"):
         frost_textures(None, size, 224, CPU)
+    for error in (ValueError, Image.DecompressionBombError):
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "open", Mock(side_effect=error("damaged")))
+            with pytest.raises(ValueError, match=r"cannot read .*frost1\.png \(damaged\)"):
+                frost_textures(None, size, 224, CPU)
     monkeypatch.setenv(FROST_DIR, "")
     assert frost_source() == "procedural"
 

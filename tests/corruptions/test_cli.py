@@ -109,7 +109,7 @@ def refused(command: list[str], reason: str, capsys: pytest.CaptureFixture[str])
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_info:
         __main__.main(command)
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if "%|" not in x]
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x and "%|" not in x]
     assert exit_info.value.code == 2
     assert line.startswith("error: ") and reason in line, line
 
@@ -141,6 +141,20 @@ def test_tree_goes_on_where_it_stopped(
     refused(command, "was begun with", capsys)
     settings.write_text("{")
     refused(command, f"{settings} is damaged", capsys)
+
+
+def test_a_failed_write_leaves_no_file_and_full_memory_is_a_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    command = [str(source), "--out", str(out), "--size", "32", *ONLY]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
+        refused(command, "No space left on device", capsys)
+    assert not list(out.rglob("*.tmp"))
+    monkeypatch.setattr(__main__, "upright_rgb", Mock(side_effect=MemoryError))
+    refused(command, "out of memory: lower --size", capsys)
 
 
 def test_an_interrupt_ends_in_a_line_and_loses_nothing(

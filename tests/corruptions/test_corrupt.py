@@ -1,5 +1,6 @@
 """Test the contract of `corrupt` for all corruptions, and properties of each of them."""
 
+import enum
 import re
 from typing import Any
 
@@ -354,3 +355,32 @@ def test_gray_stays_gray(severity: int, seed: int) -> None:
             result = corrupt(gray, name, severity, seed=seed)
             tolerance = 1 if name == "jpeg_compression" else 0
             assert (result.int() - result[:, :1].int()).abs().max() <= tolerance, name
+
+
+def test_rounding_beyond_the_limits_is_allowed() -> None:
+    """Check images that torchvision's resize of floating point has left beyond white and black."""
+    inside = torch.rand(2, 3, 16, 16).mul(255).round() / 255
+    outside = torch.where(inside > 0.5, inside + 9e-4, inside - 9e-4)
+    inside8 = inside.mul(255).round().to(torch.uint8)
+    assert torch.equal(corrupt(outside, "fog", 3), corrupt(inside8, "fog", 3).float().div(255))
+    with pytest.raises(ValueError, match="must lie in"):
+        corrupt(outside + 0.01, "fog", 3)
+
+
+def test_the_type_of_a_name_does_not_decide() -> None:
+    class Name(enum.StrEnum):
+        FOG = "fog"
+
+    images = torch.full((2, 3, 16, 16), 90, dtype=torch.uint8)
+    for name in (np.str_("fog"), Name.FOG):
+        assert torch.equal(corrupt(images, name, 3), corrupt(images, "fog", 3))
+
+
+def test_the_default_dtype_does_not_matter_to_a_bilinear_rotation() -> None:
+    images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    expected = corrupt(images, "rotation", 3, bilinear=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(corrupt(images, "rotation", 3, bilinear=True), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
