@@ -200,7 +200,8 @@ def magick_motion_blur(planes: Tensor, radius: int, sigma: float, angle: Tensor)
     """Apply the motion blur of ImageMagick 6.
 
     The path is one-sided: it has 2 radius + 1 taps and starts at the pixel itself. Edge pixels are
-    repeated. ImageMagick rounds to 16 bits (257 steps per level). Its PNG export truncates to 8.
+    repeated. ImageMagick rounds to 16 bits (257 steps per level); its PNG export truncates
+    to 8 bits.
 
     Args:
         planes: floating point (B, C, H, W) in [0, 255].

@@ -61,8 +61,8 @@ def draw_shot_noise(
     words = stream.bits(3, *size).flatten()
     slot = words.bitwise_and(slots - 1)
     cell = slot.add(images.flatten(), alpha=slots)
-    # Each of these is several times as fast as what it replaces: `index_select` as indexing,
-    # arithmetic as `torch.where`, comparing into numbers as converting truth values.
+    # Each is several times as fast as the usual: `index_select` for indexing, arithmetic for
+    # `torch.where`, comparing into numbers for converting booleans.
     limits = thresholds.view(-1).index_select(0, cell)
     accepted = torch.lt(words, limits, out=torch.empty_like(words))
     alias = aliases.view(-1).index_select(0, cell)

@@ -7,9 +7,9 @@ original scripts (Hendrycks and Dietterich, ICLR 2019).
 A corruption NAME is two functions. `draw_NAME(stream, severity, size, profile)` draws the random
 fields of B images of `size` (H, W), in the order in which NAME takes them.
 `NAME(images, severity, *fields, profile=)` applies them to uint8 (B, 3, H, W) images, and returns
-the raw result of the same shape: uint8, or float32 in [0, 255], which `corrupt` truncates. There
-about one value in 4,096 of those that are no integers becomes a level higher than the original's,
-for the reason that `corruptions.apply` gives. `corrupt` also validates and draws.
+the raw result of the same shape: uint8, or float32 in [0, 255], which `corrupt` truncates. That
+makes about one in 4,096 of the values that are no integers a level higher than the original's, for
+the reason that `corruptions.apply` gives. `corrupt` also validates and draws.
 """
 
 import sys

@@ -84,7 +84,7 @@ def list_classes(root: Path) -> dict[str, list[str]]:
 
 
 def walk_images(root: Path) -> Iterator[str]:
-    """Yield the image files below a folder, and read no folder twice that links lead to.
+    """Yield the image files below a folder. Read a folder once, however many links lead to it.
 
     Leaves out hidden files and folders, such as thumbnails. Raises OSError where a folder cannot be
     read.

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def go(folder: Path, tmp_path: Path):
 @pytest.fixture
 def bench(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Any]:
+) -> Any:
     from tests.support.bench import open_bench
 
-    yield from open_bench(tmp_path, tmp_path_factory, monkeypatch)
+    return open_bench(tmp_path, tmp_path_factory, monkeypatch)

@@ -78,17 +78,17 @@ def test_training_goes_as_on_the_cpu(tmp_path, flags):
 
 def test_scores_are_those_of_the_cpu(tmp_path, tmp_path_factory, monkeypatch):
     """Check the counts, which may differ by the one or two images that rounding changes."""
-    for bench in open_bench(tmp_path, tmp_path_factory, monkeypatch):
-        cpu, gpu = (
-            {(line["label"], line["perturbation"], line["severity"]): line for line in lines}
-            for lines in (
-                bench.run("--device", device, *bench.surrogate, out=device)
-                for device in ("cpu", "cuda")
-            )
+    bench = open_bench(tmp_path, tmp_path_factory, monkeypatch)
+    cpu, gpu = (
+        {(line["label"], line["perturbation"], line["severity"]): line for line in lines}
+        for lines in (
+            bench.run("--device", device, *bench.surrogate, out=device)
+            for device in ("cpu", "cuda")
         )
-        assert cpu.keys() == gpu.keys() and {name for _, name, _ in cpu} > set(ATTACKS)
-        for cell, line in cpu.items():
-            assert abs(gpu[cell]["correct"] - line["correct"]) <= 2, cell
+    )
+    assert cpu.keys() == gpu.keys() and {name for _, name, _ in cpu} > set(ATTACKS)
+    for cell, line in cpu.items():
+        assert abs(gpu[cell]["correct"] - line["correct"]) <= 2, cell
 
 
 @pytest.mark.parametrize("method", ["standard", "mtlat"])

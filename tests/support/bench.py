@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +169,8 @@ class Bench:
 
 def open_bench(
     tmp_path: Path, factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Bench]:
-    """Yield the shared bench with an output folder for this test only, and without figures."""
+) -> Bench:
+    """Return the shared bench with an output folder for this test only, and without figures."""
     if not _ROOTS:
         _ROOTS.append(factory.mktemp("bench"))
         sys.path.insert(0, str(_ROOTS[0]))
@@ -183,11 +182,7 @@ def open_bench(
     bench.root = tmp_path
     for entry in _ROOTS[0].iterdir():
         (tmp_path / entry.name).symlink_to(entry)
-    # For such small images, synchronizing threads takes a hundred times as long as the work.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield bench
-    torch.set_num_threads(threads)
+    return bench
 
 
 _ROOTS: list[Path] = []
