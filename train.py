@@ -31,7 +31,7 @@ from tqdm import tqdm
 from harness import distributed
 from harness.checkpoints import check_savable, save_checkpoint
 from harness.devices import environment_info, require_same_on_all_ranks
-from harness.errors import UserError, first_line, run_script
+from harness.errors import UserError, first_line, is_explained, run_script
 from harness.files import atomic_write, lock_folder
 from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.folders import require_folder
@@ -138,6 +138,8 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
         try:
             model.to(memory_format=torch.channels_last)
         except RuntimeError as error:  # of 3-D convolutions
+            if is_explained(error):
+                raise
             raise UserError(f"--channels-last: {first_line(error)}; leave the flag out") from None
     if config.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -135,6 +135,8 @@ def _read_safetensors(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # safetensors has an error class of its own
+        if out_of_memory(error):
+            raise
         raise UserError(f"{path} is damaged ({first_line(error)})") from None
 
 

@@ -127,7 +127,8 @@ def _peer_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):  # of this process
+        own = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)  # of this process
+        if own or "DefaultCPUAllocator" in str(error):
             raise
         # "[file:line] what happened. what might be done about it"
         raise PeerLostError(str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0]) from error

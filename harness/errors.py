@@ -39,7 +39,8 @@ def downloading(option: str, what: str, place: str | os.PathLike[str]) -> Iterat
     try:
         yield
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        if isinstance(error, RuntimeError) and "invalid hash" not in str(error):
+        damage = "invalid hash", "PytorchStreamReader", "loading state_dict"
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in damage):
             raise
         raise UserError(
             f"{option}: {what} came damaged, or its file in {place} is ({first_line(error)}):"
@@ -117,7 +118,8 @@ def out_of_memory(error: Exception) -> bool:
     """Return whether an error says that the memory of the CPU or of the accelerator is full."""
     said = str(error) if isinstance(error, RuntimeError) else ""  # torch's on a CPU and on MPS
     in_words = "DefaultCPUAllocator" in said or "MPS backend out of memory" in said
-    return in_words or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    full = getattr(error, "errno", None) == errno.ENOMEM
+    return full or in_words or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def is_explained(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from harness.checkpoints import adapt_state, check_savable, load_weights
 from harness.cnn import CONVOLUTIONS, build_cnn
-from harness.errors import UserError, downloading, first_line, is_explained
+from harness.errors import UserError, downloading, first_line, is_explained, out_of_memory
 from mtlat import Model, Normalize, frozen, logits_of
 
 MeanStd = tuple[list[float], list[float]]  # per channel
@@ -106,6 +106,8 @@ def _create_timm(arch: str, **keywords: Any) -> Any:
     try:
         return importlib.import_module("timm").create_model(_split(arch)[1], **keywords)
     except Exception as error:  # of timm, of the Hub's client, or of the network
+        if out_of_memory(error):
+            raise
         reason = first_line(error)
         raise UserError(f"--arch {arch}: timm cannot create it ({reason})") from None
 

@@ -87,6 +87,7 @@ TRAIN_CASES = [
     ("--arch world:Axes", "Axes fails on images (13, 3, 16, 16): Dimension out of range"),
     ("--arch world:TwoFaced", "world:TwoFaced in eval mode fails on images (2, 3, 16, 16): the"),
     ("--arch world:lazy", "world:lazy: 1.weight has no shape yet; let it compute logits once"),
+    ("--method standard --arch world:Writing", "world:Writing changes its input in place: let it"),
     ("--arch world:Locked --ema 0.9", "--ema: --arch world:Locked cannot be copied (cannot pickle"),
     ("--arch world:Volume --channels-last", "--channels-last: required rank 4 tensor to use chan"),
     ("--arch world:Extra --weights state.pt", "Extra: _extra_state of its state dict is a dict,"),

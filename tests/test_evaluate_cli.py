@@ -492,9 +492,9 @@ def test_a_model_with_another_name_than_before_is_noted_by_its_own(bench: Bench)
 def test_notes_escape_names_that_cannot_be_printed(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "chance_notes", lambda *_: ["the classes, caf\udce9"])
+    monkeypatch.setattr(evaluate, "chance_notes", lambda *_: ["the classes, caf\udce9 a\nb"])
     bench.run("--only", "clean", models="standard")
-    assert "caf\\udce9" in (bench.root / "out" / "results.md").read_text()
+    assert "caf\\udce9 a\\nb" in (bench.root / "out" / "results.md").read_text()
 
 
 def test_an_image_whose_logits_are_nan_is_wrong(bench: Bench) -> None:
@@ -510,6 +510,9 @@ def test_an_image_whose_logits_are_nan_is_wrong(bench: Bench) -> None:
 def test_a_model_without_a_gradient_is_measured_where_no_attack_needs_it(bench: Bench) -> None:
     options = ["--data", str(bench.root / "images"), "--size", "16", "--surrogate", "tinynets:net"]
     names = "brightness", "mi_fgsm_0.04"
+    bench.run(*options, "--only", "brightness", models="tinynets:Asserting", out="c")
+    with pytest.raises(UserError, match=r"Asserting does not give the .* \(inference only\)"):
+        bench.run(*options, "--only", "pgd_0.04", models="tinynets:Asserting", out="d")
     bench.run(*options, "--only", *names, models="tinynets:net tinynets:Detached")
     rows = bench.results()["rows"]
     assert same_scores(*rows) and {*names} < {*rows[0]["scores"]}

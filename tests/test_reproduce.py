@@ -237,6 +237,7 @@ def test_another_limit_is_refused_before_anything_is_trained(
 ) -> None:
     options = argv(images, "--tables", "3", "--methods", "standard", "--limit")
     reproduce.main([*options, "4"])
+    assert "54 training and 4 test images of" in (images.parent / "out/report.html").read_text()
     CALLS.clear()
     with pytest.raises(UserError, match=r"clean-tiny-convnet-seed0 was begun with --limit 4, and "):
         reproduce.main([*options, "5", "--methods", "tlat", *more])

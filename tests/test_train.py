@@ -537,12 +537,17 @@ def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
         models.create_model("squeezenet1_1", list("abc"), "DEFAULT")
 
 
-def test_weights_whose_file_is_damaged(monkeypatch):
-    def cut(*_, **__):
-        raise RuntimeError('invalid hash value (expected "f37072fd", got "e3b0c442")')
-
+def test_weights_whose_file_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "whole")
+    whole, message = (tmp_path / "whole").read_bytes(), "https://.* came damaged, or its file in .*"
+    for content in (b"", b"<html>", whole[: len(whole) // 2], whole[:-9]):
+        (tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth").write_bytes(content)
+        with pytest.raises(UserError, match=f"--weights DEFAULT: {message}: remove the file"):
+            models.create_model("squeezenet1_1", list("abc"), "DEFAULT")
+    cut = Mock(side_effect=RuntimeError('invalid hash value (expected "b8a52dc0", got "e3b0c442")'))
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", cut)
-    message = r"--weights DEFAULT: https://.*squeezenet.* came damaged, or its file in .*: remove"
     with pytest.raises(UserError, match=message):
         models.create_model("squeezenet1_1", list("abc"), "DEFAULT")
 

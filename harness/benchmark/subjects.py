@@ -257,7 +257,7 @@ def _count_broken(subject: Subject, x: Tensor, y: Tensor, attacked: bool) -> int
     """Count images with a broken gradient. Raise if attacks need one, and the model has none."""
     try:
         return int(broken_gradients(subject.module, x, y).sum())
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:  # a forward or backward pass may be any Python
         if attacked and is_explained(error):  # such as full memory
             raise
         if attacked:

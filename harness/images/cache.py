@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from corruptions.transform import upright_rgb
-from harness.errors import UserError, first_line
+from harness.errors import UserError, first_line, out_of_memory
 from harness.files import atomic_path, atomic_write, checksum, lock_folder
 from harness.images.folders import File
 from harness.images.loader import ImageSet, map_images, prefetch
@@ -143,7 +143,17 @@ def _read_cache(pixels: Path, manifest: Path) -> tuple[ImageSet, dict[str, Any]]
         images = map_images(pixels, record["labels"], record["shape"][-1])
         if checksum(record, zlib.crc32(images.mapping or b"")) != crc:
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError):
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+    ) as e:
+        if out_of_memory(e):  # the cache may be good
+            raise
         return None
     return images, {**record, "crc": crc}
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from harness.errors import UserError, first_line
+from harness.errors import UserError, first_line, is_explained
 from harness.training.config import TrainConfig
 
 
@@ -29,6 +29,8 @@ def build_average(
     try:
         average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
     except (RuntimeError, TypeError) as error:  # of copy.deepcopy, as with torch's old weight_norm
+        if is_explained(error):
+            raise
         raise UserError(
             f"--ema: --arch {config.arch} cannot be copied ({first_line(error)})"
         ) from None

@@ -133,13 +133,16 @@ def check_trainable(name: str, model: nn.Module, x: Tensor, num_classes: int, me
     """Raise `UserError` unless a method can train the model on images x (B, ...).
 
     It returns logits of N classes, and has the gradients that the method needs. Takes one forward
-    pass of all images, one of two, and one step of the attack on two if the method has it.
+    pass of all images, two of two, and one step of the attack on two if the method has it.
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UserError(
             f"{name} is TorchScript, which can only be evaluated here: give the nn.Module itself"
         )
+    seen = x.clone()
     check_logits(name, model, x, num_classes)
+    if not torch.equal(x, seen):
+        raise UserError(f"{name} changes its input in place: let it begin with x = x.clone()")
     set_mode(name, model, training=False)  # in which BatchNorm's running statistics stay
     few = x[:2]
     check_logits(f"{name} in eval mode", model, few, num_classes)
@@ -152,7 +155,7 @@ def check_trainable(name: str, model: nn.Module, x: Tensor, num_classes: int, me
     if METHODS[method].terms > 1:  # the second loss is that of attacked images
         try:
             targeted_fgsm(model, few, labels, 0.0)
-        except (RuntimeError, TypeError) as error:
+        except Exception as error:  # a forward or backward pass may be any Python
             if is_explained(error):
                 raise
             raise UserError(

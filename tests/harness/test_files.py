@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from harness.benchmark.store import append_cells
 from harness.checkpoints import load_weights
 from harness.errors import UserError, out_of_memory, run_script
 from harness.files import atomic_path, atomic_write, lock_folder
+from harness.images import loader
+from harness.training import average
 
 
 def test_a_lock_keeps_others_out_and_clears_up(tmp_path: Path) -> None:
@@ -155,13 +158,44 @@ def test_the_words_of_every_platform_for_full_memory_are_known(words: str) -> No
     assert not out_of_memory(RuntimeError("size mismatch"))
 
 
-def test_a_checkpoint_that_does_not_fit_into_memory_is_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_that_does_not_fit_into_memory_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise MemoryError
-
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt")
-    monkeypatch.setattr(torch, "load", full)
+    safetensors = pytest.importorskip("safetensors.torch")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / f"weights{suffix}")
+    for module, name in ((torch, "load"), (safetensors, "load_file")):
+        monkeypatch.setattr(module, name, Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):
-        load_weights(tmp_path / "weights.pt")
+        load_weights(tmp_path / f"weights{suffix}")
+
+
+def test_what_has_no_memory_is_not_blamed_on_the_flag(
+    go: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(average, "AveragedModel", Mock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        go("--ema", "0.9")
+    to = torch.nn.Module.to
+
+    def full(module: torch.nn.Module, *args: Any, **keywords: Any) -> Any:
+        if "memory_format" in keywords:
+            raise torch.OutOfMemoryError
+        return to(module, *args, **keywords)
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        go("--channels-last", out="other")
+
+
+def test_a_cache_that_cannot_be_mapped_is_not_written_again(
+    go: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go("--epochs", "1")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.u8")}
+    full = Mock(side_effect=OSError(errno.ENOMEM, "Cannot allocate memory"))
+    monkeypatch.setattr(loader.mmap, "mmap", full)
+    with pytest.raises(OSError, match="Cannot allocate"):
+        go("--epochs", "1", out="other")
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.u8")}
+    assert before and after == before

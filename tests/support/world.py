@@ -117,6 +117,13 @@ class Locked(TwoFaced):
         return self.network(x)
 
 
+class Writing(Locked):
+    """A network that changes its input."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.network(x.sub_(0.5))
+
+
 class Volume(Locked):
     """A network with a 3-D convolution."""
 
