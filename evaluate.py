@@ -264,7 +264,9 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     models = {model.label: model.digest for model in run.models}
     results = aggregate(cells, models, run.config.baseline, run.config.supplement)
     notes = [f"preprocessing: {run.facts['preprocess']}", *results.notes, *warnings]
-    notes += chance_notes(results, run.data.classes)
+    tested = torch.bincount(run.data.test.labels[run.chosen])
+    largest = float(tested.max() / tested.sum())
+    notes += chance_notes(results, run.data.classes, largest)
     results = results._replace(notes=[escape_unprintable(note) for note in notes])
     head = {"format": 1, "command": shlex.join(sys.argv), "classes": run.data.classes,
             "weights": models, **run.facts, **run.setup}  # fmt: skip
@@ -290,14 +292,15 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     print(f"\n{text}\ntables and figures: {out}")
 
 
-def chance_notes(results: Results, classes: list[str]) -> list[str]:
-    """Say of which models the clean accuracy is not decidedly better than chance."""
+def chance_notes(results: Results, classes: list[str], largest: float) -> list[str]:
+    """Say which models are not decidedly better than naming the largest class for all images."""
     return [
-        f"{row.model} is not decidedly better than chance ({100 / len(classes):.1f} %): then R"
-        " means nothing. A model that train.py did not write may have its outputs in another order"
-        f" than the classes, {', '.join(classes[:3])} and so on: see --imagenet-classes"
+        f"{row.model} is not decidedly better than chance ({100 * largest:.1f} %, the share of the"
+        " largest class): then R means nothing. A model that train.py did not write may have its"
+        " outputs in another order than the classes,"
+        f" {', '.join(classes[:3])}{' and so on' * (len(classes) > 3)}: see --imagenet-classes"
         for row in results.rows
-        if row.scores["clean"].low <= 1 / len(classes)
+        if row.scores["clean"].low <= largest
     ]
 
 

@@ -549,13 +549,16 @@ def test_checkpoints_that_may_have_seen_the_test_images_are_marked(
 def test_models_that_guess_are_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     bench.run("--only", "clean", models="standard tinynets:down")
     said = capsys.readouterr().out
-    assert "down is not decidedly better than chance (33.3 %): then R means nothing." in said
-    assert "the classes, blue, green, red and so on: see --imagenet-classes" in said
+    assert (
+        "down is not decidedly better than chance (33.3 %, the share of the largest class)" in said
+    )
+    assert "than the classes, blue, green, red: see --imagenet-classes" in said
     assert "standard is not" not in said
     rows = [SimpleNamespace(model=str(x), scores={"clean": SimpleNamespace(low=x)}) for x in
             (0.2, 0.25, 0.3)]  # fmt: skip
-    notes = evaluate.chance_notes(SimpleNamespace(rows=rows), list("abcd"))
+    notes = evaluate.chance_notes(SimpleNamespace(rows=rows), list("abcd"), 0.25)
     assert [note.split()[0] for note in notes] == ["0.2", "0.25"]
+    assert len(evaluate.chance_notes(SimpleNamespace(rows=rows), list("abc"), 0.3)) == 3
 
 
 def test_the_first_line_counts_the_tested_images(

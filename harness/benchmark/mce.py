@@ -42,7 +42,10 @@ def relative_mce(own: Mapping[str, float], base: Mapping[str, float]) -> float:
     The named baseline replaces AlexNet, so that any images compare. NaN if the baseline does not
     lose accuracy under each of the fifteen.
     """
-    lost = [[s["clean"] - s.get(name, math.nan) for name in ALEXNET_ERRORS] for s in (own, base)]
+    lost = [  # rounded, because the mean of five equal shares may differ from the share by 1e-16
+        [round(s["clean"] - s.get(name, math.nan), 12) for name in ALEXNET_ERRORS]
+        for s in (own, base)
+    ]
     if not all(loss > 0 for loss in lost[1]):  # without a loss, or NaN, there is no ratio
         return math.nan
     return 100 * fmean([a / b for a, b in zip(*lost, strict=True)])

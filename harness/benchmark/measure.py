@@ -174,7 +174,7 @@ def _perturb_cw2(
     images, found = x.clone(), {"right": right}
     if right.any():
         result = cw2_result(victim.module, x[right], y[right], **settings)
-        images[right], l2 = result.x_adv, torch.where(result.reached, result.l2, torch.nan)
+        images[right], l2 = result.x_adv, torch.where(result.reached, result.l2, torch.inf)
         found |= result._asdict() | {"l2": l2}
         del found["x_adv"]
     return images, found
@@ -259,11 +259,11 @@ def _now(run: Evaluation) -> float:
 
 
 def _summarize(values: Tensor) -> int | float | None:
-    """Count booleans; of numbers take the median, NaN left out."""
+    """Count booleans; of numbers take the median, NaN left out, or None if it is not finite."""
     if values.dtype == torch.bool:
         return int(values.sum())
     median = values.nanmedian().item()
-    return None if math.isnan(median) else round(median, 6)
+    return round(median, 6) if math.isfinite(median) else None
 
 
 def _margins(values: dict[str, Tensor]) -> dict[str, list[float]]:

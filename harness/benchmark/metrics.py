@@ -268,7 +268,7 @@ def _findings(cells: Mapping[str, Cell]) -> dict[str, list[str]]:
         found["cw2"] = [
             f"the attack gave up on {100 * gave_up:.1f} % of the images that the model gets right,"
             " and these count as right; with any margin above 0 it fooled the model on"
-            f" {100 * wrong:.1f} % (median margin {cell['margin']:.1f})"
+            f" {100 * wrong:.1f} % (median margin {round(cell['margin'], 1) + 0:.1f})"
         ]
     return found
 

@@ -78,7 +78,7 @@ def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | N
     """
     if not (c.any() and d.any()):
         return None
-    value = float(a.mean() / c.mean() - b.mean() / d.mean())
+    value = round(float(a.mean() / c.mean() - b.mean() / d.mean()), 12)  # 0 where R is equal
     influence = _influence(a, c) - _influence(b, d)
     if _few(a, c) or _few(b, d):
         low, high, p = _bootstrap(a, c, b, d)

@@ -271,8 +271,8 @@ def _resumed(
         if values[name] != saved.get(name):
             raise UserError(
                 f"--{name.replace('_', '-')} is {values[name]}, but the run in {path.parent} was"
-                f" begun with {saved.get(name)}: leave it out, or choose another --output-dir to"
-                " start again"
+                f" begun with {saved.get(name)}: leave it out, or start again without --resume in"
+                " another --output-dir"
             )
     kept = (values.keys() - MAY_CHANGE) | (KEPT - given)
     if missing := sorted(kept - saved.keys()):

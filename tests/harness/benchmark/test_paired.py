@@ -301,3 +301,10 @@ def test_gains_do_not_make_losses_few():
 def test_resamples_without_a_right_image_are_left_out():
     one = np.eye(10)[0]
     assert paired.robustness_interval(one, one) == (1, 1)
+
+
+def test_equal_robustness_is_no_difference_whatever_the_rounding():
+    c, d = ((np.arange(30) < right).astype(float) for right in (20, 25))
+    a, b = ((np.arange(30) < right).astype(float) for right in (16, 20))
+    assert a.mean() / c.mean() != b.mean() / d.mean()  # both are 0.8
+    assert paired.compare_robustness(a, c, b, d).value == 0

@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import math
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -673,3 +675,10 @@ def test_cw2_is_void_by_the_named_baseline(
     plots.plot_robustness(made, tmp_path / "figure.png")
     ticks = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
     assert ticks == ["PGD", *(["CW2"] if not void else [])]  # and nothing that was not measured
+
+
+def test_a_baseline_that_loses_nothing_has_no_relative_mce_whatever_the_rounding() -> None:
+    base = {"clean": 29 / 30} | {name: fmean([29 / 30] * 5) for name in mce.ALEXNET_ERRORS}
+    own = {"clean": 29 / 30} | dict.fromkeys(mce.ALEXNET_ERRORS, 28 / 30)
+    assert base["clean"] != base["fog"]
+    assert math.isnan(mce.relative_mce(own, base))
