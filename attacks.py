@@ -8,7 +8,7 @@ Labeling Adversarial Training", 2020 (arXiv:2008.08384), section 4.1 and Table 1
 
 In every attack, `model` is as in mtlat.py and normalizes inside (`mtlat.Normalize`), x is (B, ...)
 float32 or float64 in [0, 1], and y is (B,) int64. x_adv is a new tensor like x, in [0, 1], without
-a graph. Attacks run in eval mode (if the model is a function, put what it calls into eval mode) and
+a graph. Attacks run in eval mode (set it for what a function or a plain list of modules hides) and
 full precision (no autocast, no TF32), compute the gradient of the input alone, and leave modes,
 parameters, their .grad and running statistics unchanged. An image's result does not depend on the
 rest of the batch, up to the model's rounding. Costs are per image: F forward passes, B backward
@@ -78,7 +78,7 @@ def pgd(
                 break
             end = _climb(model, x[left], aim[left], offset[left], epsilon, steps, step)
             with torch.no_grad():
-                found = _margin(logits_of(model(end), y[left]), y[left]).to(margin.dtype)
+                found = _margin(logits_of(model(end.clone()), y[left]), y[left]).to(margin.dtype)
             better = found > margin[left]
             x_adv[left[better]], margin[left[better]] = end[better], found[better]
         return x_adv
@@ -300,7 +300,7 @@ def input_gradient(model: Model, x: Tensor, labels: Tensor) -> Tensor:
     In eval mode no image moves another's logits: the log-odds and the cross-entropy have gradients
     of the same direction, and only the former survives rounding when the model is certain.
     """
-    x = x.detach().requires_grad_()
+    x = x.detach().clone().requires_grad_()  # the model may change it without a gradient
     logits = logits_of(model(x), labels)
     return grad_of(log_odds_against(logits, labels).sum(), x)
 

@@ -126,7 +126,6 @@ def targeted_fgsm(
     Args:
         model: see "Shapes", above. Its parameters, their gradients and BatchNorm's running
             statistics stay as they are.
-        x, target: see "Shapes".
         epsilon: size of the step, of pixels in [0, 1].
         away: step away from `target`; with the true label this is the untargeted FGSM.
         steps: above 1, the attack is iterative (the paper's future work): each step has the size
@@ -139,16 +138,16 @@ def targeted_fgsm(
     check_images(x)
     if steps < 1:
         raise ValueError(f"steps is {steps}; the attack takes at least 1")
-    epsilon = _per_image("epsilon", epsilon, x)
+    epsilon = _per_image("epsilon", epsilon, x).detach()
     step = epsilon * min(1.0, 2.5 / steps) * (-1 if away else 1)
     x_adv = x = x.detach()  # Reading 5: x_mtlat is constant in loss2, as sign has gradient 0
     # Reading 6: the attack runs in the mode that the caller set. In training mode BatchNorm uses
     # the batch's statistics, without updating the running ones. Otherwise: set eval mode for it.
     with frozen(model), torch.enable_grad():
         for _ in range(steps):
-            x_adv = x_adv.detach().requires_grad_()
-            gradient = grad_of(attack_loss(model(x_adv), target), x_adv)  # with L's sign
-            x_adv = (x_adv.detach() - step * gradient.sign()).clamp(x - epsilon, x + epsilon)
+            copy = x_adv.clone().requires_grad_()  # the model may change it without a gradient
+            gradient = grad_of(attack_loss(model(copy), target), copy)  # with L's sign
+            x_adv = (x_adv - step * gradient.sign()).clamp(x - epsilon, x + epsilon)
     # Reading 7: the result may leave [0, 1] by epsilon, as Eq. 5 is printed.
     return x_adv.clamp(0, 1) if clip else x_adv
 
@@ -269,9 +268,12 @@ def log_odds_against(logits: Tensor, y: Tensor) -> Tensor:
 
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
-    """Let gradients reach the input alone, and keep BatchNorm's running statistics unchanged."""
+    """Let gradients reach the input alone, and keep running statistics unchanged."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     changes: list[Any] = [(m, "track_running_stats", False) for m in modules if m.training]
+    own = [m for m, *_ in changes if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
+    for name in ("running_mean", "running_var"):  # which InstanceNorm updates despite the flag
+        changes += [(m, name, None) for m in own]
     # Compiled models compute the weights' gradients if these require any, and DDP awaits them.
     changes += [(p, "requires_grad", False) for m in modules for p in m.parameters(recurse=False)]
     changes += [(m, "forward", m.module.__call__) for m in modules if isinstance(m, DDP)]
@@ -281,9 +283,9 @@ def frozen(model: Model) -> Iterator[None]:
         if not modules:
             after.enter_context(nn.modules.module.register_module_forward_pre_hook(_refuse_hidden))
         for owner, name, value in changes:
-            if before := getattr(owner, name, False):
-                inherited = callable(before) and name not in vars(owner)  # a method of the class
-                undo = (delattr, owner, name) if inherited else (setattr, owner, name, before)
+            if (old := getattr(owner, name, None)) is not None and getattr(owner, "is_leaf", True):
+                inherited = callable(old) and name not in vars(owner)  # a method of the class
+                undo = (delattr, owner, name) if inherited else (setattr, owner, name, old)
                 after.callback(*undo)
                 setattr(owner, name, value)
         yield
@@ -333,7 +335,7 @@ def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0, sums: bool = 
             continue
         check_values("label weights", y, 0, 1, "give probabilities, not logits")
         if sums:
-            check_values("sums of label weights", y.sum(1), 1, 1, "divide each row by its sum")
+            check_values("sums of labels", y.sum(1), 1, 1, "divide each row by its sum, in float32")
 
 
 def check_values(name: str, values: Tensor, low: int, high: int, fix: str) -> None:

@@ -150,7 +150,7 @@ class Corrupt(nn.Module):
         """
         pixels = _to_tensor(image)
         if seed is None:
-            seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, (), device="cpu"))
         batch = pixels if pixels.ndim == 4 else pixels[None]
         result = corrupt(batch, self.name, self.severity, seed=seed, index=index, **self.options)
         result = result.view_as(pixels)

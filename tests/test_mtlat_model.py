@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.testing import assert_close
 from torchvision.transforms import v2
 
+import attacks
 import mtlat
 from tests.support.method import batches, images, network, seeded, seeds, soft_labels
-from tests.support.tiny import Wrapped
+from tests.support.tiny import Wrapped, states_equal
 
 # ---------------------------------------------------------------- side effects
 
@@ -279,7 +281,7 @@ def test_bad_input_names_the_value_the_rule_and_the_fix():
         (lambda: loss(y=torch.eye(4).long()), TypeError, r"torch\.int64; give int64"),
         (lambda: loss(y=y[:3]), ValueError, r"shape \(3,\); .* need \(4,\) or \(4, 4\)"),
         (lambda: loss(y=soft[:, :3]), ValueError, r"shape \(4, 3\)"),
-        (lambda: loss(y=soft * 0.9), ValueError, "sums of label weights: 0.9 to 0.9"),
+        (lambda: loss(y=soft * 0.9), ValueError, "sums of labels: 0.9 to 0.9"),
         (lambda: loss(y=soft * 4 - 0.75), ValueError, "label weights: .*not logits"),
         (lambda: loss(alpha=0), ValueError, "alpha is 0"),
         (lambda: loss(alpha=math.nan), ValueError, "alpha is nan"),
@@ -344,8 +346,70 @@ def test_images_that_no_gradient_reaches_are_named():
     for how in ("no_grad", "detach", "inference_mode"):
         for model in (Model(how), Model(how).forward):  # of a function, weights are not frozen
             inference = torch.inference_mode(how == "inference_mode")
-            with inference, pytest.raises(TypeError, match="no gradient reaches the images; fr"):
+            with inference, pytest.raises(TypeError, match="no gradient reaches the images"):
                 mtlat.mtlat_loss(model, x, y, num_classes=4)
+
+
+class Preparing(nn.Module):
+    """A network that normalizes its input, in place and without a gradient if asked to."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.in_place, self.head = in_place, nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+
+    def forward(self, x):
+        if not self.in_place:
+            return self.head((x - 0.4) / 0.2)
+        with torch.no_grad():
+            x.sub_(0.4).div_(0.2)
+        return self.head(x)
+
+
+def test_a_model_that_changes_its_input_changes_no_image():
+    x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
+    kept, found = x.clone(), []
+    for in_place in (False, True):
+        model = Preparing(in_place)
+        found.append([
+            mtlat.mtlat_loss(model, x.clone(), y, num_classes=4, generator=seeded(1), steps=2),
+            mtlat.targeted_fgsm(model, x, y, 0.02, steps=3),
+            attacks.pgd(model, x, y, restarts=2, generator=seeded(1)), attacks.mi_fgsm(model, x, y),
+        ])  # fmt: skip
+        assert torch.equal(x, kept)
+    # The gradient is of the prepared pixels, which are a fifth apart: its signs are the same.
+    assert all(map(torch.equal, *found))
+
+
+def test_the_attack_leaves_instancenorms_statistics_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, track_running_stats=True),
+                          nn.Flatten(), nn.Linear(144, 4))  # fmt: skip
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    mtlat.targeted_fgsm(model, torch.rand(4, 3, 8, 8), torch.arange(4), 0.1)
+    assert states_equal(model.state_dict(), before)
+    model(torch.rand(4, 3, 8, 8))
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+
+
+def test_computed_weights_get_the_gradients_of_the_weights():
+    """Check weights that are no leaves, as in meta-learning."""
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+
+        def forward(self, x, y):
+            generator = torch.Generator().manual_seed(0)
+            return mtlat.mtlat_loss(self.model, x, y, num_classes=4, generator=generator)
+
+    step, given = Step(), (torch.rand(4, 3, 8, 8), torch.arange(4))
+    step(*given).backward()
+    wanted = [p.grad.clone() for p in step.parameters()]
+    step.zero_grad()
+    functional_call(step, {k: 1 * p for k, p in step.named_parameters()}, given).backward()
+    for p, gradient in zip(step.parameters(), wanted, strict=True):
+        assert torch.equal(p.grad, gradient) and p.requires_grad
 
 
 def test_rounding_passes_and_more_does_not():
