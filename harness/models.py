@@ -108,8 +108,7 @@ def _create_timm(arch: str, **keywords: Any) -> Any:
     except Exception as error:  # of timm, of the Hub's client, or of the network
         if out_of_memory(error):
             raise
-        reason = first_line(error)
-        raise UserError(f"--arch {arch}: timm cannot create it ({reason})") from None
+        raise UserError(f"--arch {arch}: timm cannot create it ({first_line(error)})") from None
 
 
 @cache
@@ -329,8 +328,9 @@ def check_logits(name: str, model: nn.Module, x: Tensor, num_classes: int) -> Te
         num_classes: N.
 
     Raises:
-        UserError: the model fails on x, or its output is not finite logits of that shape.
+        UserError: the model fails on x or changes it, or its output is not such finite logits.
     """
+    seen = x.clone()
     try:
         with frozen(model):
             logits = compute_logits(model, x)
@@ -338,6 +338,8 @@ def check_logits(name: str, model: nn.Module, x: Tensor, num_classes: int) -> Te
         if is_explained(error):
             raise
         raise UserError(f"{name} fails on images {tuple(x.shape)}: {first_line(error)}") from None
+    if not torch.equal(x, seen):
+        raise UserError(f"{name} changes its input in place: let it begin with x = x.clone()")
     if logits.shape != (len(x), num_classes):
         raise UserError(
             f"{name} returns {tuple(logits.shape)}; for {len(x)} images of the dataset's"

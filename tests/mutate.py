@@ -257,7 +257,7 @@ def main() -> None:
         for name in args.files:
             count = mutants(ROOT / name)
             numbers = args.only or list(range(count))
-            if numbers[-1:] and max(numbers) >= count:
+            if max(numbers, default=-1) >= count:
                 parser.error(f"{name} has the mutants 0 to {count - 1}")
             if args.sample and not args.only and args.sample < count:
                 numbers = sorted(random.Random(f"{args.seed} {name}").sample(numbers, args.sample))

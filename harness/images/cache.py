@@ -143,16 +143,8 @@ def _read_cache(pixels: Path, manifest: Path) -> tuple[ImageSet, dict[str, Any]]
         images = map_images(pixels, record["labels"], record["shape"][-1])
         if checksum(record, zlib.crc32(images.mapping or b"")) != crc:
             return None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        RuntimeError,
-    ) as e:
-        if out_of_memory(e):  # the cache may be good
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        if out_of_memory(error):  # the cache may be good
             raise
         return None
     return images, {**record, "crc": crc}

@@ -294,11 +294,13 @@ def conclusion(rows: Sequence[Compared]) -> str:
 def answers(rows: Sequence[Compared]) -> list[str]:
     """Say for M-TLAT, per architecture, what it changes against the standard training."""
     found = [row for row in rows if (row.table, row.method) == (1, "mtlat")]
-    names = [f"M-TLAT ({row.arch})" if len(found) > 1 else "M-TLAT" for row in found]
-    differences = [
-        {n: e.difference for n, e in row.entries.items() if n not in MEANS} for row in found
-    ]
-    return [answer(n, BASELINE, each) for n, each in zip(names, differences, strict=True)]
+    return [
+        answer(
+            f"M-TLAT ({row.arch})" if len(found) > 1 else "M-TLAT", BASELINE,
+            {n: e.difference for n, e in row.entries.items() if n not in MEANS},
+        )
+        for row in found
+    ]  # fmt: skip
 
 
 def comparison_markdown(tables: Sequence[Sequence[Compared]]) -> Iterator[str]:
