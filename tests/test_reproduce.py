@@ -21,6 +21,7 @@ import train
 from harness.benchmark import plots, registry, store
 from harness.cli import build_parser
 from harness.errors import UserError
+from harness.images import embedded
 from harness.reproduction import estimate, plan, report
 from harness.reproduction.plan import EvalTask, TrainTask
 from harness.training.config import TrainConfig, parse_train_config
@@ -45,6 +46,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Create a folder of images, and make the scripts run in this process without figures."""
     monkeypatch.setattr(reproduce, "run_task", in_process)
     monkeypatch.setattr(registry, "SAMPLE", 3)
+    monkeypatch.setattr(embedded, "INDICES", {"train": range(20), "test": range(20, 40)})
     for name in ("robustness", "severities", "images", "curves", "step"):
         monkeypatch.setattr(plots, f"plot_{name}", draw_nothing)
     CALLS.clear()

@@ -12,11 +12,17 @@ import pytest
 from scipy import stats
 
 import evaluate
+from harness.benchmark import plots
 from harness.benchmark.registry import COLUMNS
 from harness.benchmark.store import append_cells, read_cells
 
 RESULTS = Path(evaluate.__file__).parent / "results"
 PAIR, SINGLE = ("standard", "mtlat"), ("standard-0", "mtlat-0")
+
+
+@pytest.fixture(autouse=True)
+def small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "DPI", 12)
 
 
 @pytest.mark.parametrize(

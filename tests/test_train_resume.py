@@ -257,7 +257,9 @@ def test_killed_and_resumed_is_the_same_to_the_bit(go, folder, tmp_path, monkeyp
     assert len(straight[2]) == 12
 
 
-@pytest.mark.parametrize("closed", ["<&- >&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", [pytest.param("<&- >&-", marks=pytest.mark.slow), "<&- >&- 2>&-"]
+)
 def test_closed_streams_do_not_end_a_run_nor_name_its_files(folder, tmp_path, closed):
     """A job may start without them. What is written to them must not reach a file of the run."""
     code = (
