@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from harness import distributed
 from harness.checkpoints import check_savable, save_checkpoint
+from harness.cnn import start_as_identity
 from harness.devices import environment_info, require_same_on_all_ranks
 from harness.errors import UserError, first_line, is_explained, run_script
 from harness.files import atomic_write, lock_folder
@@ -109,6 +110,16 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
     return kind(model.parameters(), **common)
 
 
+def new_model(config: TrainConfig, classes: list[str]) -> tuple[nn.Module, MeanStd | None]:
+    """Create the model of a new run, and return the normalization in front of it, too."""
+    given = (config.mean, config.std) if config.mean and config.std else None
+    model, normalize = create_model(config.arch, classes, config.weights, normalize=given)
+    check_savable(f"--arch {config.arch}", model)
+    if config.data == "shapes" and config.weights is None:
+        start_as_identity(model)
+    return model, normalize
+
+
 def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None) -> Training:
     """Build the model and the optimizer, or restore them from the checkpoint."""
     if config.deterministic:
@@ -119,9 +130,7 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     torch.manual_seed(config.seed)
     log: list[dict[str, Any]] = checkpoint["log"] if checkpoint else []
     if checkpoint is None:
-        given = (config.mean, config.std) if config.mean and config.std else None
-        model, normalize = create_model(config.arch, data.classes, config.weights, normalize=given)
-        check_savable(f"--arch {config.arch}", model)
+        model, normalize = new_model(config, data.classes)
     else:
         if checkpoint["fingerprint"] != data.fingerprint:
             raise UserError(

@@ -22,6 +22,7 @@ import evaluate
 import train
 from harness import checkpoints, models
 from harness.errors import UserError, run_script
+from harness.images import embedded
 from harness.reproduction.plan import RECIPES
 from harness.training.config import TrainConfig, parse_train_config
 from harness.training.methods import METHODS
@@ -304,6 +305,22 @@ def test_a_missing_compiler_is_named(capsys):
         run_script(fail)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: --compile: ") and line.endswith("found; leave the flag out")
+
+
+def test_residual_blocks_begin_as_the_identity_with_the_embedded_set_alone(
+    go, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(embedded, "INDICES", {"train": range(40), "test": range(50, 60)})
+    flags = ["--arch", "tiny:residual", "--lr", "1e-30", "--epochs", "1"]
+    folder = go(*flags)["model"]
+    shapes = go(*flags, "--data", "shapes", out="shapes")["model"]
+    first = str(tmp_path / "out" / "last.pt")
+    tuned = go(*flags, "--data", "shapes", "--weights", first, out="tuned")["model"]
+    scales = ["1.bn2.weight", "2.bn3.weight"]
+    for state, scale in ((folder, 1), (shapes, 0), (tuned, 1)):
+        for name in scales:
+            assert_close(state[name], torch.full((8,), float(scale)), rtol=0, atol=1e-20)
+        assert state["1.bn1.weight"].eq(1).all() and state["2.bn2.weight"].eq(1).all()
 
 
 CHANGES = [

@@ -22,7 +22,7 @@ from harness.training.methods import METHODS
 from mtlat import ALPHA, EPSILON_MAX
 
 # The paper's recipe, and that of the embedded set, which `cnn4` learns in a minute on two cores. So
-# few updates need the first learning rate for longer.
+# few updates need the first learning rate for longer, and `start_as_identity` for deep networks.
 PAPER_RECIPE = {"arch": "resnet50", "epochs": 90, "batch_size": 256, "lr": 0.002,
                 "milestones": (30, 60, 80)}  # fmt: skip
 SHAPES_RECIPE = {"arch": "cnn4", "epochs": 8, "batch_size": 32, "lr": 0.002,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 
 def convnet(num_classes: int) -> nn.Module:
@@ -17,6 +18,15 @@ def convnet(num_classes: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
         nn.Flatten(), nn.Dropout(0.2), nn.Linear(24, num_classes),
+    )  # fmt: skip
+
+
+def residual(num_classes: int) -> nn.Module:
+    """Return a network with one of each of torchvision's residual blocks."""
+    plain = BasicBlock(8, 8, norm_layer=lambda n: nn.BatchNorm2d(n, affine=False))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), BasicBlock(8, 8), Bottleneck(8, 2), plain,
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes),
     )  # fmt: skip
 
 
