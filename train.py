@@ -115,7 +115,8 @@ def new_model(config: TrainConfig, classes: list[str]) -> tuple[nn.Module, MeanS
     given = (config.mean, config.std) if config.mean and config.std else None
     model, normalize = create_model(config.arch, classes, config.weights, normalize=given)
     check_savable(f"--arch {config.arch}", model)
-    if config.data == "shapes" and config.weights is None:
+    made_here = ":" not in config.arch.removeprefix("torchvision:")  # your own may have weights
+    if config.data == "shapes" and made_here and config.weights is None:
         start_as_identity(model)
     return model, normalize
 

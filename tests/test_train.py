@@ -21,14 +21,14 @@ from torch.testing import assert_close
 import evaluate
 import train
 from harness import checkpoints, models
+from harness.cnn import start_as_identity
 from harness.errors import UserError, run_script
-from harness.images import embedded
 from harness.reproduction.plan import RECIPES
 from harness.training.config import TrainConfig, parse_train_config
 from harness.training.methods import METHODS
 from mtlat import Draws, algorithm1
 from tests.support.method import softmax
-from tests.support.tiny import convnet, read_log, states_equal
+from tests.support.tiny import convnet, read_log, residual, states_equal
 
 ROOT = Path(train.__file__).parent
 
@@ -307,20 +307,39 @@ def test_a_missing_compiler_is_named(capsys):
     assert line.startswith("error: --compile: ") and line.endswith("found; leave the flag out")
 
 
-def test_residual_blocks_begin_as_the_identity_with_the_embedded_set_alone(
-    go, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(embedded, "INDICES", {"train": range(40), "test": range(50, 60)})
-    flags = ["--arch", "tiny:residual", "--lr", "1e-30", "--epochs", "1"]
-    folder = go(*flags)["model"]
-    shapes = go(*flags, "--data", "shapes", out="shapes")["model"]
-    first = str(tmp_path / "out" / "last.pt")
-    tuned = go(*flags, "--data", "shapes", "--weights", first, out="tuned")["model"]
-    scales = ["1.bn2.weight", "2.bn3.weight"]
-    for state, scale in ((folder, 1), (shapes, 0), (tuned, 1)):
-        for name in scales:
-            assert_close(state[name], torch.full((8,), float(scale)), rtol=0, atol=1e-20)
-        assert state["1.bn1.weight"].eq(1).all() and state["2.bn2.weight"].eq(1).all()
+def test_residual_blocks_begin_as_the_identity_with_the_embedded_set_alone(tmp_path):
+    def scales(*flags):
+        config = parse_train_config([*flags, "--device", "cpu"])[0]
+        model, _ = train.new_model(config, list("abc"))
+        state = model.state_dict()
+        assert all(v.eq(1).all() for k, v in state.items() if k.endswith("bn1.weight"))
+        last = ("bn3.weight",) if "resnet50" in config.arch else ("bn2.weight",)
+        return {v for k in state if k.endswith(last) for v in state[k].tolist()}
+
+    path = tmp_path / "weights.pt"
+    torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), path)
+    assert scales("--arch", "resnet18") == scales("--arch", "torchvision:resnet50") == {0}
+    assert scales("--arch", "resnet18", "--data", "cifar10") == {1}
+    assert scales("--arch", "resnet18", "--weights", str(path)) == {1}
+    assert scales("--arch", "tiny:residual") == {1}  # it may have weights of its own
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_the_first_weights_are_those_of_torchvisions_own_option(arch):
+    made = []
+    for option in ({}, {"zero_init_residual": True}):
+        torch.manual_seed(0)
+        made.append(torchvision.models.get_model(arch, num_classes=3, **option))
+    start_as_identity(made[0])
+    assert states_equal(made[0].state_dict(), made[1].state_dict())
+
+
+def test_a_block_that_starts_as_identity_returns_its_input():
+    model = residual(3).train()
+    start_as_identity(model)
+    x = torch.rand(4, 8, 5, 5)
+    assert torch.equal(model[1](x), x) and torch.equal(model[2](x), x)
+    assert not torch.equal(model[3](x), x)  # its BatchNorm has no scale
 
 
 CHANGES = [
