@@ -23,13 +23,7 @@ from corruptions import ALL_CORRUPTIONS, MIN_SIDE, corrupt, frost_source
 from harness import distributed
 from harness.benchmark import plots, registry, tables
 from harness.benchmark.config import EvalConfig, is_file, parse_eval_config
-from harness.benchmark.measure import (
-    Evaluation,
-    choose_images,
-    measure,
-    perturb,
-    refuse_other_runs,
-)
+from harness.benchmark.measure import Evaluation, choose_images, measure, perturb, refuse_other_runs
 from harness.benchmark.metrics import Results, aggregate, score_differences
 from harness.benchmark.registry import COLUMNS
 from harness.benchmark.store import Cell, append_cells, read_cells

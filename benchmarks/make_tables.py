@@ -106,13 +106,12 @@ class Measured:
     def differ_in_accuracy(self, first: str, second: str) -> Differences:
         """Do as `differ` for accuracies instead of R."""
         names = [*self.perturbations(first, second), *MEANS]
-        return _corrected(
-            {
-                name: paired.compare_accuracy(*(self.outcomes(x, name) for x in (first, second)))
-                for name in names
-                if self.has((first, second), MEANS.get(name, [name]))
-            }
-        )
+        found = {
+            name: paired.compare_accuracy(*(self.outcomes(x, name) for x in (first, second)))
+            for name in names
+            if self.has((first, second), MEANS.get(name, [name]))
+        }
+        return paired.decide(found, MEANS)
 
     def table(
         self, levels: Mapping[str, Sequence[str]], columns: Mapping[str, Differences],
@@ -128,18 +127,11 @@ class Measured:
         return "\n".join(tables.markdown_rows(lines))
 
 
-def _corrected(differences: Mapping[str, Difference]) -> Differences:
-    """Correct the p-values by Holm's method, those of means of several perturbations apart."""
-    single = {name: d for name, d in differences.items() if name not in MEANS}
-    corrected = dict(zip(single, paired.holm(list(single.values())), strict=True))
-    return {name: corrected.get(name, paired.uncorrected(d)) for name, d in differences.items()}
-
-
 def _over_seeds(columns: Sequence[Differences]) -> Differences:
     """Average the differences that every seed has, by name."""
     each = {name: [found for c in columns if (found := c.get(name))] for name in columns[0]}
     complete = {name: found for name, found in each.items() if len(found) == len(columns)}
-    return _corrected({name: paired.combine_seeds(found) for name, found in complete.items()})
+    return paired.decide({n: paired.combine_seeds(found) for n, found in complete.items()}, MEANS)
 
 
 def _format(difference: Difference | None, accuracy: bool) -> str:

@@ -8,9 +8,8 @@ some up to rounding. Four come from the M-TLAT paper (Laugros, Caplier and Ospic
     from corruptions import CORRUPTIONS, corrupt
     foggy = corrupt(images, "fog", 3, seed=0, index=indices)
 
-Each random corruption consists of two functions in the module of its family. `draw_NAME` draws the
-random fields from a `Stream`, and `NAME` applies them. `NAME` also accepts fields from any other
-source, for example those of the original implementation.
+`corruptions.registry` says which functions a corruption has. They also accept random numbers from
+any other source, for example those of the original implementation.
 """
 
 from corruptions.apply import corrupt

@@ -50,7 +50,7 @@ def corrupt(
         A new tensor of the same shape, dtype and device, on the 1/255 grid.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type or value.
+        TypeError, ValueError, FileNotFoundError: a wrong argument; no photograph of frost.
     """
     entry, severity = _check_name(name, severity)
     seed = _check_integer("seed", seed)

@@ -149,10 +149,10 @@ class _Look(NamedTuple):
 
     power: tuple[float, ...]  # log10 of the luma variance per frequency bin at _RADII
     levels: tuple[tuple[int, ...], ...]  # values of R, G and B at _PERCENTILES
-    lean: tuple[float, float]  # angles that mix R and B with a second field, degrees
     crystals: int
     longest: float  # longest stem in px
     branches: int  # per side of a stem
+    lean: tuple[float, float] = (0, 0)  # angles that mix R and B with a second field, degrees
 
 
 _LOOKS = {
@@ -175,7 +175,6 @@ _LOOKS = {
             (102, 140, 165, 193, 209, 221, 235, 245, 254),
             (107, 146, 172, 202, 218, 231, 244, 250, 255),
         ),
-        lean=(0, 0),
         crystals=900,
         longest=110,
         branches=14,
@@ -187,7 +186,6 @@ _LOOKS = {
             (50, 84, 105, 135, 153, 170, 199, 234, 252),
             (58, 92, 115, 147, 165, 183, 214, 249, 255),
         ),
-        lean=(0, 0),
         crystals=1400,
         longest=60,
         branches=10,
@@ -199,7 +197,6 @@ _LOOKS = {
             (30, 45, 60, 91, 119, 151, 203, 238, 254),
             (38, 57, 72, 104, 131, 161, 211, 243, 255),
         ),
-        lean=(0, 0),
         crystals=420,
         longest=130,
         branches=26,

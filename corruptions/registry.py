@@ -4,12 +4,12 @@ Each family has a file, with the tables of parameters of severities 1 to 5 for t
 in pixels: 224 (ImageNet-C), 64 (Tiny-ImageNet-C) and 32 (CIFAR-10-C). They are those of the
 original scripts (Hendrycks and Dietterich, ICLR 2019).
 
-A corruption NAME is two functions. `draw_NAME(stream, severity, size, profile)` draws the random
-fields of B images of `size` (H, W), in the order in which NAME takes them.
-`NAME(images, severity, *fields, profile=)` applies them to uint8 (B, 3, H, W) images, and returns
-the raw result of the same shape: uint8, or float32 in [0, 255], which `corrupt` truncates. That
-makes about one in 4,096 of the values that are no integers a level higher than the original's, for
-the reason that `corruptions.apply` gives. `corrupt` also validates and draws.
+`NAME(images, severity, *fields, profile=)` corrupts uint8 (B, 3, H, W) images, and returns the raw
+result of the same shape: uint8, or float32 in [0, 255]. The fields are random numbers. Where NAME
+takes any, `draw_NAME(stream, severity, size, profile)` draws them for B images of `size` (H, W), in
+NAME's order. `corrupt` checks the arguments, draws, and truncates the result. Truncation makes
+about one in 4,096 of the values that are no integers a level higher than the original's, for the
+reason that `corruptions.apply` gives.
 """
 
 import sys

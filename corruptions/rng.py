@@ -45,7 +45,7 @@ def _scramble(words: Tensor, key: Tensor) -> Tensor:
 
 
 class Stream:
-    """Random number stream for one corruption of a batch of images.
+    """Random number stream for one purpose, such as a corruption of a batch of images.
 
     Each method returns (B, *shape) and counts as one call. The n-th call of a stream always returns
     the same numbers for the same image. Bits, uniforms and integers are equal on all devices.
@@ -53,7 +53,7 @@ class Stream:
 
     Args:
         seed: any integer.
-        name: name of the corruption.
+        name: of the corruption, or of another purpose.
         severity: 1 to 5, or None if it is drawn for each image.
         index: indices of the images in the dataset, int64 (B,). The draws are on its device.
     """

@@ -60,9 +60,9 @@ def option(
     """Declare a field of a configuration dataclass as a command-line option.
 
     Args:
-        default: the value without the option; `dataclasses.MISSING` for a required one.
+        default: the value without the option; `dataclasses.MISSING` for a positional argument.
         help: the text of --help.
-        flags: other spellings, for example ("-b",). A positional argument names itself here.
+        flags: other spellings, for example ("-b",); a positional argument has none.
         group: the heading of --help that begins with this option.
         may_change: whether a resumed run may pass another value.
         arguments: passed to `ArgumentParser.add_argument`.

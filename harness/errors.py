@@ -76,8 +76,9 @@ def run_script(
         main: parses the command line and does the work.
         how_to_resume: what the message of an interrupted run tells the user to do.
 
-    The exit code is 0, or 2 after a `UserError`, 130 after Ctrl-C, 143 after SIGTERM. In the last
-    three cases one line on stderr says what happened. Any other exception shows its traceback.
+    The exit code is 0; or 2 after a `UserError` or an error such as a full disk, 130 after Ctrl-C,
+    143 after SIGTERM, and then one line on stderr says what happened. Any other exception shows its
+    traceback.
     """
     retain_freed_memory()
     while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:

@@ -12,18 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from corruptions import CORRUPTIONS
+from harness.benchmark import paired
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import failed_checks
 from harness.benchmark.mce import ALEXNET_ERRORS, corrupted_accuracy, mce, relative_mce
-from harness.benchmark.paired import (
-    Array,
-    Difference,
-    compare_accuracy,
-    compare_robustness,
-    holm,
-    robustness_interval,
-    unpack,
-)
+from harness.benchmark.paired import Array, Difference
 from harness.benchmark.registry import CHECK, COLUMNS, PERTURBATIONS, SUPPLEMENT, TABLES
 from harness.benchmark.store import Cell
 
@@ -149,7 +142,7 @@ def read_outcomes(cells: Cells, digest: str, severities: Severities) -> Outcomes
     for name, own in severities.items():
         keys = [(digest, name, s) for s in own]
         if all("hits" in cells.get(key, ()) for key in keys):
-            hits = [unpack(cells[key]["hits"], cells[key]["n"]) for key in keys]
+            hits = [paired.unpack(cells[key]["hits"], cells[key]["n"]) for key in keys]
             if {len(h) for h in hits} == {len(found.get("clean", hits[0]))}:
                 found[name] = np.mean(hits, axis=0)
     return found
@@ -169,7 +162,7 @@ def _scores(
             low, high = wilson(accuracy * n, n)
             interval = robustness(low, base), robustness(high, base)
             if name in outcomes and "clean" in outcomes and 0 < accuracy:
-                interval = robustness_interval(outcomes[name], outcomes["clean"])
+                interval = paired.robustness_interval(outcomes[name], outcomes["clean"])
             ratio = robustness(accuracy, base)
             scores[name] = Score(accuracy, low, high, n, ratio, "", shares, *interval)
     return scores
@@ -180,14 +173,14 @@ def _differences(own: Outcomes, other: Outcomes, void: frozenset[str]) -> dict[s
     if "clean" not in own or "clean" not in other:
         return {}
     c, d = own["clean"], other["clean"]
-    found: dict[str, Difference | None] = {"clean": compare_accuracy(c, d)}
+    found: dict[str, Difference | None] = {"clean": paired.compare_accuracy(c, d)}
     shared = [name for name in COLUMNS if name in own and name in other and name not in void]
-    found |= {name: compare_robustness(own[name], c, other[name], d) for name in shared}
-    corrected = dict(zip(found, holm(list(found.values())), strict=True))
+    found |= {name: paired.compare_robustness(own[name], c, other[name], d) for name in shared}
+    corrected = dict(zip(found, paired.holm(list(found.values())), strict=True))
     for title, names in _groups(void).items():
         if set(names) <= set(shared):
             a, b = (np.mean([o[name] for name in names], axis=0) for o in (own, other))
-            corrected[title] = compare_robustness(a, c, b, d)
+            corrected[title] = paired.compare_robustness(a, c, b, d)
     return {name: difference for name, difference in corrected.items() if difference}
 
 

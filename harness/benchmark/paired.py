@@ -13,7 +13,7 @@ Scandinavian Journal of Statistics 1979.
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,6 +140,15 @@ def subtract(first: Difference | None, second: Difference, *, accuracy: bool = F
 def uncorrected(difference: Difference | None) -> Difference | None:
     """Decide a difference by its own p-value, as the only comparison of its kind."""
     return difference and difference._replace(adjusted=difference.p)
+
+
+def decide(
+    differences: Mapping[str, Difference | None], means: Container[str]
+) -> dict[str, Difference | None]:
+    """Correct these p-values for their number, and leave those of `means` uncorrected."""
+    single = [name for name in differences if name not in means]
+    corrected = dict(zip(single, holm([differences[name] for name in single]), strict=True))
+    return {name: corrected.get(name, uncorrected(d)) for name, d in differences.items()}
 
 
 def holm(differences: Sequence[Difference | None]) -> list[Difference | None]:

@@ -1,4 +1,4 @@
-"""Figures: robustness, severities, training curves, one step of M-TLAT, perturbed images."""
+"""Figures: scores and their differences, training curves, a step of M-TLAT, perturbed images."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -48,7 +48,7 @@ def _register() -> dict[str, Perturbation]:
             # For an accuracy it need not search the nearest image: one round tells what it reaches.
             attack = attack._replace(keywords=attack.keywords | {"rounds": 1})
         rows[name] = Perturbation(attack.box, column=attack.column, attack=attack)
-    for name, attack in {"clean": Attack(broken_gradients, {}), **CHECKS}.items():
+    for name, attack in {"clean": Attack(broken_gradients, {}, random=False), **CHECKS}.items():
         rows[CHECK + name] = Perturbation("checks", attack=attack, sampled=True)
     settings = ATTACKS["cw2"].keywords | {"confidence": 0.0, "rounds": SUPPLEMENT_ROUNDS}
     smallest = ATTACKS["cw2"]._replace(keywords=settings)

@@ -37,8 +37,11 @@ class Dataset(NamedTuple):
     test: ImageSet
     classes: list[str]
     paths: list[str]  # of the test images: relative to the folder of their classes
-    fingerprint: str  # of both parts; empty if only the test part was ever decoded
-    test_fingerprint: str  # of the test part
+    # Hashes of what train.py and evaluate.py compare. Of a folder the second is of its test part,
+    # and the first is empty if only that was ever decoded. Otherwise both are of both parts: of the
+    # pixels of shapes, and of the labels of CIFAR, whose pixels torchvision checks.
+    fingerprint: str
+    test_fingerprint: str
     origin: str  # of the test images, in words
     held_out: bool = False  # whether the test part is a share of a folder of class folders
 

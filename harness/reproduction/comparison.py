@@ -16,16 +16,9 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from harness.benchmark.metrics import ModelScores, sign, table_value
-from harness.benchmark.paired import Difference, combine_seeds, holm, subtract, uncorrected
+from harness.benchmark.paired import Difference, combine_seeds, decide, subtract, uncorrected
 from harness.benchmark.tables import MISSING, answer, markdown_rows, to_plain
-from harness.reproduction.paper import (
-    ATTACKS_TITLE,
-    BASELINE,
-    HEADINGS,
-    MEANS,
-    PAPER_ROWS,
-    Printed,
-)
+from harness.reproduction.paper import ATTACKS_TITLE, BASELINE, HEADINGS, MEANS, PAPER_ROWS, Printed
 
 AGREES, CONTRADICTS, UNDECIDED, VOID = VERDICTS = ("agrees", "contradicts", "undecided", "void")
 
@@ -114,15 +107,12 @@ def _paper_scores(table: int, arch: str, method: str, void: frozenset[str]) -> d
 def _decide(entries: dict[str, Entry], void: frozenset[str]) -> dict[str, Entry]:
     """Average the differences over the seeds, correct their p-values, and add the verdicts."""
     combined = {n: combine_seeds(e.by_seed) if e.by_seed else None for n, e in entries.items()}
-    single = [name for name in entries if name not in MEANS]
-    combined |= zip(single, holm([combined[name] for name in single]), strict=True)
-    combined |= {name: uncorrected(combined[name]) for name in entries if name in MEANS}
     return {
-        name: entry._replace(
-            difference=combined[name],
-            verdict=_verdict(combined[name], entry.paper_sign, name in void),
+        name: entries[name]._replace(
+            difference=difference,
+            verdict=_verdict(difference, entries[name].paper_sign, name in void),
         )
-        for name, entry in entries.items()
+        for name, difference in decide(combined, MEANS).items()
     }
 
 

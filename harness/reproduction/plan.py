@@ -20,10 +20,11 @@ from harness.reproduction.paper import BASELINE, methods_of_table
 from harness.training.config import SHAPES_RECIPE, TrainConfig
 from harness.training.methods import METHODS
 
-# What each scale runs. None leaves a setting to train.py, whose defaults for folders are the
-# paper's: learning rate 0.002, divided by 10 after 30, 60 and 80 of 90 epochs. With --whole-batches
-# all methods make the same number of updates; with --train-flags "" those of two losses make twice
-# as many, as in the paper. The surrogate, a VGG, learns with Adam at 1e-4, and does not at 1e-3.
+# What each scale runs. Where `data` is None, --data is required; where `methods` is, all are
+# trained. None leaves any other setting to train.py, whose defaults for folders are the paper's:
+# learning rate 0.002, divided by 10 after 30, 60 and 80 of 90 epochs. With --whole-batches all
+# methods make the same number of updates; with --train-flags "" those of two losses make twice as
+# many, as in the paper. The surrogate, a VGG, learns with Adam at 1e-4, and does not at 1e-3.
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
         "data": "shapes", "classes": None, "size": SIZES["shapes"],
@@ -31,20 +32,20 @@ RECIPES: dict[str, dict[str, Any]] = {
         # epochs, the standard training reaches 98.8 % or more with three seeds.
         "archs": [SHAPES_RECIPE["arch"]],
         **{name: SHAPES_RECIPE[name] for name in ("epochs", "batch_size", "lr")},
-        "surrogate": "cnn6", "surrogate_epochs": None, "surrogate_lr": SHAPES_RECIPE["lr"],
+        "surrogate": "cnn6", "surrogate_lr": SHAPES_RECIPE["lr"],
         "limit": 0, "tables": [1], "methods": ["standard", "mtlat"],
         "train_flags": "--whole-batches --channels-last",
     },
     "small": {
         "data": None, "classes": None, "size": 64,
         "archs": ["resnet18"], "epochs": 30, "batch_size": 64, "lr": 1e-3,
-        "surrogate": "vgg11_bn", "surrogate_epochs": None, "surrogate_lr": 1e-4,
+        "surrogate": "vgg11_bn", "surrogate_lr": 1e-4,
         "limit": 0, "tables": [1, 2, 3], "methods": None, "train_flags": "--whole-batches",
     },
     "paper": {
         "data": None, "classes": 100, "size": 224,
         "archs": ["resnet50", "resnext50_32x4d"], "epochs": 90, "batch_size": 256, "lr": None,
-        "surrogate": "vgg16_bn", "surrogate_epochs": None, "surrogate_lr": 1e-4,
+        "surrogate": "vgg16_bn", "surrogate_lr": 1e-4,
         # The precision and the memory layout are ours; the paper names none.
         "limit": 0, "tables": [1, 2, 3], "methods": None,
         "train_flags": "--amp bf16 --channels-last",
