@@ -146,7 +146,7 @@ def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
             f"{subject.label} may have seen test images: an earlier version of train.py wrote it,"
             " and the training images of --data are not in --cache-dir to compare"
         )
-    advice = "; if it saw none of the folder, put the class folders into test/ to test all images"
+    advice = "; if it was trained on no image of the folder, move the class folders into test/"
     return (
         f"{subject.label} was trained on another dataset or preprocessing: it may have seen test"
         f" images{advice * data.held_out}"

@@ -12,10 +12,10 @@ Algorithm 1    algorithm1          Eq. 1      mixup            Eq. 5      target
 
 Shapes: images x are (B, ...), floating point, in [0, 1]; labels y are distributions over N classes,
 (B, N); a target is class indices (B,) or distributions (B, N); lam and epsilon are a float or (B,),
-in [0, 1]. A model is an nn.Module that maps x to logits (B, N), to an object with `.logits`, or to
-a tuple or list that begins with them; or a function that calls no DDP and no BatchNorm in training.
-Bad input raises ValueError or TypeError with value, rule and fix; on a GPU each kind of value, such
-as pixels, is checked until it was right once. Keep images in float32: bfloat16 rounds the attack.
+in [0, 1]. A model is an nn.Module that returns logits (B, N), an object with `.logits`, or a tuple
+or list that begins with logits; or a function that calls no DDP and no BatchNorm in training mode.
+Bad input raises ValueError or TypeError with value, rule and fix. On a GPU each kind of value, such
+as pixels, is checked until it is right once. Keep images in float32: bfloat16 rounds the attack.
 
 Comments that begin with "Reading" mark what the paper leaves open, and the alternative, if any.
 """
@@ -182,7 +182,7 @@ def mtlat_loss(
         alpha, epsilon_max, per_batch, generator, steps, clip: see `draw` and `targeted_fgsm`.
 
     Returns:
-        A scalar. Costs 8/3 of the plain step, and updates BatchNorm's running statistics twice.
+        A scalar. Costs 8/3 of a standard step with `steps` 1, and updates BatchNorm twice.
     """
     check_images(x)
     draws = draw(len(x), num_classes, alpha=alpha, epsilon_max=epsilon_max, per_batch=per_batch,
@@ -222,10 +222,10 @@ _checked: set[str] = set()  # kinds of values that were right once, see `check_v
 def attack_loss(logits: Any, y: Tensor) -> Tensor:
     """Compute a scalar whose gradient is that of the batch's summed L times a positive number.
 
-    Cross-entropy's own gradient vanishes in float32 where p_y rounds to 1; that of the log-odds
-    against y does not. Multiplied by 1 - p_y, it equals L's again. This matters where BatchNorm in
-    training mode lets every image change all logits. The weights are divided by the largest, and
-    clamped, so that a backward pass in the logits' dtype does not underflow. Soft labels keep L.
+    Where p_y rounds to 1, L's gradient vanishes in float32. That of the log-odds against y does
+    not, and a weight of 1 - p_y makes it L's again, up to the number. Weights matter in training
+    mode, where BatchNorm lets every image change all logits. They are divided by the largest, and
+    clamped, so that no backward pass underflows. Images with soft labels take L itself.
     """
     logits = logits_of(logits, y)
     limits = torch.finfo(logits.dtype)
@@ -243,7 +243,7 @@ def grad_of(loss: Tensor, x: Tensor) -> Tensor:
     """Compute the gradient of a loss with respect to x. Raise if none reaches x."""
     gradient = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
     if gradient is None:
-        fix = "freeze weights by requires_grad_, not no_grad or detach; no inference_mode"
+        fix = "freeze weights by requires_grad_(False), not no_grad or detach; no inference_mode"
         raise TypeError(f"no gradient reaches the images; {fix}")
     return gradient
 

@@ -48,7 +48,7 @@ from harness.training.methods import METHODS, check_trainable
 from mtlat import Draws, Pair, draw
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LOWER_RATE = "lower --lr, in another --output-dir; the epochs before are kept"
+LOWER_RATE = "start again with a lower --lr in another --output-dir; the epochs before are kept"
 
 
 @dataclass

@@ -256,8 +256,8 @@ def find_images(source: Path) -> list[Path]:
         visible = [e for e in (source / name).iterdir() if not e.name.startswith(".")]
         if visible and all(entry.is_dir() for entry in visible):
             raise ValueError(
-                f"{source / name} holds folders alone, so it is no class; the layout is "
-                f"DIR/class/file: name {source / name} itself"
+                f"{source / name} holds only folders, so it is no class; the layout is "
+                f"DIR/class/file: give {source / name} as DIR"
             )
     if empty := [name for name, files in found.items() if not files]:
         raise ValueError(f"{source / empty[0]} has no images ({', '.join(SUFFIXES)})")

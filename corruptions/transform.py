@@ -34,7 +34,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Load an opened image file as upright RGB, 8 bits per channel.
 
     Raises:
-        ValueError: the file has 16 or 32 bits per pixel, of a range that it does not tell; or more
+        ValueError: the file has 16 or 32 bits per pixel, and an unknown value range; or more
             pixels than Pillow's limit, since it may be meant to exhaust memory.
         OSError, SyntaxError: the file is damaged.
     """
@@ -53,7 +53,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         least, most = values.min(), values.max()
         if image.mode == "F" or least < 0 or most >= 2**16 or 0 < most < 256:
             raise ValueError(
-                f"more than 8 bits per pixel, of an unknown range, up to {most:g}: save it with 8"
+                f"more than 8 bits per pixel, unknown value range (up to {most:g}): save it with 8"
             )
         image = Image.fromarray((values >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")  # which copies even RGB

@@ -35,7 +35,7 @@ def check_savable(name: str, model: nn.Module) -> None:
     """Raise `UserError` unless the model's state dict holds tensors with shapes alone."""
     for key, value in model.state_dict().items():
         if nn.parameter.is_lazy(value):
-            raise UserError(f"{name}: {key} has no shape yet; let it compute logits once")
+            raise UserError(f"{name}: {key} has no shape yet; run one forward pass first")
         if not isinstance(value, Tensor):
             raise UserError(
                 f"{name}: {key} of its state dict is a {type(value).__name__}, and a checkpoint"

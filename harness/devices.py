@@ -22,7 +22,7 @@ def resolve_device(name: str) -> str:
         found = torch.accelerator.current_accelerator(check_available=True)
         name = found.type if found and (processes == 1 or found.type == "cuda") else "cpu"
     if processes > 1 and name not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: {processes} processes run on cuda, one GPU each, or cpu")
+        raise UserError(f"--device {name}: {processes} processes need cuda (one GPU each) or cpu")
     try:
         if processes > 1 and name == "cuda":
             name = f"cuda:{distributed.local_rank()}"

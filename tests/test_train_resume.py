@@ -301,7 +301,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(go, tmp_path, monkeypatch):
         return train_one_epoch(replace(config, lr=1e30) if epoch else config, training, epoch)
 
     monkeypatch.setattr(train, "train_one_epoch", explode)
-    with pytest.raises(UserError, match=r"the loss became (nan|inf) in epoch 2 .*: lower --lr"):
+    with pytest.raises(
+        UserError, match=r"the loss became (nan|inf) in epoch 2 .*: start again with a lower --lr"
+    ):
         go("--opt", "sgd")
     kept = checkpoints.load_checkpoint(tmp_path / "out" / "last.pt")
     assert len(kept["log"]) == 1
@@ -318,7 +320,9 @@ def test_a_network_without_finite_logits_is_not_saved(go, tmp_path, monkeypatch)
         return losses
 
     monkeypatch.setattr(train, "train_one_epoch", ruin)
-    with pytest.raises(UserError, match="logits are not finite after epoch 2: lower --lr"):
+    with pytest.raises(
+        UserError, match="logits are not finite after epoch 2: start again with a lower --lr"
+    ):
         go()
     assert len(checkpoints.load_checkpoint(tmp_path / "out" / "last.pt")["log"]) == 1
 

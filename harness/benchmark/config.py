@@ -39,8 +39,8 @@ class EvalConfig:
         " module:callable, which runs its code, as does a checkpoint of such a model; each model"
         " is a row of the tables",
         group="models", nargs="+", metavar="MODEL")
-    surrogate: str | None = option(None, "the model that the black-box attacks use: a VGG trained"
-        " on the same images; without one they are left out", metavar="MODEL")
+    surrogate: str | None = option(None, "the model that the black-box attacks are made on, trained"
+        " on the same images (the paper: a VGG); without one they are left out", metavar="MODEL")
     baseline: str = option(None, "the row that + and - refer to (default: the first)",
         metavar="MODEL")
     arch: str | None = option(None, "the architecture of models that are plain state dicts, as in"

@@ -73,8 +73,8 @@ def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | N
     Returns:
         R of the first minus R of the second; None if either clean accuracy is 0. Where few images
         are right or lost, the interval is a bootstrap's, and p is at least that of the sign test: a
-        bootstrap takes a count of 0 for certain, and its p-value is then too small. This compares
-        counts, so that it decides too little where the clean accuracies differ much.
+        bootstrap takes a count of 0 for certain, and its p-value is then too small. The sign test
+        compares counts, and is conservative where the clean accuracies differ much.
     """
     if not (c.any() and d.any()):
         return None

@@ -158,7 +158,7 @@ def load_subjects(
         digest = hashlib.sha256((_own_code(config, spec, files.get(spec)) + repr(module)).encode())
         for name, value in module.state_dict().items():
             if nn.parameter.is_lazy(value):
-                raise UserError(f"{spec}: {name} has no shape yet; let it compute logits once")
+                raise UserError(f"{spec}: {name} has no shape yet; run one forward pass first")
             digest.update(name.encode())
             if isinstance(value, Tensor):
                 digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

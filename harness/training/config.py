@@ -54,7 +54,7 @@ class TrainConfig:
         type=number(int, 1))
     mix_at: list[str] = option(None, "where mixup and mtlat mix: input (the images), or submodules"
         " as model.named_modules() calls them, whose outputs are then mixed (Manifold Mixup); every"
-        " step draws one of several; up to there a forward pass takes twice the time (default:"
+        " step draws one of the names; layers before it process twice as many images (default:"
         " input, the paper's)", nargs="+", metavar="NAME")
 
     data: str = option("shapes", "shapes (embedded), cifar10, cifar100, or a folder with"
@@ -277,8 +277,8 @@ def _resumed(
     kept = (values.keys() - MAY_CHANGE) | (KEPT - given)
     if missing := sorted(kept - saved.keys()):
         raise UserError(
-            f"{path} has no setting {missing[0]}: another version of train.py wrote it, and can"
-            " continue it"
+            f"{path} has no setting {missing[0]}: another version of train.py wrote it; continue"
+            " with that one"
         )
     values = values | {name: saved[name] for name in kept}
     defaults = _default_milestones(saved["data"], saved["epochs"])

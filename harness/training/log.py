@@ -58,7 +58,7 @@ def digest_test_files(data: Dataset) -> str:
 def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None) -> str:
     """Say if --weights may have been trained on images that are test images now, or nothing.
 
-    Of a folder CLASS/* alone a tenth is held out: another one, once images were added.
+    Of a folder CLASS/* alone a tenth is held out, which changes when images are added.
 
     Args:
         config: of this training.
@@ -79,6 +79,6 @@ def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, A
         return ""
     return (
         f"{config.weights} may have been trained on some of the test images: it was tested on"
-        " others, as another tenth of a folder is held out once images are added; put test images"
+        " others, since the tenth that is held out changes when images are added; put test images"
         " into val/CLASS"
     )

@@ -319,7 +319,7 @@ def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "whole" / "val" / ".DS_Store").touch()
     whole = [str(tmp_path / "whole"), "--out", str(tmp_path / "out")]
     refused(
-        whole, "val holds folders alone, so it is no class; the layout is DIR/class/file", capsys
+        whole, "val holds only folders, so it is no class; the layout is DIR/class/file", capsys
     )
     (tmp_path / "whole" / "val").rename(tmp_path / "whole" / "Validation")
-    refused(whole, "Validation holds folders alone, so it is no class", capsys)
+    refused(whole, "Validation holds only folders, so it is no class", capsys)

@@ -306,8 +306,8 @@ def refused(argv: list[str]) -> str:
 @pytest.mark.parametrize("flags, message", [
     ("-b 14", "--batch-size 14 makes minibatches of 7, and each of 4 processes needs 2 images"),
     ("-b 16", "accepted"),
-    ("--device cuda:1", "--device cuda:1: 4 processes run on cuda, one GPU each, or cpu"),
-    ("--device mps", "--device mps: 4 processes run on cuda, one GPU each, or cpu"),
+    ("--device cuda:1", "--device cuda:1: 4 processes need cuda (one GPU each) or cpu"),
+    ("--device mps", "--device mps: 4 processes need cuda (one GPU each) or cpu"),
     ("--sync-bn", "--sync-bn works on CUDA, not on cpu"),
 ])  # fmt: skip
 def test_what_several_processes_cannot_do(jobs, folder, tmp_path, flags, message):
