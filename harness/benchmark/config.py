@@ -7,6 +7,7 @@ from pathlib import Path
 
 from corruptions import MIN_SIDE
 from harness.benchmark.registry import (
+    COLUMNS,
     GROUPS,
     PERTURBATIONS,
     Perturbation,
@@ -72,8 +73,9 @@ class EvalConfig:
         " Tiny-ImageNet-C, or as DIR/corruption.npy, like CIFAR-10-C, instead of computing them",
         type=Path, metavar="DIR")
 
-    only: list[str] = option(None, "measure only these names or groups:"
-        f" {', '.join(GROUPS)}; or clean, which is always measured (default: all but validation)",
+    only: list[str] = option(None, f"measure only these groups ({', '.join(GROUPS)}), these"
+        f" perturbations ({', '.join(COLUMNS)}), or clean, which is always measured (default: all"
+        " but validation)",
         group="perturbations", nargs="+", metavar="NAME")
     skip: list[str] = option(None, "leave these out", nargs="+", metavar="NAME")
     attack: list[str] = option(None, "add your own attacks, x_adv = callable(model, x, y), which"
