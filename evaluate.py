@@ -44,6 +44,7 @@ from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.loader import BatchLoader
 from harness.images.preprocess import Crop, choose_crop, describe, kind
 from harness.models import compute_logits, is_right
+from harness.training.log import digest_test_files
 
 SHEET_SEVERITY = 3  # of the corruptions in the contact sheet
 
@@ -145,6 +146,11 @@ def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
         return (
             f"{subject.label} may have seen test images: an earlier version of train.py wrote it,"
             " and the training images of --data are not in --cache-dir to compare"
+        )
+    if data.held_out and digest_test_files(data) == checkpoint["settings"].get("test_files"):
+        return (
+            f"{subject.label} was trained with another preprocessing, or on another folder with the"
+            " same file names"
         )
     advice = "; if it was trained on no image of the folder, move the class folders into test/"
     return (

@@ -107,6 +107,8 @@ def _read(path: Path) -> Tensor:
         )
     try:
         with Image.open(path) as picture:
+            if min(picture.size) < 2:
+                raise ValueError("it is less than 2 pixels wide or high")
             pixels = np.array(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's
         raise ValueError(f"cannot read {path} ({error}); replace the file") from error

@@ -1,5 +1,6 @@
 """Test the command line of evaluate.py: cells, images, models, options, and wrong usage."""
 
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -322,7 +323,7 @@ def test_a_model_of_more_classes_is_restricted_to_those_of_the_images(
     options = ["--data", str(bench.root / "images"), "--size", "16", "--dump-images", "2"]
     attacks = ["--only", "brightness", "pgd_0.04", "pgd_ll_0.04", "cw2"]
     names = bench.root / "outputs.txt"
-    names.write_text("white\nred\nblue\ngray\ngreen\n")
+    names.write_text("white\nred\nblue\ngray\ngreen\n\n")  # a blank last line is no output
     known = ["--imagenet-classes", str(names)]
     bench.run(*options, *attacks, models="tinynets:net", out="few")
     bench.run(*options, *attacks, *known, models="tinynets:Many", out="many")
@@ -544,6 +545,22 @@ def test_checkpoints_that_may_have_seen_the_test_images_are_marked(
     assert "may have seen test images" in said[0] and "trained at 64 px, and the images" in said[1]
     bench.run("--only", "fog", "--surrogate", bench.argv(models="standard")[0], out="same")
     assert "standard is the surrogate" in capsys.readouterr().err
+
+
+def test_the_default_folder_is_named_after_the_models_in_any_script() -> None:
+    def name(*labels: str) -> str:
+        models = [SimpleNamespace(digest="0", label=label) for label in labels]
+        options = SimpleNamespace(output_dir=None, imagenet_c=None)
+        run = SimpleNamespace(config=options, facts={}, models=models, surrogate=None)
+        return str(measure.Evaluation.output_dir.fget(run).name)
+
+    assert re.fullmatch("a_1-модель-日本-[0-9a-f]{8}", name("модель 日本", "a_1"))
+    assert len(name("日" * 200).encode()) == 99 + 9
+
+
+def test_names_in_a_script_that_the_font_lacks_are_drawn(tmp_path: Path) -> None:
+    plots.plot_shares({"日本": {"日": 0.5}}, tmp_path / "shares.png")
+    assert (tmp_path / "shares.png").stat().st_size > 0
 
 
 def test_models_that_guess_are_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:

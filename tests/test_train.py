@@ -443,6 +443,7 @@ def test_weights_start_a_fine_tuning(go, tmp_path, monkeypatch, capsys):
 def test_weights_that_saw_images_held_out_now_are_named(go, folder, tmp_path, capsys):
     """Of a folder CLASS/* alone another tenth is held out where images were added."""
     go("--epochs", "1")
+    go("--epochs", "1", "--classes", "2", out="two")
     shutil.copytree(folder, tmp_path / "with val" / "train")
     shutil.copytree(folder, tmp_path / "with val" / "val")
     go("--epochs", "1", "--data", str(tmp_path / "with val"), out="whole")
@@ -453,17 +454,24 @@ def test_weights_that_saw_images_held_out_now_are_named(go, folder, tmp_path, ca
 
     assert not continue_from("out", "same")["seen_before"]
     assert not continue_from("out", "larger", "--size", "16")["seen_before"]  # of the same files
+    assert not continue_from("two", "three")["seen_before"]  # of the same files of two classes
     assert "warning" not in capsys.readouterr().err
+    evaluation = ["--only", "clean", "--cache-dir", str(tmp_path / "cache"), "--device", "cpu"]
+    evaluate.main([str(tmp_path / "out" / "last.pt"), *evaluation, "--preprocess", "center-crop",
+                   "--output-dir", str(tmp_path / "cropped")])  # fmt: skip
+    said = capsys.readouterr().err
+    assert "out was trained with another preprocessing, or on another folder" in said
+    assert "may have seen" not in said and "into test/" not in said
     assert "whole/last.pt may have been" in continue_from("whole", "b")["seen_before"]
     for kind in folder.iterdir():
         shutil.copytree(kind, folder / kind.name / "more")
     seen = continue_from("out", "more")["seen_before"]
     assert "out/last.pt may have been trained on some of the test images" in seen
+    assert "two/last.pt may have been" in continue_from("two", "more of two")["seen_before"]
     assert continue_from("more", "third")["seen_before"] == seen
     (tmp_path / "out" / "last.pt").unlink()
     assert go("--resume", "auto", "--epochs", "2", out="more")["settings"]["seen_before"] == seen
     assert f"warning: {seen}" in capsys.readouterr().err
-    evaluation = ["--only", "clean", "--cache-dir", str(tmp_path / "cache"), "--device", "cpu"]
     evaluate.main([str(tmp_path / "more" / "last.pt"), *evaluation, "--output-dir",
                    str(tmp_path / "scores")])  # fmt: skip
     assert f"more: {seen}" in capsys.readouterr().err

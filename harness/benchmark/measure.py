@@ -72,8 +72,9 @@ class Evaluation:
         digests = sorted(model.digest for model in self.models)
         decided = [self.facts, digests, self.surrogate and self.surrogate.digest, tree]
         digest = hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:8]
-        labels = "-".join(sorted(model.label for model in self.models))
-        return Path("runs/evaluate", f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', labels)[:100]}-{digest}")
+        labels = re.sub(r"[^\w.-]+", "-", "-".join(sorted(model.label for model in self.models)))
+        short = labels.encode()[:100].decode(errors="ignore")  # a file's name has 255 bytes at most
+        return Path("runs/evaluate", f"{short}-{digest}")
 
     def images_of(self, name: str) -> Tensor:
         """Return the indices of the test images that a cell takes."""

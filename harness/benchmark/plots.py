@@ -1,6 +1,7 @@
 """Figures: scores and their differences, training curves, a step of M-TLAT, perturbed images."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -310,17 +311,19 @@ def _legend(name: str) -> str:
 
 def _finish(figure: Figure, path: Path) -> None:
     """Write the figure, with one legend of all labels, as many per line as fit."""
-    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
-    found = {name: handle for pair in drawn for handle, name in zip(*pair, strict=True)}
-    for columns in range(min(6, len(found)), 0, -1):
-        legend = figure.legend(found.values(), found, loc="outside upper center", ncols=columns,
-                               frameon=False)  # fmt: skip
-        box = legend.get_window_extent()
-        if box.width <= figure.bbox.width or columns == 1:
-            # The figure's height has room for one line of the legend.
-            figure.set_figheight(figure.get_figheight() + box.height / DPI - 0.4)
-            figure.set_figwidth(max(figure.get_figwidth(), box.width / DPI + 0.1))
-            break
-        legend.remove()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks: boxes
+        drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
+        found = {name: handle for pair in drawn for handle, name in zip(*pair, strict=True)}
+        for columns in range(min(6, len(found)), 0, -1):
+            legend = figure.legend(found.values(), found, loc="outside upper center", ncols=columns,
+                                   frameon=False)  # fmt: skip
+            box = legend.get_window_extent()
+            if box.width <= figure.bbox.width or columns == 1:
+                # The figure's height has room for one line of the legend.
+                figure.set_figheight(figure.get_figheight() + box.height / DPI - 0.4)
+                figure.set_figwidth(max(figure.get_figwidth(), box.width / DPI + 0.1))
+                break
+            legend.remove()
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png")

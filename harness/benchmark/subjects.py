@@ -95,7 +95,7 @@ def restrict(
 def _read_outputs(path: Path) -> list[str]:
     """Read the names of a model's outputs: of each line the wnid, or else the whole line."""
     try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--imagenet-classes {path} cannot be read: {error}") from None
     return [found[0] if (found := WNID.match(line)) else line for line in lines]

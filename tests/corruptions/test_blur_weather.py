@@ -209,6 +209,10 @@ def test_frost_source_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert frost_source() == str(tmp_path.resolve())
     with pytest.raises(ValueError, match=r"cannot read .*frost1\.png"):
         frost_textures(None, size, 224, CPU)
+    for size_of_picture in ((1, 9), (9, 1)):
+        Image.new("RGB", size_of_picture).save(tmp_path / "frost1.png")
+        with pytest.raises(ValueError, match=r"frost1\.png \(it is less than 2 pixels"):
+            frost_textures(None, size, 224, CPU)
     for error in (ValueError, Image.DecompressionBombError):
         with monkeypatch.context() as patch:
             patch.setattr(Image, "open", Mock(side_effect=error("damaged")))
