@@ -18,6 +18,7 @@ Bad input raises ValueError or TypeError with value, rule and fix. On a GPU each
 as pixels, is checked until it is right once. Keep images in float32: bfloat16 rounds the attack.
 
 Comments that begin with "Reading" mark what the paper leaves open, and the alternative, if any.
+The method ends with `Normalize`. What follows is numerics and input checks.
 """
 
 import math
@@ -35,7 +36,6 @@ Pair = tuple[Tensor, Tensor]  # (x, y)
 Numbers = Tensor | float  # one per image (B,), or one for all
 
 ALPHA, EPSILON_MAX = 0.4, 0.025  # the paper's
-
 __all__ = ["Draws", "Normalize", "algorithm1", "cross_entropy", "draw", "mixup", "mtlat_loss"]
 __all__ += ["target_labels", "targeted_fgsm"]
 
