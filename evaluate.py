@@ -130,7 +130,7 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
 
 
 def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
-    """Warn of a checkpoint unless its training held out these test images; nothing if it did."""
+    """Return a warning if the checkpoint's training may have seen these test images, else ""."""
     held_out = checkpoint["settings"].get("test_fingerprint")
     same = data.test_fingerprint == held_out or data.fingerprint == checkpoint["fingerprint"]
     side, trained = data.test.images.shape[-1], checkpoint["size"]
@@ -293,9 +293,9 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
 
 
 def chance_notes(results: Results, classes: list[str], largest: float) -> list[str]:
-    """Say which models are not decidedly better than naming the largest class for all images."""
+    """List the models whose 95 % interval of clean accuracy includes the largest class's share."""
     return [
-        f"{row.model} is not decidedly better than chance ({100 * largest:.1f} %, the share of the"
+        f"{row.model} is not significantly above chance ({100 * largest:.1f} %, the share of the"
         " largest class): then R means nothing. A model that train.py did not write may have its"
         " outputs in another order than the classes,"
         f" {', '.join(classes[:3])}{' and so on' * (len(classes) > 3)}: see --imagenet-classes"

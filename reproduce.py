@@ -38,7 +38,7 @@ Progress = tuple[int, TrainConfig]  # finished epochs of a training, and its con
 
 
 def reproduce(config: ReproduceConfig) -> None:
-    """Run what is not finished, or estimate how long it would take; then write the report."""
+    """Run what is not finished, and write the report. With --dry-run, only estimate the times."""
     tasks = list(make_plan(config))
     trainings = [task for task in tasks if isinstance(task, TrainTask)]
     evaluations = [task for task in tasks if isinstance(task, EvalTask)]
@@ -66,7 +66,7 @@ def reproduce(config: ReproduceConfig) -> None:
 def read_progress(task: TrainTask, data: Dataset) -> Progress:
     """Read how many epochs of a training are finished, and its configuration.
 
-    Like train.py it refuses a folder with other settings or other images.
+    Like train.py it refuses other settings or images; unlike train.py also another schedule.
     """
     config, checkpoint = parse_train_config(task.argv)
     if checkpoint and checkpoint["fingerprint"] != data.fingerprint:

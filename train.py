@@ -176,7 +176,7 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
 def train(config: TrainConfig, training: Training, seen_before: str) -> None:
     """Train the epochs that are left, and save a checkpoint after each.
 
-    `seen_before` is stored: whether --weights was trained on test images, see `describe_weights`.
+    `seen_before` is the warning of `describe_weights`, or "". It is stored in the checkpoints.
     """
     data, log, out = training.data, training.log, Path(config.output_dir)
     settings = asdict(config) | environment_info(config.device) | {
@@ -225,7 +225,7 @@ def train(config: TrainConfig, training: Training, seen_before: str) -> None:
 def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list[float]:
     """Train for one epoch. Returns the mean of each loss.
 
-    Every random number is a function of the seed and the epoch, so no generator is saved.
+    Random numbers follow from seed and epoch, dropout's also from the rank: no generator is saved.
     """
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     method, device = METHODS[config.method], training.train_loader.device
@@ -281,7 +281,7 @@ def draw_steps(
     """Yield the layer that mixes, the minibatches and the random numbers of each step of an epoch.
 
     Each minibatch of a step follows a random order of its own. Every process draws the whole step
-    and takes its rows, so that what is drawn for an image does not depend on their number.
+    and takes its rows, so that an image's draws do not depend on the number of processes.
     """
     loader, classes, size = training.train_loader, len(training.data.classes), config.minibatch_size
     minibatches, rows = METHODS[config.method].minibatches, distributed.shard_rows(size)
@@ -309,7 +309,7 @@ def mean_losses(shares: Tensor) -> list[float]:
 
 
 def save(config: TrainConfig, training: Training, settings: dict[str, Any]) -> None:
-    """Write log.csv, best.pt, last.pt.
+    """Write log.csv, best.pt if this epoch's clean accuracy is the highest so far, and last.pt.
 
     After a crash between the last two, a resumed run repeats the epoch. If it was the first one,
     the run continues from best.pt.

@@ -1,9 +1,9 @@
 """Nineteen common image corruptions as batched tensor operations, seeded per image, on any device.
 
 Fifteen corruptions come from ImageNet-C (Hendrycks and Dietterich, "Benchmarking Neural Network
-Robustness to Common Corruptions and Perturbations", ICLR 2019) and produce the original's pixels,
-some up to rounding. Four come from the M-TLAT paper (Laugros, Caplier and Ospici, 2020, section
-4.1). Three more are for tuning hyper-parameters: `VALIDATION_CORRUPTIONS`.
+Robustness to Common Corruptions and Perturbations", ICLR 2019). Given its random numbers and frost
+photographs they give its pixels, some up to rounding. Four come from the M-TLAT paper (Laugros et
+al., 2020, section 4.1). Three are for tuning hyper-parameters: `VALIDATION_CORRUPTIONS`.
 
     from corruptions import CORRUPTIONS, corrupt
     foggy = corrupt(images, "fog", 3, seed=0, index=indices)

@@ -267,7 +267,7 @@ def find_images(source: Path) -> list[Path]:
 def check_settings(args: argparse.Namespace, targets: list[Path]) -> None:
     """Save the settings of the tree. Raise ValueError if it was begun with others.
 
-    An image's draws depend on its place among all files, so the list of files is one of them.
+    The list of files is one of the settings, since an image's draws depend on its place in it.
     """
     names = "\n".join(target.with_suffix("").as_posix() for target in targets)
     settings = {

@@ -38,7 +38,7 @@ def corrupt(
         images: RGB (B, 3, H, W), sides of at least `MIN_SIDE`; uint8, or floating point in [0, 1],
             which is rounded to the 1/255 grid first. Not modified.
         name: a key of `CORRUPTIONS` or `VALIDATION_CORRUPTIONS`.
-        severity: 1 to 5. For the paper's four also None, which draws it for each image.
+        severity: 1 to 5. For the paper's four also None: an amount in the range, drawn per image.
         seed: any integer.
         index: indices of the images in the dataset, integers (B,). None means 0 to B - 1, so each
             call with the same seed repeats the same draws: a single image always has those of

@@ -54,7 +54,7 @@ class Stream:
     Args:
         seed: any integer.
         name: of the corruption, or of another purpose.
-        severity: 1 to 5, or None if it is drawn for each image.
+        severity: 1 to 5, or None where there is none: amounts drawn per image, attacks.
         index: indices of the images in the dataset, int64 (B,). The draws are on its device.
     """
 

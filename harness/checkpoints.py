@@ -32,7 +32,7 @@ def save_checkpoint(paths: list[Path], **content: Any) -> None:
 
 
 def check_savable(name: str, model: nn.Module) -> None:
-    """Raise `UserError` unless the model's state dict holds tensors with shapes alone."""
+    """Raise `UserError` unless every value of the state dict is a tensor, and none is lazy."""
     for key, value in model.state_dict().items():
         if nn.parameter.is_lazy(value):
             raise UserError(f"{name}: {key} has no shape yet; run one forward pass first")
@@ -89,10 +89,10 @@ def load_weights(path: str | Path) -> dict[str, Any]:
 
 
 def adapt_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adapt a state dict to the names that a network has, those of `own`.
+    """Return a state dict with the names of `own`, the network's state dict.
 
-    In a LightningModule they begin with "model.", as docs/integrations.md calls the network. State
-    dicts of PyTorch before 0.4.1 lack BatchNorm's counters of batches.
+    Removes the prefix "model." of a LightningModule as in docs/integrations.md. Adds BatchNorm's
+    num_batches_tracked where it is missing, as in files of PyTorch before 0.4.1.
     """
     counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
     inside = not state.keys() & own.keys() and all(k.startswith("model.") for k in state)

@@ -4,8 +4,8 @@
 class Config:
     epochs: int = option(90, "passes over the training set", type=number(int, 1))
 
-values, given = parse_options(Config, argv, __doc__)     # fill in what depends on other options
-config = Config(**values)
+values, given = parse_options(Config, argv, __doc__)
+config = Config(**values)                   # after the caller has filled in dependent defaults
 """
 
 import argparse

@@ -13,9 +13,9 @@ from harness.errors import UserError, first_line
 
 
 def resolve_device(name: str) -> str:
-    """Check a device name. Turn "auto" into the accelerator of this machine, or "cpu".
+    """Return a checked device name. "auto" becomes the accelerator of this machine, or "cpu".
 
-    Under torchrun each process gets a GPU of its own.
+    Under torchrun "cuda" becomes one GPU per process. Raises `UserError` if it cannot be used.
     """
     processes = distributed.world_size()
     if name == "auto":

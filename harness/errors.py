@@ -35,7 +35,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def downloading(option: str, what: str, place: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise `UserError` where the network fails in the block, which downloads `what` to `place`."""
+    """Raise `UserError` if the block's download of `what` to `place` fails or came damaged."""
     try:
         yield
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -21,7 +21,7 @@ except ImportError:  # Windows: folders are not locked there
 
 
 def file_name(text: str) -> str:
-    """Make a name like timm:hf-hub:ORG/NAME part of a file's name."""
+    """Replace ":" and "/" by "-", so that a model's name can be part of a file name."""
     return re.sub("[:/]", "-", text)
 
 
@@ -54,8 +54,8 @@ def atomic_write(path: Path, content: bytes | memoryview | str) -> None:
 def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Create a folder and hold its lock: only one run at a time writes into it.
 
-    The operating system releases the lock of a process that dies. Temporary files that such a
-    process left behind are removed.
+    The operating system releases the lock of a process that dies, whose temporary files are then
+    removed. On Windows, and on file systems without locks, nothing is locked or removed.
 
     Args:
         folder: created with its parents if it does not exist.

@@ -219,8 +219,8 @@ def create_model(
             weights.
         normalize: mean and standard deviation; None for those of the weights, or, where they name
             none, those of timm's configuration.
-        new_head: keep the head's random weights if the others are for another number of classes,
-            or if a checkpoint names other classes. Otherwise all weights must fit.
+        new_head: leave the head random, and print its keys, if the loaded one has another number of
+            classes or a checkpoint names other classes. If False, all weights must fit.
 
     Returns:
         The model, and the mean and standard deviation that it normalizes with, or None.
@@ -309,7 +309,7 @@ def compute_logits(model: Model, x: Tensor) -> Tensor:
 
 
 def is_right(logits: Tensor, y: Tensor) -> Tensor:
-    """Return which top-1 predictions are right, bool (B,): not where argmax would name a NaN."""
+    """Return a bool mask (B,) of correct top-1 predictions. An image with a NaN logit is wrong."""
     return (logits.argmax(1) == y) & ~logits.isnan().any(1)
 
 

@@ -593,4 +593,4 @@ def test_a_model_that_names_the_largest_class_is_no_better_than_chance(bench: Be
         "--data", str(images.parent), "--size", "16", "--only", "clean", models="tinynets:Blue"
     )
     notes = (bench.root / "out" / "results.md").read_text()
-    assert "Blue is not decidedly better than chance (80.0 %, the share of the largest" in notes
+    assert "Blue is not significantly above chance (80.0 %, the share of the largest" in notes

@@ -38,7 +38,7 @@ def sign_noise(
 def broken_gradients(model: Model, x: Tensor, y: Tensor) -> Tensor:
     """Return a mask (B,) of images whose input gradient is all zero or not finite.
 
-    No attack here can move such an image, so its score means nothing. Costs 1 F, 1 B.
+    White-box attacks find no direction there, so their score means nothing. Costs 1 F, 1 B.
     """
     with attack_mode(model, x, y) as (model, x, y):
         gradient = input_gradient(model, x, y).flatten(1)

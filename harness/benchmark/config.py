@@ -89,9 +89,9 @@ class EvalConfig:
     seed: int = option(0, "seed of all draws", type=number(int, 0, 2**32 - 1))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     output_dir: str | None = option(None, "folder of the finished cells, from which an interrupted"
-        " run continues, and of tables and figures (default: runs/evaluate/MODELS-DIGEST, the"
-        " models and a digest of their weights, the images and the seed; runs that differ only in"
-        " --only share it)",
+        " run continues, and of tables and figures (default: runs/evaluate/MODELS-DIGEST, with a"
+        " digest of what decides the scores: weights, images, --seed, --limit, ...; runs that"
+        " differ only in --only, --skip, --attack or --epsilon share it)",
         metavar="DIR")
     dump_images: int = option(4, "plot N images under every perturbation of the tables that is"
         " computed here, with the first model's predictions", type=number(int, 0, 100), metavar="N")
@@ -133,7 +133,7 @@ class EvalConfig:
         return dict(text.split("=", 1) for text in self.attack)
 
     def uses_gradient(self, spec: str) -> bool:
-        """Return whether an attack uses the gradient of this model; those of others need not."""
+        """Return whether a built-in attack uses this model's gradient. --attack does not count."""
         chosen = [self.registry[name] for name in self.perturbations if name not in self.others]
         return (spec in self.models and any(entry.white_box for entry in chosen)) or (
             spec == self.surrogate and any(entry.black_box for entry in chosen)

@@ -37,10 +37,10 @@ def mce(own: Mapping[str, float]) -> float:
 
 
 def relative_mce(own: Mapping[str, float], base: Mapping[str, float]) -> float:
-    """Average, in percent, the accuracy lost to a corruption over what the baseline loses to it.
+    """Compute the relative mCE: the mean ratio of lost accuracy, own to baseline, in percent.
 
-    The named baseline replaces AlexNet, so that any images compare. NaN if the baseline does not
-    lose accuracy under each of the fifteen.
+    The baseline replaces AlexNet, so that any dataset will do. Needs "clean" in both mappings. NaN
+    if the baseline does not lose accuracy under each of the fifteen.
     """
     lost = [  # rounded, because the mean of five equal shares may differ from the share by 1e-16
         [round(s["clean"] - s.get(name, math.nan), 12) for name in ALEXNET_ERRORS]

@@ -133,16 +133,16 @@ def perturb(
     """Corrupt or attack a batch.
 
     Every draw is a function of (seed, name, severity, image index), so that no result depends on
-    the batch, up to rounding.
+    the batch, up to rounding. Only the draws of an --attack do.
 
     Args:
         run: the evaluation.
         name, severity: of the perturbation.
         model: the tested one. Only a white-box attack needs it.
-        batch: indices, clean images, class indices.
+        batch: indices (B,), images (B, 3, S, S) float32 in [0, 1], class indices (B,).
 
     Returns:
-        The perturbed images, and what else there is to report of each image, (B,) tensors by name.
+        Images like x, and results by name, (B,); CW2's except "right" are of the right images only.
     """
     indices, x, y = batch
     entry = run.config.registry[name]

@@ -21,7 +21,7 @@ from harness.benchmark.registry import CHECK, COLUMNS, PERTURBATIONS, SUPPLEMENT
 from harness.benchmark.store import Cell
 
 CONFIDENCES = (0, 10, 20, 30, 40, 50)
-VOID_SHARE = 0.05  # of the right images that CW2 must reach on the baseline, to say anything
+VOID_SHARE = 0.05  # CW2 is void if it reaches no larger share of the baseline's right images
 
 
 class Score(NamedTuple):

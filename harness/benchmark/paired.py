@@ -3,8 +3,8 @@
 All models see the same images, so that their differences are paired. Outcomes are arrays (n,): for
 each image the share of severities at which the model is right. With a and c the outcomes of a model
 under a perturbation and on clean images, R = mean(a) / mean(c). To first order (the delta method),
-image i moves R by (a_i - R c_i) / (n mean(c)). A difference of two models moves by the difference
-of these influences, and its variance is their sample variance divided by n.
+image i moves R by 1/n of its influence (a_i - R c_i) / mean(c). A difference of two models has the
+difference of their influences, and its variance is the sample variance of these divided by n.
 
 Sources: delta method and bootstrap: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993.
 McNemar, Psychometrika 1947. Welch and Satterthwaite: Satterthwaite, Biometrics 1946. Holm,

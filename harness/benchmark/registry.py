@@ -75,8 +75,8 @@ def supplementary(attacks: list[str], epsilons: list[float], seed: int) -> dict[
 
     Args:
         attacks: `NAME=module:callable` each, see `load_attack`.
-        epsilons: sizes of the paper's attacks that have one. The name of a row tells its size, so
-            that the paper's size gives the name of the paper's row.
+        epsilons: values of epsilon for PGD, PGD LL and MI-FGSM. They name the rows, as 0.02 names
+            pgd_0.02: the paper's epsilon gives the name of the paper's row.
         seed: for the attacks of others.
 
     Raises:

@@ -33,7 +33,7 @@ class Subject(NamedTuple):
 
     label: str  # its name in the report
     module: nn.Module
-    digest: str  # of everything that it computes with
+    digest: str  # 16 hex digits, of its state dict, repr and module:callable, not of the code
 
 
 class Restricted(nn.Module):
@@ -69,8 +69,8 @@ def restrict(
         model: the model.
         outputs: names of its N outputs.
         classes: of the test images.
-        given: whether the command line gives the names. Otherwise outputs of other names, but as
-            many as there are classes, are taken to have their order.
+        given: whether --imagenet-classes gives the names. If not, outputs that are as many as the
+            classes but have other names are assumed to be in the order of `classes`.
 
     Returns:
         The model, or a `Restricted` one.
@@ -222,7 +222,7 @@ def inspect_subject(
         Warnings about a model on which attacks may fail.
 
     Raises:
-        UserError: scores of this model would mean nothing.
+        UserError: it ignores eval(), its logits are wrong or random, or attacks get no gradient.
     """
     label, module, _ = subject
     if any(layer.training for layer in module.modules()):

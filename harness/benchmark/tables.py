@@ -77,7 +77,7 @@ def supplementary_cells(results: Results) -> list[list[str]]:
 
 
 def margin_table(results: Results) -> list[list[str]]:
-    """Format the shares of right images that CW2 at confidence 50 leads to a margin, or nothing."""
+    """Format the shares of right images on which CW2 reached each margin; [] without CW2."""
     keys = [f"margin_{confidence}" for confidence in CONFIDENCES]
     rows = [
         [row.model, *(f"{100 * row.cw2[key]:.0f} %" for key in keys)]

@@ -50,14 +50,14 @@ def open_corrupted(
         place: what `find_corruption` returns.
         severity: 1 to 5.
         data: the clean images.
-        chosen: indices of those that count.
-        size: side of the images in pixels.
+        chosen: indices of the test images that are evaluated.
+        size: side in pixels to which the corrupted images are resized.
 
     Returns:
-        A function that yields the images of these indices, uint8 (3, size, size) each.
+        A function of some of these indices. It yields their images, uint8 (3, size, size) each.
 
     Raises:
-        UserError: an image is missing or unreadable, or the images are those of another test set.
+        UserError: an image is missing, or of another test set; on reading, an image is unreadable.
     """
     if place.suffix != ".npy":
         folder = place / str(severity)

@@ -4,8 +4,8 @@
     data = load_dataset("imagenet", num_classes=100, size=224)     # a folder; cached when decoded
     data = load_dataset("cifar10", download=True)
 
-Making images square is the only preprocessing, so that nothing is left to do per epoch but to
-slice.
+Making images square is the only preprocessing. An epoch gathers minibatches and converts them to
+float; --augment of train.py changes them there.
 """
 
 import hashlib
@@ -36,10 +36,10 @@ class Dataset(NamedTuple):
     train: ImageSet
     test: ImageSet
     classes: list[str]
-    paths: list[str]  # of the test images: relative to the folder of their classes
-    # Hashes of what train.py and evaluate.py compare. Of a folder the second is of its test part,
-    # and the first is empty if only that was ever decoded. Otherwise both are of both parts: of the
-    # pixels of shapes, and of the labels of CIFAR, whose pixels torchvision checks.
+    paths: list[str]  # of the test images: CLASS/FILE, or SOURCE/INDEX for shapes and CIFAR
+    # Digests that identify the dataset. Folder: `fingerprint` covers both parts ("" if the training
+    # part was never decoded), `test_fingerprint` the test part. Shapes and CIFAR: both cover both
+    # parts, by pixels (shapes) or by labels (CIFAR, whose pixels torchvision checks).
     fingerprint: str
     test_fingerprint: str
     origin: str  # of the test images, in words
@@ -74,7 +74,7 @@ def load_dataset(
         hold_out: of a folder, as in `list_folder`.
 
     Raises:
-        UserError: the dataset does not exist, or has another layout.
+        UserError: wrong size, crop or num_classes; missing data, wrong layout, unreadable image.
     """
     size = size or SIZES.get(source, 224)
     if not 1 <= size <= MAX_SIDE:

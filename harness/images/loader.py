@@ -46,9 +46,9 @@ def map_images(path: Path, labels: list[int], size: int) -> ImageSet:
 class BatchLoader:
     """Loads minibatches of an image set: uint8 in storage, float32 in [0, 1] on the device.
 
-    The set moves to the device as a whole if it takes at most a quarter of the free memory there,
+    On CUDA, a set that takes less than a quarter of the free memory moves to the GPU as a whole,
     because training and test set are loaded before a step needs its memory. Otherwise a thread
-    gathers minibatches into pinned memory while the device computes.
+    gathers minibatches into pinned memory ahead. On other devices the calling thread gathers them.
     """
 
     def __init__(self, images: ImageSet, device: torch.device) -> None:
@@ -74,7 +74,7 @@ class BatchLoader:
         return self._send(self._gather(index))
 
     def prefetch(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what a call returns for each of these index tensors, gathered ahead of time."""
+        """Yield what a call returns for each index tensor. For CUDA, gather host images ahead."""
         if self.device.type != "cuda" or self.images.device.type == "cuda":
             yield from map(self, indices)  # a second thread would compete with the step's
         else:

@@ -77,8 +77,8 @@ def choose_crop(asked: str | None, tree: Path | None, own: Mapping[str, Crop]) -
     Args:
         asked: --preprocess, if it is given: it decides, also against the models.
         tree: --imagenet-c, if it is given: clean images are prepared as those of the tree.
-        own: the preprocessing of each model that has one, by its name. Without the other two, all
-            models must have the same.
+        own: the preprocessing of each model that has one, by its name. Unless `asked` is given, all
+            must match the tree, or each other if there is no tree.
 
     Raises:
         UserError: two of them contradict each other.

@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     mean: float
     spread: float  # sample standard deviation, NaN for one seed
     sign: str  # of the mean, against the baseline's mean
-    doubted: bool  # whether an attack check failed
+    doubted: bool  # whether an attack check failed, or CW2 gave up on an image
     by_seed: list[Difference]  # to the baseline; empty for the baseline and where unpaired
     difference: Difference | None  # their mean, after Holm's correction
     paper: float | None
@@ -158,7 +158,7 @@ def count_verdicts(rows: Iterable[Compared]) -> Counter[str]:
 
 
 def orders(rows: Sequence[Compared]) -> list[Order]:
-    """Compare the methods that the paper orders, in pairs; the means are ours of its numbers."""
+    """Compare pairs of methods in the paper's order. Its means are computed from its numbers."""
     table_3 = [row for row in PAPER_ROWS if row.table == 3]
     table_3.sort(key=lambda row: -row.scores["clean"].value)
     wanted = [

@@ -110,10 +110,10 @@ def compare_gratings(outcomes: Mapping[str, Outcomes], baselines: Mapping[str, s
         if value:
             more = "more" if value > 0 else "less"
             how = f"{more} often than {baseline}, by {abs(value):.1f} points"
-        verdict = "decided" if difference.decided else "not decided"
+        verdict = "significant at 5 %" if difference.decided else "not significant at 5 %"
         lines.append(
             f"{name} predicts the exchanged grating's class {how} (paired 95 % interval of the"
-            f" difference: {low:+.1f} to {high:+.1f}; {verdict})."
+            f" difference: {low:+.1f} to {high:+.1f} points; {verdict}, uncorrected)."
         )
     return lines
 

@@ -96,7 +96,7 @@ class ReproduceConfig:
     surrogate_epochs: int | None = option(None, "its epochs, if not --epochs", type=number(int, 1))
     surrogate_lr: float = option(None, f"its learning rate {_default('surrogate_lr')}",
         type=number(float, 0, above=True))
-    limit: int = option(None, "test on N images, 0: on all, as in evaluate.py"
+    limit: int = option(None, "test on N images, as --limit of evaluate.py; 0: on all"
         f" {_default('limit')}", type=number(int, 0), metavar="N")
     train_flags: str = option(None, "further options of train.py that every method has, as in"
         f" --train-flags=\"--amp bf16\" {_default('train_flags')}", metavar="FLAGS")

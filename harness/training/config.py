@@ -96,8 +96,8 @@ class TrainConfig:
     epochs: int = option(None, "passes over the training set; with --resume, more of them extend"
         f" a run, even a finished one {_recipe('epochs')}", group="optimization",
         type=number(int, 1), may_change=True)
-    batch_size: int = option(None, "images of a step, over all losses and processes; two losses"
-        " take half each, 128 + 128 of 256, see --whole-batches"
+    batch_size: int = option(None, "images in the losses of a step, over all processes; two losses"
+        " take half each, 128 + 128 of 256, see --whole-batches; mixing draws more"
         f" {_recipe('batch_size')}", flags=("-b",), type=number(int, 1))
     whole_batches: bool = option(False, "give each of two losses a whole batch, 256 + 256: the"
         " other reading of the paper")

@@ -51,19 +51,19 @@ def header(config: TrainConfig, data: Dataset) -> str:
 
 
 def digest_test_files(data: Dataset) -> str:
-    """Identify the test images by their files, whatever their size."""
+    """Return a digest of the test images' paths (16 hex digits); --size does not change it."""
     return hashlib.sha256("\n".join(data.paths).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None) -> str:
-    """Say if --weights may have been trained on images that are test images now, or nothing.
+    """Return a warning if --weights may have been trained on present test images, otherwise "".
 
     Of a folder CLASS/* alone a tenth is held out, which changes when images are added.
 
     Args:
-        config: of this training.
-        data: its images.
-        checkpoint: that it continues from, and that knows what was said at its start.
+        config: configuration of this training.
+        data: its dataset.
+        checkpoint: the one to resume from, whose stored warning is returned; None for a new run.
     """
     if checkpoint:
         return str(checkpoint["settings"].get("seen_before", ""))

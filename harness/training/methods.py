@@ -61,11 +61,11 @@ def mtlat(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator
 
 
 def iat(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[Tensor]:
-    """Yield the losses of Interpolated Adversarial Training (Lamb et al., 2019).
+    """Yield the losses of Interpolated Adversarial Training (Lamb et al., 2019), divided by 2 each.
 
-    arXiv:1906.06784. The attack is this paper's FGSM. Each attacked image is mixed with its
-    neighbor: 0 with 1, 2 with 3, and so on. The order of a minibatch is random, and processes never
-    divide a pair. The last one of an odd minibatch is mixed with the one before it.
+    arXiv:1906.06784. The attack is the M-TLAT paper's FGSM, clipped to [0, 1]. Attacked images are
+    mixed in pairs: 0 with 1, 2 with 3, and so on. The order of a minibatch is random, and processes
+    never divide a pair. The last image of an odd minibatch is mixed with the one before it.
     """
     x_mix, y_mix = mixup(*pairs[0], *pairs[1], draws.lam1)
     yield cross_entropy(model(x_mix), y_mix) / 2
@@ -132,8 +132,8 @@ METHODS = {
 def check_trainable(name: str, model: nn.Module, x: Tensor, num_classes: int, method: str) -> None:
     """Raise `UserError` unless a method can train the model on images x (B, ...).
 
-    It returns logits of N classes, and has the gradients that the method needs. Takes one forward
-    pass of all images, two of two, and one step of the attack on two if the method has it.
+    The model must return logits (B, N), and give the gradients that the method needs. Runs it once
+    on x, twice on two images, and attacks these if the method does. Leaves it in training mode.
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UserError(

@@ -97,7 +97,7 @@ def test_the_section_has_a_row_and_a_bar_for_each_network_and_says_what_is_decid
     mtlat, tlat, iat = mechanism.compare_gratings(found, baselines)
     # Of 100 images 40 differ: the standard error is sqrt(0.4 * 0.6 / 99), 4.9 points.
     assert "less often than standard, by 40.0 points" in mtlat
-    assert "-49.7 to -30.3; decided" in mtlat and "not decided" in tlat
+    assert "-49.7 to -30.3 points; significant" in mtlat and "not significant" in tlat
     assert "more often than standard, by 20.0 points" in iat
     (same,) = mechanism.compare_gratings(found, {"standard": "standard"})
     assert "class as often as standard (paired" in same
