@@ -32,6 +32,8 @@ def calibrate(
         images, labels: uint8 (N, 3, H, W), or floating point in [0, 1], and int64 (N,).
         name: occlusion, color_distortion, translation or rotation.
         losses: losses of accuracy at the ends of the range, as shares of all images.
+        seed: of the draws, as in `corrupt`.
+        batch_size: images at a time.
 
     Returns:
         (low, high), in the units of `corruptions.geometric`, for `corrupt(..., bounds=...)`. Each
