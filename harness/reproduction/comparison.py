@@ -20,7 +20,7 @@ from harness.benchmark.paired import Difference, combine_seeds, decide, subtract
 from harness.benchmark.tables import MISSING, answer, markdown_rows, to_plain
 from harness.reproduction.paper import ATTACKS_TITLE, BASELINE, HEADINGS, MEANS, PAPER_ROWS, Printed
 
-AGREES, CONTRADICTS, UNDECIDED, VOID = VERDICTS = ("agrees", "contradicts", "undecided", "void")
+AGREES, CONTRADICTS, UNDECIDED, VOID = "agrees", "contradicts", "undecided", "void"
 
 
 class Entry(NamedTuple):
@@ -35,7 +35,7 @@ class Entry(NamedTuple):
     difference: Difference | None  # their mean, after Holm's correction
     paper: float | None
     paper_sign: str | None
-    verdict: str  # one of VERDICTS; empty where the paper has no sign
+    verdict: str  # one of the four above; empty where the paper has no sign
 
 
 class Compared(NamedTuple):
