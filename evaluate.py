@@ -44,7 +44,6 @@ from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.loader import BatchLoader
 from harness.images.preprocess import Crop, choose_crop, describe, kind
 from harness.models import compute_logits, is_right
-from harness.training.log import digest_test_files
 
 SHEET_SEVERITY = 3  # of the corruptions in the contact sheet
 
@@ -134,8 +133,8 @@ def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
     held_out = checkpoint["settings"].get("test_fingerprint")
     same = data.test_fingerprint == held_out or data.fingerprint == checkpoint["fingerprint"]
     side, trained = data.test.images.shape[-1], checkpoint["size"]
+    seen = checkpoint["settings"].get("seen_before", "")
     if same and side == trained:
-        seen = checkpoint["settings"].get("seen_before", "")
         return f"{subject.label}: {seen}" if seen else ""
     if side != trained:
         return (
@@ -147,10 +146,10 @@ def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
             f"{subject.label} may have seen test images: an earlier version of train.py wrote it,"
             " and the training images of --data are not in --cache-dir to compare"
         )
-    if data.held_out and digest_test_files(data) == checkpoint["settings"].get("test_files"):
+    if data.held_out and data.test_files == checkpoint["settings"].get("test_files"):
         return (
             f"{subject.label} was trained with another preprocessing, or on another folder with the"
-            " same file names"
+            f" same file names{seen and f'; {seen}'}"
         )
     advice = "; if it was trained on no image of the folder, move the class folders into test/"
     return (

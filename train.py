@@ -42,7 +42,7 @@ from harness.models import MeanStd, compute_logits, count_correct, create_model,
 from harness.training.augment import flip_crop
 from harness.training.average import build_average
 from harness.training.config import TrainConfig, parse_train_config, schedule_change
-from harness.training.log import describe_weights, digest_test_files, header, log_csv, log_line
+from harness.training.log import describe_weights, header, log_csv, log_line
 from harness.training.manifold import check_mix_at, draw_layer, losses_at
 from harness.training.methods import METHODS, check_trainable
 from mtlat import Draws, Pair, draw
@@ -182,7 +182,7 @@ def train(config: TrainConfig, training: Training, seen_before: str) -> None:
     settings = asdict(config) | environment_info(config.device) | {
         "processes": distributed.world_size(), "command": shlex.join(sys.argv),
         "held_out": data.held_out, "test_fingerprint": data.test_fingerprint,
-        "test_files": digest_test_files(data), "seen_before": seen_before,
+        "test_files": data.test_files, "seen_before": seen_before,
     }  # fmt: skip
     if distributed.rank() == 0:
         atomic_write(out / "args.json", json.dumps(settings, indent=2) + "\n")

@@ -475,6 +475,9 @@ def test_weights_that_saw_images_held_out_now_are_named(go, folder, tmp_path, ca
     evaluate.main([str(tmp_path / "more" / "last.pt"), *evaluation, "--output-dir",
                    str(tmp_path / "scores")])  # fmt: skip
     assert f"more: {seen}" in capsys.readouterr().err
+    evaluate.main([str(tmp_path / "more" / "last.pt"), *evaluation, "--preprocess", "center-crop",
+                   "--output-dir", str(tmp_path / "cropped scores")])  # fmt: skip
+    assert f"same file names; {seen}" in capsys.readouterr().err
 
 
 def plain_files(folder: Path, state: dict) -> dict[str, Path]:

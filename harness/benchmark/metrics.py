@@ -176,7 +176,7 @@ def _differences(own: Outcomes, other: Outcomes, void: frozenset[str]) -> dict[s
     found: dict[str, Difference | None] = {"clean": paired.compare_accuracy(c, d)}
     shared = [name for name in COLUMNS if name in own and name in other and name not in void]
     found |= {name: paired.compare_robustness(own[name], c, other[name], d) for name in shared}
-    corrected = dict(zip(found, paired.holm(list(found.values())), strict=True))
+    corrected = paired.decide(found)
     for title, names in _groups(void).items():
         if set(names) <= set(shared):
             a, b = (np.mean([o[name] for name in names], axis=0) for o in (own, other))

@@ -143,7 +143,7 @@ def uncorrected(difference: Difference | None) -> Difference | None:
 
 
 def decide(
-    differences: Mapping[str, Difference | None], means: Container[str]
+    differences: Mapping[str, Difference | None], means: Container[str] = ()
 ) -> dict[str, Difference | None]:
     """Correct these p-values for their number, and leave those of `means` uncorrected."""
     single = [name for name in differences if name not in means]

@@ -1,7 +1,6 @@
 """The log of a training: one row per epoch, as CSV, as a line, and the header that is printed."""
 
 import csv
-import hashlib
 import io
 import os
 from typing import Any
@@ -50,11 +49,6 @@ def header(config: TrainConfig, data: Dataset) -> str:
     )
 
 
-def digest_test_files(data: Dataset) -> str:
-    """Return a digest of the test images' paths (16 hex digits); --size does not change it."""
-    return hashlib.sha256("\n".join(data.paths).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
 def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None) -> str:
     """Return a warning if --weights may have been trained on present test images, otherwise "".
 
@@ -76,7 +70,7 @@ def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, A
     files, pixels = settings.get("test_files"), settings.get("test_fingerprint")
     known = {*content.get("classes", [])}
     shared = data._replace(paths=[path for path in data.paths if path.split("/")[0] in known])
-    apart = digest_test_files(shared) == files if files else data.test_fingerprint == pixels
+    apart = shared.test_files == files if files else data.test_fingerprint == pixels
     if apart or not known & {*data.classes}:
         return ""
     return (
