@@ -18,8 +18,8 @@ with the value, the rule and the fix.
 What the paper leaves open, the reading taken here, and the option for another one:
  1. PGD's step is 2.5 epsilon / steps, here 0.01 (Madry et al.). Otherwise: `step_size`.
  2. PGD starts at a random point of its ball, as its reference does. Otherwise: `random_start`.
- 3. PGD LL approaches the class that is least likely for the clean image, even if it is true. Its
-    last iterate counts, even if an earlier one fooled the model. Otherwise: `target`.
+ 3. PGD LL approaches the class that is least likely for the clean image, even if it is the true
+    class. Its last iterate counts, even if an earlier one fooled the model. Otherwise: `target`.
  4. MI-FGSM's step is epsilon / steps, from the image, away from the true label (Dong et al.).
  5. CW2 returns an image unchanged if it cannot make it wrong by more than the confidence. So does
     the original, whose settings are the defaults. At confidence 50 a high score can mean that the
@@ -53,8 +53,8 @@ def pgd(
 
     Args:
         epsilon, steps, step_size: radius of the ball, number and length of the steps.
-        restarts: runs from other starts, for images that no run has fooled yet. An image keeps the
-            run that ends with the largest margin of a wrong class over y.
+        restarts: number of runs. Each has another start, and attacks images that none has fooled.
+            An image keeps the run that ends with the largest margin of a wrong class over y.
         random_start: start at a random point of the ball instead of at x.
         start: starts in units of epsilon, in [-1, 1], x.shape, or (restarts, *x.shape) for several
             runs. Those drawn from `generator` depend on the image's place in the batch.

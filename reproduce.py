@@ -5,7 +5,7 @@ python reproduce.py                                    # a small network on the 
 python reproduce.py --scale small --data IMAGES --tables 1 2 --seeds 3
 python reproduce.py --scale paper --data IMAGENET --dry-run        # what it would run, how long
 
-Nothing finished is done twice: stopped at any moment and started again, it continues.
+Finished work is not repeated: a run that was stopped continues when it is started again.
 """
 
 import subprocess

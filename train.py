@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train an image classifier with M-TLAT, or with one of the methods that the paper compares.
+"""Train an image classifier with M-TLAT, or with a method that the paper compares it with.
 
 python train.py                                        # the embedded dataset, in a minute
 python train.py --data IMAGENET --classes 100 --amp bf16 --channels-last

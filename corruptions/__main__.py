@@ -76,14 +76,16 @@ def _device(name: str) -> torch.device:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = _Parser(
-        prog="python -m corruptions", description="Write corrupted images.", allow_abbrev=False
+        prog="python -m corruptions",
+        description="Write a contact sheet of one image, or a tree like ImageNet-C of a folder.",
+        allow_abbrev=False,
     )
     parser.add_argument("source", type=Path, help="an image file, or a folder of class folders")
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
-        help="file of the contact sheet, or folder of the tree, for evaluate.py --imagenet-c",
+        help="file of the contact sheet, or folder of the tree that evaluate.py --imagenet-c reads",
     )
     parser.add_argument(
         "--size",

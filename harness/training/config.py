@@ -47,9 +47,10 @@ class TrainConfig:
     method: str = option("mtlat",
         "; ".join(f"{name}: {m.description}" for name, m in METHODS.items()),
         group="method", choices=tuple(METHODS))
-    alpha: float = option(ALPHA, "lambda ~ Beta(alpha, alpha)", type=number(float, 1e-30, 1e30))
-    epsilon_max: float = option(EPSILON_MAX, "epsilon ~ U[0, epsilon_max], in pixels of [0, 1]",
-        flags=("--eps-max",), type=number(float, 0, 1))
+    alpha: float = option(ALPHA, "mixing weights: lambda ~ Beta(alpha, alpha)",
+        type=number(float, 1e-30, 1e30))
+    epsilon_max: float = option(EPSILON_MAX, "size of the attack: epsilon ~ U[0, epsilon_max], for"
+        " pixels in [0, 1]", flags=("--eps-max",), type=number(float, 0, 1))
     attack_steps: int = option(1, "iterations of the attack; the paper takes one",
         type=number(int, 1))
     mix_at: list[str] = option(None, "where mixup and mtlat mix: input (the images), or submodules"
@@ -86,7 +87,8 @@ class TrainConfig:
     weights: str | None = option(None, "start from a checkpoint, which also gives the default of"
         " --arch; from a state dict in a .pt, .pth or .safetensors file; or from weights of"
         " that name in torchvision (downloaded; DEFAULT: the best) or timm (DEFAULT alone); the"
-        " head is new if the classes differ (default: random weights)", metavar="NAME_OR_PATH")
+        " last layer is replaced if the classes differ (default: random weights)",
+        metavar="NAME_OR_PATH")
     mean: list[float] | None = option(None, "normalize the model's input with this mean of pixels"
         " in [0, 1], and --std; the checkpoint keeps both (default: as --weights; timm:NAME: as"
         " timm; otherwise none)", type=number(float, 0, 1), nargs=3, metavar="M")
@@ -99,8 +101,8 @@ class TrainConfig:
     batch_size: int = option(None, "images in the losses of a step, over all processes; two losses"
         " take half each, 128 + 128 of 256, see --whole-batches; mixing draws more"
         f" {_recipe('batch_size')}", flags=("-b",), type=number(int, 1))
-    whole_batches: bool = option(False, "give each of two losses a whole batch, 256 + 256: the"
-        " other reading of the paper")
+    whole_batches: bool = option(False, "give each of two losses a whole batch, 256 + 256, so that"
+        " all methods make equally many updates: the other reading of the paper")
     opt: str = option("adam", "optimizer", choices=("adam", "adamw", "sgd"))
     lr: float = option(None, f"learning rate {_recipe('lr')}", flags=("--learning-rate",),
         type=number(float, 0, above=True))
@@ -116,13 +118,13 @@ class TrainConfig:
     warmup_epochs: float = option(0.0, "raise the learning rate from a hundredth of --lr to --lr in"
         " these epochs; a cosine begins after them", type=number(float, 0),
         metavar="EPOCHS")
-    clip_grad: float | None = option(None, "scale the gradient of a step down to this norm if it is"
-        " longer (default: not scaled)", type=number(float, 0, above=True), metavar="NORM")
+    clip_grad: float | None = option(None, "clip the norm of each step's gradient to this"
+        " value (default: no clipping)", type=number(float, 0, above=True), metavar="NORM")
     ema: float | None = option(None, "test and save an exponential moving average of the weights"
         " with this decay, such as 0.999 (default: the weights themselves)",
         type=number(float, 0, 1), metavar="DECAY")
 
-    seed: int = option(0, "seed of the weights, the orders and the draws", group="running",
+    seed: int = option(0, "seed of initial weights, shuffling and random draws", group="running",
         type=number(int, 0, 2**32 - 1))
     deterministic: bool = option(False, "compute the same bits on a GPU every time, but slower")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...", may_change=True)
