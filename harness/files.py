@@ -1,6 +1,7 @@
 """Files that survive crashes: atomic writes, folder locks, checksums."""
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -91,6 +92,11 @@ def _lock(file: Any, folder: Path, wait: bool) -> bool:
             return False
         raise
     return True
+
+
+def digest(facts: list[Any]) -> str:
+    """Compute the SHA-256 of plain values, 64 hex digits."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def checksum(record: dict[str, Any], start: int = 0) -> int:

@@ -4,8 +4,6 @@ Images are corrupted and attacked by the batch. What does not depend on the mode
 for all models.
 """
 
-import hashlib
-import json
 import math
 import re
 import time
@@ -28,6 +26,7 @@ from harness.benchmark.paired import pack
 from harness.benchmark.store import Cell
 from harness.benchmark.subjects import Subject
 from harness.errors import UserError
+from harness.files import digest
 from harness.images.corrupted import open_corrupted
 from harness.images.datasets import Dataset
 from harness.images.loader import BatchLoader
@@ -71,10 +70,9 @@ class Evaluation:
         tree = self.config.imagenet_c and str(self.config.imagenet_c.resolve())
         digests = sorted(model.digest for model in self.models)
         decided = [self.facts, digests, self.surrogate and self.surrogate.digest, tree]
-        digest = hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:8]
         labels = re.sub(r"[^\w.-]+", "-", "-".join(sorted(model.label for model in self.models)))
         short = labels.encode()[:100].decode(errors="ignore")  # a file's name has 255 bytes at most
-        return Path("runs/evaluate", f"{short}-{digest}")
+        return Path("runs/evaluate", f"{short}-{digest(decided)[:8]}")
 
     def images_of(self, name: str) -> Tensor:
         """Return the indices of the test images that a cell takes."""

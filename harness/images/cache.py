@@ -1,6 +1,5 @@
 """Decoding of image files, once; the pixels are kept in one memory-mapped file per part."""
 
-import hashlib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from corruptions.transform import upright_rgb
 from harness.errors import UserError, first_line, out_of_memory
-from harness.files import atomic_path, atomic_write, checksum, lock_folder
+from harness.files import atomic_path, atomic_write, checksum, digest, lock_folder
 from harness.images.folders import File
 from harness.images.loader import ImageSet, map_images, prefetch
 from harness.images.preprocess import make_square
@@ -53,8 +52,7 @@ class Files(NamedTuple):
         facts = [VERSION, str(self.root.resolve()), self.size, self.skip_bad_images]
         facts += [self.resize] if self.resize else []  # squashed ones keep their old names
         facts += [(*file, *_stamp(self.root / file.path)) for file in self.files]
-        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-        return self.cache_dir / f"{name}.u8"
+        return self.cache_dir / f"{digest(facts)[:32]}.u8"
 
 
 def decode_cached(source: Files, title: str) -> tuple[ImageSet, list[File], int]:

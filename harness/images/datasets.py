@@ -9,9 +9,8 @@ float; --augment of train.py changes them there.
 """
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from harness.errors import UserError, downloading, first_line
+from harness.files import digest
 from harness.images import embedded
 from harness.images.cache import Files, cached_checksum, decode_cached, default_cache_dir
 from harness.images.folders import File, Listing, choose_classes, list_folder
@@ -112,10 +112,10 @@ def _load_shapes(size: int, num_classes: int | None, seed: int) -> Dataset:
     for name, indices in embedded.INDICES.items():
         images, labels = embedded.draw_shapes(indices, size, seed)
         parts[name] = _select_classes(images, labels, list(embedded.NAMES), kept)
-    digest = hashlib.sha256()
+    pixels = hashlib.sha256()
     for part in parts.values():
-        digest.update(part.images.numpy().tobytes() + part.labels.numpy().tobytes())
-    fingerprint, drawn = digest.hexdigest(), embedded.INDICES["test"]
+        pixels.update(part.images.numpy().tobytes() + part.labels.numpy().tobytes())
+    fingerprint, drawn = pixels.hexdigest(), embedded.INDICES["test"]
     paths = [f"shapes/{i}" for i, k in zip(drawn, labels, strict=True) if embedded.NAMES[k] in kept]
     return Dataset(parts["train"], parts["test"], kept, paths, fingerprint, fingerprint, "shapes")
 
@@ -138,9 +138,8 @@ def _load_cifar(
         images = v2.functional.resize(images, [size, size])
         kept = choose_classes(sorted(raw.classes), num_classes, seed)
         parts[part] = _select_classes(images, torch.tensor(raw.targets), raw.classes, kept)
-    digest = hashlib.sha256(b"".join(parts[p].labels.numpy().tobytes() for p in parts))
-    digest.update(f"{source} {size} {kept}".encode())
-    fingerprint = digest.hexdigest()
+    facts = b"".join(part.labels.numpy().tobytes() for part in parts.values())
+    fingerprint = hashlib.sha256(facts + f"{source} {size} {kept}".encode()).hexdigest()
     paths = [f"{source}/{i}" for i, k in enumerate(raw.targets) if raw.classes[k] in kept]
     return Dataset(parts["train"], parts["test"], kept, paths, fingerprint, fingerprint, source)
 
@@ -158,9 +157,9 @@ def _load_folder(listing: Listing, source: Files, test_only: bool) -> Dataset:
     if train_crc is not None:
         names = {part: [file.path for file in files] for part, files in listing.parts.items()}
         facts = ["train", names["train"], train_crc, "test", names["test"], test_crc]
-        fingerprint = _hash([classes, *facts])
+        fingerprint = digest([classes, *facts])
     paths = [(source.root / file.path).relative_to(folder).as_posix() for file in kept]
-    test_fingerprint = _hash([classes, paths, test_crc])
+    test_fingerprint = digest([classes, paths, test_crc])
     origin = f"{'a tenth, held out,' if listing.held_out else 'all'} of {folder}"
     return Dataset(
         train, test, classes, paths, fingerprint, test_fingerprint, origin, listing.held_out
@@ -179,7 +178,3 @@ def _decode_part(part: str, listing: Listing, source: Files) -> tuple[ImageSet, 
                 " its files, or remove the class"
             )
     return images, kept, crc
-
-
-def _hash(facts: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
