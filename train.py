@@ -185,11 +185,11 @@ def train(config: TrainConfig, training: Training, seen_before: str) -> None:
         "test_files": data.test_files, "seen_before": seen_before,
     }  # fmt: skip
     if distributed.rank() == 0:
+        if log and not (out / "last.pt").exists():  # resumed from best.pt, or in a new folder
+            save(config, training, settings)  # first: args.json alone would begin again
         atomic_write(out / "args.json", json.dumps(settings, indent=2) + "\n")
         if log:
             atomic_write(out / "log.csv", log_csv(log))  # in case it was lost
-        if log and not (out / "last.pt").exists():  # resumed from best.pt, or in a new folder
-            save(config, training, settings)
     print(header(config, data), flush=True)
     started, first = time.monotonic(), len(log)
     for epoch in range(first, config.epochs):
@@ -216,9 +216,10 @@ def train(config: TrainConfig, training: Training, seen_before: str) -> None:
         if distributed.rank() == 0:
             save(config, training, settings)
         print(log_line(log[-1], config.epochs), flush=True)  # later, because the pipe may be closed
+    last = out / "last.pt"
     print(
         f"clean accuracy {100 * log[-1]['clean_accuracy']:.1f} % on {len(data.test.labels)} images"
-        f"\ncheckpoint: {out / 'last.pt'}\nnext: python evaluate.py {out / 'last.pt'}"
+        f"\ncheckpoint: {last}\nnext: python evaluate.py {shlex.quote(str(last))}"
     )
 
 
@@ -343,4 +344,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, "add --resume auto to continue")
+    resumed = any(word.startswith("--resume") for word in sys.argv)
+    run_script(main, f"{'run it again' if resumed else 'add --resume auto'} to continue")

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -66,6 +68,40 @@ def test_resume_restores_everything(go, tmp_path, monkeypatch, flags):
     assert not states_equal(straight[0]["model"], go("--epochs", "3", out="three")["model"])
     train.main(["--resume", "auto", "--output-dir", str(tmp_path / "out")])  # the run is finished
     assert len(calls) == 8
+
+
+def test_a_run_stopped_before_its_copy_in_another_folder_begins_there_again(
+    go, tmp_path, monkeypatch, capsys
+):
+    """The settings alone would say that no epoch is finished."""
+    first, other = go("--epochs", "2", out="first"), tmp_path / "other $folder"
+    argv = ["--resume", str(tmp_path / "first" / "last.pt"), "--epochs", "3"]
+    argv += ["--output-dir", str(other)]
+    with monkeypatch.context() as full, pytest.raises(OSError, match="full"):
+        full.setattr(train, "save_checkpoint", lambda *_, **__: raise_full())
+        train.main(argv)
+    assert not (other / "args.json").exists() and not (other / "last.pt").exists()
+    train.main(argv)
+    assert f"next: python evaluate.py '{other}/last.pt'\n" in capsys.readouterr().out
+    log = checkpoints.load_checkpoint(other / "last.pt")["log"]
+    assert log[:2] == first["log"] and len(log) == 3
+
+
+def raise_full() -> None:
+    raise OSError("disk full")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [("", "add --resume auto to continue"), ("--resume auto", "run it again to continue"),
+     ("--resume=auto", "run it again to continue")],
+)  # fmt: skip
+def test_an_interrupted_run_says_how_to_continue(tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output-dir", str(tmp_path), *flags.split()])
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="130"):
+        runpy.run_path(train.__file__, run_name="__main__")
+    assert capsys.readouterr().err == f"\nstopped; what was finished is kept, {said}\n"
 
 
 def test_a_finished_run_is_extended_by_the_new_schedule(go, tmp_path, monkeypatch, capsys):
