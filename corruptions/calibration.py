@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -55,15 +55,18 @@ def calibrate(
     correct = partial(_correct, model, images, labels, name, seed, batch_size)
     clean = correct(0.0)
 
+    @cache
     def lost(step: int) -> float:
         return (clean - correct(largest * step / steps)) / len(images)  # one quotient: 5 % is 0.05
 
-    if (most := lost(steps)) < losses[1]:
+    coarse = range(steps // 16, steps + 1, steps // 16)  # 90 degrees may cost less than 45
+    end = next((step for step in coarse if lost(step) >= losses[1]), None)
+    if end is None:
         raise ValueError(
-            f"{name} costs this model at most {most:.3f} of accuracy, less than "
-            f"losses[1] = {losses[1]}; lower `losses`"
+            f"{name} costs this model about {max(map(lost, coarse)):.3f} of accuracy at most, less "
+            f"than losses[1] = {losses[1]}; lower `losses`"
         )
-    low, high = (bisect_left(range(steps), loss, 1, key=lost) for loss in losses)
+    low, high = (bisect_left(range(end), loss, 1, key=lost) for loss in losses)
     return largest * low / steps, largest * high / steps
 
 

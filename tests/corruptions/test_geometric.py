@@ -212,7 +212,9 @@ def test_calibration_refuses_what_it_cannot_find() -> None:
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     labels = torch.zeros(4, dtype=torch.int64)
     immune = brittle(1.0, lambda pictures: pictures[:, 0, 0, 0])
-    with pytest.raises(ValueError, match="rotation costs this model at most 0"):
+    with pytest.raises(
+        ValueError, match=r"rotation costs this model about 0\.000 of accuracy at m"
+    ):
         calibrate(immune, images, labels, "rotation")
     with pytest.raises(ValueError, match="got 'fog'"):
         calibrate(immune, images, labels, "fog")
@@ -224,6 +226,29 @@ def test_calibration_refuses_what_it_cannot_find() -> None:
         calibrate(immune, images, labels, "rotation", batch_size=0)
     with pytest.raises(ValueError, match=r"losses.*\(0.3, 0.05\)"):
         calibrate(immune, images, labels, "rotation", losses=(0.3, 0.05))
+
+
+def test_a_rotation_that_costs_most_below_90_degrees_is_calibrated() -> None:
+    """Check a model that looks for the corners of a square, which 90 degrees restore."""
+    images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
+    images[20:, :, 4:28, 4:28] = 255
+    labels = torch.arange(40) // 20
+
+    def model(x: Tensor) -> Tensor:
+        corners = x[:, 0, [5, 5, 26, 26], [5, 26, 5, 26]].sum(1)
+        return torch.stack([torch.ones_like(corners), corners], 1)
+
+    def accuracy(angle: float) -> float:
+        turned = corrupt(images, "rotation", 1, bounds=(angle, angle)).float() / 255
+        return (model(turned).argmax(1) == labels).float().mean().item()
+
+    assert accuracy(90) == 1
+    low, high = calibrate(model, images, labels, "rotation")
+    assert low <= high < 45 and 1 - accuracy(high) >= 0.3
+    with pytest.raises(
+        ValueError, match=r"rotation costs this model about 0\.500 of accuracy at mo"
+    ):
+        calibrate(model, images, labels, "rotation", losses=(0.05, 0.6))
 
 
 def test_a_loss_of_exactly_5_points_is_5_points() -> None:
