@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from harness.errors import UserError, first_line, out_of_memory
 from harness.files import atomic_write
 
-# What DistributedDataParallel and torch.compile, in either order, put before every name.
-WRAPPERS = ("module.", "_orig_mod.", "module.")
+# What DistributedDataParallel and torch.compile, in either order, and then a LightningModule as in
+# docs/integrations.md put before every name.
+WRAPPERS = ("module.", "_orig_mod.", "module.", "model.")
 FORMAT = "mtlat checkpoint 1"
 FIELDS = {
     "arch": str, "classes": list, "size": int, "fingerprint": str, "model": dict, "log": list,
@@ -63,7 +64,7 @@ def load_weights(path: str | Path) -> dict[str, Any]:
 
     Args:
         path: a file that `save_checkpoint`, `torch.save` or safetensors wrote. A state dict may lie
-            under "state_dict" or "model", and its names may begin with `WRAPPERS`.
+            under "state_dict" or "model". Its names stay: see `adapt_state`.
 
     Returns:
         The checkpoint as `load_checkpoint` returns it; or {"model": state dict} without "format".
@@ -82,21 +83,21 @@ def load_weights(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is neither a checkpoint of train.py nor a state dict: save model.state_dict()"
         )
-    for prefix in WRAPPERS:
-        if all(name.startswith(prefix) for name in content):
-            content = {name.removeprefix(prefix): value for name, value in content.items()}
     return {"model": content}
 
 
 def adapt_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict with the names of `own`, the network's state dict.
 
-    Removes the prefix "model." of a LightningModule as in docs/integrations.md. Adds BatchNorm's
+    Removes `WRAPPERS` in front of the names, and the counter of an AveragedModel. Adds BatchNorm's
     num_batches_tracked where it is missing, as in files of PyTorch before 0.4.1.
     """
     counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
-    inside = not state.keys() & own.keys() and all(k.startswith("model.") for k in state)
-    return counters | {k.removeprefix("model.") if inside else k: v for k, v in state.items()}
+    state = {k: v for k, v in state.items() if k != "n_averaged" or k in own}
+    for prefix in WRAPPERS:
+        if not state.keys() & own.keys() and all(k.startswith(prefix) for k in state):
+            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return counters | state
 
 
 def _read(path: str | Path, *, only_zip: bool = False) -> Any:

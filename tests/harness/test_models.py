@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 import evaluate
@@ -21,7 +24,7 @@ from harness.benchmark.subjects import expected_images, resampling_warnings
 from harness.checkpoints import adapt_state, load_checkpoint
 from harness.errors import UserError
 from harness.training.methods import check_trainable
-from tests.support.tiny import Wrapped, convnet, image_folder
+from tests.support.tiny import Wrapped, convnet, image_folder, states_equal
 
 TIMM = "timm:test_resnet"  # 0.5 million weights; timm names weights of it
 HALF = [0.5, 0.5, 0.5]  # its mean and standard deviation
@@ -190,6 +193,16 @@ def test_a_network_called_model_keeps_its_names() -> None:
     assert adapt_state(lightning, own).keys() == own.keys()
     other = {"model.weight": torch.ones(1), "criterion.weight": torch.ones(1)}
     assert adapt_state(other, {"weight": torch.ones(1)}) == other
+
+
+def test_wrappers_are_removed_unless_the_network_has_their_names() -> None:
+    network = nn.Sequential(OrderedDict(module=nn.Linear(2, 2)))
+    state = network.state_dict()
+    for wrapped in (
+        network, nn.DataParallel(network), AveragedModel(network), torch.compile(network),
+        torch.compile(nn.DataParallel(network)), nn.DataParallel(torch.compile(network)),
+    ):  # fmt: skip
+        assert states_equal(adapt_state(wrapped.state_dict(), state), dict(state))
 
 
 def test_a_network_that_returns_an_object_is_trained(folder: Path) -> None:
