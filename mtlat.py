@@ -18,7 +18,6 @@ Bad input raises ValueError or TypeError with value, rule and fix. On a GPU each
 of the pixels, stops after it has passed once. Keep images in float32: bfloat16 rounds the attack.
 
 Comments that begin with "Reading" mark what the paper leaves open, and the alternative, if any.
-The method ends with `Normalize`. What follows is numerics and input checks.
 """
 
 import math
@@ -208,13 +207,14 @@ class Normalize(nn.Module):
         if not (len(mean) == len(std) > 0 and positive and all(0 <= m <= 1 for m in mean)):
             rule = "one of each per channel, of pixels in [0, 1], every std > 0"
             raise ValueError(f"mean {mean} and std {std}: {rule}; divide by 255 if given in levels")
-        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(-1, 1, 1)) for v in (mean, std))
+        columns = (torch.tensor(v, dtype=torch.get_default_dtype()) for v in (mean, std))
+        self.mean, self.std = (nn.Buffer(column.view(-1, 1, 1)) for column in columns)
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
 
 
-# ---------------------------------------------------------------- numerics and input checks
+# ---------------- The method ends here. What follows is numerics and input checks.
 
 _checked: set[str] = set()  # kinds of values that were right once, see `check_values`
 

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -426,6 +427,10 @@ def test_normalize():
     expected = v2.functional.normalize(x, [0.0, 0.2, 1.0], [0.5, 1.0, 2.0])
     assert_close(normalize(x), expected)
     assert set(normalize.state_dict()) == {"mean", "std"}
+    halves = numpy.array([0.0, 0.5, 1.0])
+    for numbers in (halves, list(halves), (0, 0, 1)):
+        state = mtlat.Normalize(numbers, [1, 1, 2]).state_dict()
+        assert {value.dtype for value in state.values()} == {torch.float32}
 
 
 def test_the_file_travels_alone():
