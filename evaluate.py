@@ -98,7 +98,7 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
     subjects = load_subjects(config, data.classes, files)
     facts = {
         "size": side, "preprocess": describe(crop, side), "data": data.test_fingerprint,
-        "frost": frost_source(), "seed": config.seed,
+        "frost": None if config.find_corruption("frost") else frost_source(), "seed": config.seed,
         "limit": config.limit if config.limit and config.limit < count else None,
     }  # fmt: skip
     require_same_on_all_ranks(facts, [subject.digest for subject in subjects.values()])
@@ -163,7 +163,7 @@ def check_corruptions(config: EvalConfig, side: int) -> None:
     if side < MIN_SIDE and ALL_CORRUPTIONS.keys() & set(config.perturbations):
         raise UserError(f"--size {side}: the corruptions need images of {MIN_SIDE} px or more")
     try:
-        if "frost" in config.perturbations:
+        if "frost" in config.perturbations and not config.find_corruption("frost"):
             corrupt(torch.zeros(1, 3, side, side, dtype=torch.uint8), "frost", 1)
     except (OSError, ValueError) as error:
         raise UserError(f"frost: {error}") from None

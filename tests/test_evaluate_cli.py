@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +25,7 @@ from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import CHECKS
 from harness.benchmark.fusion import fuse_for_inference
 from harness.benchmark.paired import unpack
-from harness.benchmark.store import read_cells
+from harness.benchmark.store import append_cells, read_cells
 from harness.errors import UserError
 from harness.images.datasets import load_dataset
 from harness.models import find_weights
@@ -163,7 +164,7 @@ def test_a_folder_is_tested_whole_unless_a_checkpoint_held_out_a_part(
 
 @pytest.mark.parametrize("layout", ["{name}", "noise/{name}"])
 def test_official_files_give_what_was_written(
-    bench: Bench, layout: str, capsys: pytest.CaptureFixture[str]
+    bench: Bench, layout: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check --imagenet-c with files that contain our own corrupted images.
 
@@ -194,6 +195,16 @@ def test_official_files_give_what_was_written(
         bench.run("--only", "fog", "--imagenet-c", str(bench.root / "c"), out="none")
     with pytest.raises(UserError, match=r"imagenet_c: None, now .*shot_noise"):
         bench.run(*options, "--imagenet-c", str(bench.root / "c"), out="made")
+    monkeypatch.setenv("MTLAT_FROST_DIR", str(bench.root / "nowhere"))  # frost is in the tree
+    place = layout.replace("noise", "weather").format(name="frost")
+    shutil.copytree(bench.root / "c" / layout.format(name="shot_noise"), bench.root / "c" / place)
+    frost = ["--only", "frost", "--imagenet-c", str(bench.root / "c")]
+    whole = bench.run(*frost, out="frost")
+    assert {cell["frost"] for cell in whole} == {None}
+    cells = read_cells(path := bench.root / "frost" / "cells.jsonl")
+    path.unlink()
+    append_cells(path, [{**cell, "frost": "procedural"} for cell in cells])  # of earlier versions
+    assert len(bench.run(*frost, out="frost")) == len(whole)
     last = bench.root / "c" / layout.format(name="shot_noise") / "5"
     (last / "red" / "0.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"red.0.png: not a usable image.*fetch the file again"):
@@ -367,6 +378,15 @@ def test_equal_layers_and_weights_of_other_code_are_another_model(bench: Bench) 
     fixed = ["--data", str(bench.root / "images"), "--size", "16", "--only", "clean"]
     up, down = bench.run(*fixed, models="tinynets:up tinynets:down")
     assert up["model"] != down["model"] and up["correct"] > 20 > 10 > down["correct"]
+
+
+def test_a_model_is_the_same_in_the_next_process(bench: Bench) -> None:
+    """Its weights may be random, and its repr may name the address of a function."""
+    fixed = ["--data", str(bench.root / "images"), "--size", "16", "--only", "clean"]
+    first, second = (bench.run(*fixed, models="tinynets:drawn", out=out) for out in "ab")
+    assert [cell["model"] for cell in first] == [cell["model"] for cell in second]
+    other = bench.run(*fixed, "--seed", "1", models="tinynets:drawn", out="c")
+    assert other[0]["model"] != first[0]["model"]
 
 
 class Buffers(torch.nn.Module):

@@ -283,6 +283,8 @@ def refuse_other_runs(run: Evaluation, path: Path, cells: list[Cell]) -> None:
         wanted["n"] = len(run.images_of(cell["perturbation"]))
         if cell.get("data") == run.data.fingerprint:  # which earlier versions stored
             wanted["data"] = run.data.fingerprint
+        if wanted["frost"] is None:  # read from --imagenet-c: earlier versions stored the textures
+            wanted["frost"] = cell.get("frost")
         found = {k: cell.get(k, EARLIER.get(k)) for k in wanted}
         other = [f"{k}: {found[k]}, now {v}" for k, v in wanted.items() if found[k] != v]
         if cell["model"] not in digests:

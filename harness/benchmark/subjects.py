@@ -153,9 +153,13 @@ def load_subjects(
     """
     subjects = {}
     for spec in config.specs:
+        torch.manual_seed(config.seed)  # of weights that are random
         module = _load_module(config, spec, classes, files.get(spec)).to(config.device)
         set_mode(spec, module, training=False)
-        digest = hashlib.sha256((_own_code(config, spec, files.get(spec)) + repr(module)).encode())
+        layers = re.sub(
+            r" at 0x[0-9a-fA-F]+", "", repr(module)
+        )  # addresses differ in every process
+        digest = hashlib.sha256((_own_code(config, spec, files.get(spec)) + layers).encode())
         for name, value in module.state_dict().items():
             if nn.parameter.is_lazy(value):
                 raise UserError(f"{spec}: {name} has no shape yet; run one forward pass first")
