@@ -116,6 +116,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the sheet or the tree. Print an error as one line and exit with code 2."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     args = parse_args(argv)
     args.only = args.only or list(CORRUPTIONS)
     try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,17 @@ def test_sheet_has_a_tile_for_every_setting(source: Path, tmp_path: Path) -> Non
     for row in range(3):
         assert np.abs(tiles[row, 0] - tiles[0, 0]).mean() < 4  # the clean image comes first
         assert np.abs(tiles[row, 5] - tiles[row, 0]).mean() > 10
+
+
+def test_closed_streams_do_not_end_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    __main__.main([str(source), "--out", str(tmp_path / "tree"), "--size", "32", *ONLY])
+    sys.stdout.close()
+    sys.stderr.close()
+    assert len(list((tmp_path / "tree").rglob("*.JPEG"))) == 3 * 3 * 5
 
 
 def test_images_in_subfolders_are_listed_as_evaluate_lists_them(tmp_path: Path) -> None:
