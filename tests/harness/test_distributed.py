@@ -404,8 +404,8 @@ def test_many_processes_score_what_one_scores(jobs, folder, tmp_path, monkeypatc
         assert scores(tmp_path / f"{world}") == one
 
 
-def drawn_weights(argv: list[str]) -> str:
-    """Return the error of evaluate.py if each process draws its own weights."""
+def load_model(argv: list[str]) -> str:
+    """Return the error of evaluate.py while it loads a model, or "none"."""
     torch.manual_seed(distributed.rank())
     try:
         evaluate.prepare(parse_eval_config(argv))
@@ -415,10 +415,11 @@ def drawn_weights(argv: list[str]) -> str:
 
 
 def test_models_that_differ_between_the_processes_are_refused(jobs, folder):
-    argv = ["tiny:linear", "--data", str(folder), "--size", "16", "--device", "cpu",
-            "--cache-dir", str(folder.parent / "cache")]  # fmt: skip
-    for said in jobs[2](drawn_weights, argv):
+    common = ["--data", str(folder), "--size", "16", "--device", "cpu",
+              "--cache-dir", str(folder.parent / "cache")]  # fmt: skip
+    for said in jobs[2](load_model, ["tiny:ranked", *common]):
         assert said.startswith("the processes of the job find different images or weights")
+    assert jobs[2](load_model, ["tiny:linear", *common]) == ["none", "none"]  # drawn with --seed
 
 
 # ---------------------------------------------------------------- failure of one process

@@ -1,6 +1,7 @@
 """Provide small networks and image folders for the tests."""
 
 import csv
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +63,13 @@ class Wrapped(nn.Module):
 
 def linear(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, num_classes))
+
+
+def ranked(num_classes: int) -> nn.Module:
+    """Return a network that differs between the processes of a job."""
+    network = linear(num_classes)
+    nn.init.constant_(network[2].bias, float(os.environ["RANK"]))
+    return network
 
 
 class Double(nn.Module):
