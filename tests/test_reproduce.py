@@ -488,7 +488,8 @@ def test_the_times_of_a_training_follow_from_its_log() -> None:
 
 def test_the_minutes_of_an_evaluation_count_the_making_of_images_once(tmp_path: Path) -> None:
     digests = {"standard-seed0": "a", "mtlat-seed0": "b"}
-    (tmp_path / "results.json").write_text(json.dumps({"weights": digests}))
+    notes = ["standard-seed0 is not significantly above chance"]
+    (tmp_path / "results.json").write_text(json.dumps({"weights": digests, "notes": notes}))
     cell = {"perturbation": "clean", "severity": None, "correct": 1, "n": 2, "total": 2}
     store.append_cells(tmp_path / "cells.jsonl", [
         {**cell, "model": digest, "seconds_making": 30.0, "seconds": seconds}
@@ -497,6 +498,7 @@ def test_the_minutes_of_an_evaluation_count_the_making_of_images_once(tmp_path: 
     models = {"standard": Path("standard-seed0"), "mtlat": Path("mtlat-seed0")}
     found = report.read_evaluation(EvalTask(tmp_path, [], "tiny", 0, [1], models))
     assert found.minutes == pytest.approx((30 + 60 + 90) / 60)
+    assert found.results.notes == notes
 
 
 @pytest.mark.slow

@@ -88,11 +88,12 @@ def plot_differences(
         shown: all models of the figures beside this one, whose colors it takes.
     """
     names = [n for n in COLUMNS if any(d.get(n) for d in compared.values())]
-    figure = _figure(10, 0.8 + 0.27 * max(4, len(names)))
+    row = max(0.27, 0.09 * len(compared))  # in inches
+    figure = _figure(10, 0.8 + row * max(4, len(names)))
     axes = figure.subplots()
     colors = _colors(shown or [baseline, *compared], baseline)
     for i, (model, differences) in enumerate(compared.items()):
-        shift = (i - (len(compared) - 1) / 2) * 0.5 / len(compared)
+        shift = (i - (len(compared) - 1) / 2) * 0.8 / len(compared)
         style: dict[str, Any] = {"color": colors[model], "marker": "o", "ms": 5, "ls": ""}
         axes.plot([], [], **style, label=_legend(model))  # the legend's mark is a filled one
         for y, name in enumerate(names):

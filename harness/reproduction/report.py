@@ -89,10 +89,11 @@ class Evaluated(NamedTuple):
 
 def read_evaluation(task: EvalTask) -> Evaluated:
     """Read the results of evaluate.py."""
-    known = json.loads((task.folder / "results.json").read_text())["weights"]
-    digests = {method: known[path.name] for method, path in task.models.items()}
+    written = json.loads((task.folder / "results.json").read_text())
+    digests = {method: written["weights"][path.name] for method, path in task.models.items()}
     cells = read_cells(task.folder / "cells.jsonl")
-    results = aggregate(cells, digests, BASELINE)
+    # Its notes also tell of the images and the models, such as one that guesses.
+    results = aggregate(cells, digests, BASELINE)._replace(notes=written["notes"])
     making = {(c["perturbation"], c["severity"]): c["seconds_making"] for c in cells}
     seconds = sum(making.values()) + sum(cell["seconds"] for cell in cells)
     return Evaluated(
