@@ -84,7 +84,7 @@ def _check_integer(what: str, value: Any) -> int:
 
 def _check_name(name: str, severity: int | None) -> tuple[Corruption, int | None]:
     """Look up the corruption and check that it has this severity."""
-    entry = ALL_CORRUPTIONS.get(name)
+    entry = ALL_CORRUPTIONS.get(name) if isinstance(name, str) else None  # a list has no hash
     if entry is None:
         close = difflib.get_close_matches(str(name), ALL_CORRUPTIONS)
         known = ", ".join(ALL_CORRUPTIONS)

@@ -245,6 +245,7 @@ UNIT = GOOD.float() / 255
         ((GOOD, "motion_blurr", 1), {}, ValueError, "motion_blurr.*motion_blur"),
         ((GOOD, "x", 1), {}, ValueError, "'x'.*gaussian_noise.*rotation"),
         ((GOOD, None, 1), {}, ValueError, "unknown corruption None"),
+        ((GOOD, ["fog"], 1), {}, ValueError, r"unknown corruption \['fog'\]; did you mean"),
         ((GOOD, "fog", 0), {}, ValueError, "severity.*1, 2, 3, 4, 5.*got 0"),
         ((GOOD, "fog", 6), {}, ValueError, "severity.*got 6"),
         ((GOOD, "fog", -1), {}, ValueError, "severity.*got -1"),
