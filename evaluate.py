@@ -41,6 +41,7 @@ from harness.errors import UserError, escape_unprintable, run_script
 from harness.files import atomic_write, lock_folder
 from harness.images.corrupted import require_severities
 from harness.images.datasets import SIZES, Dataset, load_dataset
+from harness.images.folders import require_outside
 from harness.images.loader import BatchLoader
 from harness.images.preprocess import Crop, choose_crop, describe, kind
 from harness.models import compute_logits, is_right
@@ -72,6 +73,7 @@ def load_data(
     else:
         own = {spec: crop for spec, (_, crop) in expected.items()}
         crop = choose_crop(config.preprocess, config.imagenet_c, own)
+        require_outside(Path(source), config.cache_dir, config.output_dir or "runs")
     sizes = (size for size, _ in expected.values())
     with distributed.local_rank_zero_first():
         data = load_dataset(

@@ -31,23 +31,23 @@ from tqdm import tqdm
 from harness import distributed
 from harness.checkpoints import check_savable, save_checkpoint
 from harness.cnn import start_as_identity
-from harness.devices import environment_info, require_same_on_all_ranks
+from harness.devices import autocast, environment_info, require_same_on_all_ranks
 from harness.errors import UserError, first_line, is_explained, run_script
 from harness.files import atomic_write, lock_folder
 from harness.images.datasets import SIZES, Dataset, load_dataset
-from harness.images.folders import require_folder
+from harness.images.folders import require_outside
 from harness.images.loader import BatchLoader, to_device
 from harness.images.preprocess import CROPS
 from harness.models import MeanStd, compute_logits, count_correct, create_model, restore_model
 from harness.training.augment import flip_crop
 from harness.training.average import build_average
+from harness.training.checks import check_batch_size, check_model
 from harness.training.config import TrainConfig, parse_train_config, schedule_change
 from harness.training.log import describe_weights, header, log_csv, log_line
-from harness.training.manifold import check_mix_at, draw_layer, losses_at
-from harness.training.methods import METHODS, check_trainable
+from harness.training.manifold import draw_layer, losses_at
+from harness.training.methods import METHODS
 from mtlat import Draws, Pair, draw
 
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOWER_RATE = "start again with a lower --lr in another --output-dir; the epochs before are kept"
 
 
@@ -82,19 +82,6 @@ def load_data(config: TrainConfig) -> Dataset:
             download=config.download, skip_bad_images=config.skip_bad_images,
             cache_dir=config.cache_dir, crop=CROPS[config.preprocess],
         )  # fmt: skip
-
-
-def check_batch_size(config: TrainConfig, images: int) -> None:
-    """Raise `UserError` unless every process gets images of every minibatch."""
-    size, processes = config.minibatch_size, distributed.world_size()
-    message = f"--batch-size {config.batch_size} makes minibatches of {size}"
-    if not 0 < size <= images:
-        fix = "lower it" if size else "raise it"
-        raise UserError(f"{message}, and there are {images} training images: {fix}")
-    if size < 2 * processes > 2:
-        raise UserError(
-            f"{message}, and each of {processes} processes needs 2 images: raise it, or start fewer"
-        )
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -157,9 +144,7 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     average = build_average(config, model, checkpoint)
     if checkpoint is None:  # a resumed run keeps its buffers, which a forward pass may change
         rows = torch.arange(config.minibatch_size)[distributed.shard_rows(config.minibatch_size)]
-        x, _ = loaders[0](rows)
-        check_trainable(f"--arch {config.arch}", model, x, len(data.classes), config.method)
-        check_mix_at(config.mix_at, model, x, len(data.classes))
+        check_model(config, model, loaders[0](rows)[0], len(data.classes))
     optimizer = build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     if checkpoint is not None:
@@ -246,8 +231,7 @@ def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list
         # Of --method mtlat these are the losses of mtlat.algorithm1, with --mix-at as it says.
         losses = losses_at(layer, method, model, pairs, draws, config.attack_steps)
         for term in range(method.terms):
-            dtype = AMP_DTYPES.get(config.amp)
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            with autocast(device, config.amp):
                 loss = share * next(losses)
             scaler.scale(loss).backward()  # the gradients of loss1 and loss2 add up
             totals[term] += loss.detach()
@@ -331,11 +315,12 @@ def save(config: TrainConfig, training: Training, settings: dict[str, Any]) -> N
 
 def main(argv: list[str] | None = None) -> None:
     asked, _ = parse_train_config(argv, __doc__)
-    if asked.data not in SIZES:
-        require_folder(Path(asked.data))  # before an output folder is made
+    if asked.data not in SIZES:  # before an output folder is made
+        require_outside(Path(asked.data), asked.cache_dir, asked.output_dir)
     with lock_folder(Path(asked.output_dir)) if distributed.rank() == 0 else nullcontext():
         config, checkpoint = parse_train_config(argv)  # again: another run may have ended meanwhile
-        if checkpoint and (changed := schedule_change(config, checkpoint)):
+        unfinished = checkpoint if checkpoint and len(checkpoint["log"]) < config.epochs else None
+        if unfinished and (changed := schedule_change(config, unfinished)):
             print(changed)
         data = load_data(config)
         if seen := describe_weights(config, data, checkpoint):

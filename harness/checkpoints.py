@@ -42,6 +42,11 @@ def check_savable(name: str, model: nn.Module) -> None:
                 f"{name}: {key} of its state dict is a {type(value).__name__}, and a checkpoint"
                 " keeps tensors alone: register it as a buffer"
             )
+        if any(s == 0 and n > 1 for s, n in zip(value.stride(), value.shape, strict=True)):
+            raise UserError(
+                f"{name}: {key} is an expanded tensor, into which no checkpoint can be loaded:"
+                " register its .clone()"
+            )
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

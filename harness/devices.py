@@ -11,6 +11,14 @@ import torchvision
 from harness import distributed
 from harness.errors import UserError, first_line
 
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Return the context of --amp."""
+    dtype = AMP_DTYPES.get(amp)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
 
 def resolve_device(name: str) -> str:
     """Return a checked device name. "auto" becomes the accelerator of this machine, or "cpu".

@@ -227,8 +227,10 @@ def broadcast(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by that of rank 0."""
     if _job.world_size > 1:
         with _peer_errors():
-            for tensor in tensors:
-                dist.broadcast(tensor, 0)
+            for tensor in tensors:  # as bytes: gloo lacks int16, float8 and others
+                content = tensor.detach().contiguous().view(-1).view(torch.uint8)
+                dist.broadcast(content, 0)
+                tensor.detach().copy_(content.view(tensor.dtype).view_as(tensor))
 
 
 def average_running_statistics(model: nn.Module) -> None:

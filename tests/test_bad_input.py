@@ -110,7 +110,7 @@ TRAIN_CASES = [
     ("--data cifar10 --cache-dir empty", "cifar10 is not in empty (Dataset not found or corrup"),
     *((f"--data bad/{name} -b 2", message) for name, (_, message) in BAD_IMAGES.items()),
     ("--cache-dir file", "file: File exists"), ("--output-dir file", "file: File exists"),
-    ("--output-dir run", "run holds an earlier run: add --resume auto"),
+    ("--output-dir run", "run holds an earlier run: continue it with --resume run/last.pt"),
     ("--output-dir run --resume other-run.pt", "other-run.pt: No such file"),
     ("--resume run", "run: Is a directory"), ("--resume file/last.pt", "Not a directory"),
     ("--resume run/last.pt --lr 3", "--lr is 3.0, but the run in run was begun with 0.002"),

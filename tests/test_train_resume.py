@@ -229,7 +229,9 @@ def test_best_is_not_overwritten_where_a_damaged_last_was_removed(go, tmp_path):
     content, out = go("--epochs", "1"), tmp_path / "out"
     before = (out / "best.pt").read_bytes()
     (out / "last.pt").unlink()
-    with pytest.raises(UserError, match="holds an earlier run: add --resume auto"):
+    with pytest.raises(
+        UserError, match=r"holds an earlier run: continue it with --resume .*best\.pt"
+    ):
         go()
     assert (out / "best.pt").read_bytes() == before
     again = go("--resume", "auto", "--epochs", "1")  # which writes last.pt

@@ -1,5 +1,6 @@
 """Decoding of image files, once; the pixels are kept in one memory-mapped file per part."""
 
+import errno
 import json
 import math
 import os
@@ -183,5 +184,9 @@ def decode(path: Path, size: int, resize: int | None = None) -> Array | str:
             return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
     except MemoryError:
         raise  # not the file's fault
+    except OSError as error:  # Pillow's own have no errno; those of a disk must not be cached
+        if error.errno not in (None, errno.ENOENT, errno.ELOOP, errno.EISDIR):
+            raise
+        return f"not a usable image ({first_line(error)})"
     except Exception as error:  # Pillow raises nearly every kind on a broken file
         return f"not a usable image ({first_line(error)})"

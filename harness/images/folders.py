@@ -96,6 +96,21 @@ def list_folder(
     return Listing(classes, parts, folders["test"], hold_out)
 
 
+def require_outside(data: Path, cache_dir: str, output_dir: str) -> None:
+    """Raise `UserError` unless a run writes to another folder than its images and their cache."""
+    require_folder(data)
+    cache, out = Path(cache_dir).resolve(), Path(output_dir).resolve()
+    if cache == out:  # both are locked
+        raise UserError(f"--cache-dir and --output-dir are both {out}: choose another for one")
+    if _find_parts(data, True) == {"test": data}:
+        for option, folder in (("--cache-dir", cache), ("--output-dir", out)):
+            if data.resolve() in folder.parents:
+                raise UserError(
+                    f"{option} {folder} lies in --data {data}, whose folders are classes: choose"
+                    " one outside"
+                )
+
+
 def _find_parts(root: Path, test_only: bool) -> dict[str, Path]:
     """Find the folders of the training and the test part. All of CLASS/* alone is the test part."""
     there = {path.name.lower(): path for path in sorted(root.iterdir(), reverse=True)}

@@ -182,6 +182,8 @@ def parse_train_config(
             that holds another run.
     """
     values, given = parse_options(TrainConfig, argv, description)
+    if values["resume"] == "":  # such as an unset variable of a shell
+        raise UserError("--resume is empty: give a checkpoint or auto, or leave it out")
     if "arch" not in given:
         values["arch"] = _default_arch(values["weights"], values["data"])
     folder = values["output_dir"] or f"runs/{file_name(values['arch'])}-{values['method']}"
@@ -317,8 +319,8 @@ def schedule_change(config: TrainConfig, checkpoint: dict[str, Any]) -> str:
         return ""
     cosine = config.schedule == "cosine"
     before, now = (
-        "a cosine" if cosine else "--milestones " + " ".join(f"{m:g}" for m in milestones)
-        for milestones in (saved["milestones"], config.milestones)
+        "a cosine" if cosine else "--milestones " + (" ".join(f"{m:g}" for m in each) or "(none)")
+        for each in (saved["milestones"], config.milestones)
     )
     return (
         f"from epoch {epoch} on, the learning rate ({config.learning_rate(epoch - 1):.1e}) follows"
@@ -340,6 +342,6 @@ def _refuse_overwriting(output_dir: str, resumed: str | None) -> None:
     last = _latest(output_dir)
     if last.exists() and not (resumed and last.samefile(resumed)):
         raise UserError(
-            f"{output_dir} holds an earlier run: add --resume auto to continue it, or choose"
+            f"{output_dir} holds an earlier run: continue it with --resume {last}, or choose"
             " another --output-dir"
         )

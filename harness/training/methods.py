@@ -17,17 +17,14 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from harness.errors import UserError, first_line, is_explained
-from harness.models import check_logits, set_mode
 from mtlat import (
     Draws,
     Model,
     Pair,
     algorithm1,
     cross_entropy,
-    logits_of,
     mixup,
     target_labels,
     targeted_fgsm,
@@ -127,36 +124,3 @@ METHODS = {
                           " with the true label"),
     "ls": Method(label_smoothing, 2, 2, "as target-fgsm, with labels smoothed by epsilon"),
 }  # fmt: skip
-
-
-def check_trainable(name: str, model: nn.Module, x: Tensor, num_classes: int, method: str) -> None:
-    """Raise `UserError` unless a method can train the model on images x (B, ...).
-
-    The model must return logits (B, N), and give the gradients that the method needs. Runs it once
-    on x, twice on two images, and attacks these if the method does. Leaves it in training mode.
-    """
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise UserError(
-            f"{name} is TorchScript, which can only be evaluated here: give the nn.Module itself"
-        )
-    check_logits(name, model, x, num_classes)
-    set_mode(name, model, training=False)  # in which BatchNorm's running statistics stay
-    few = x[:2]
-    check_logits(f"{name} in eval mode", model, few, num_classes)
-    labels = torch.zeros(len(few), dtype=torch.int64, device=x.device)
-    if not logits_of(model(few), labels).requires_grad:
-        raise UserError(
-            f"{name} has no gradient: let its weights require one, and do not detach its logits"
-        )
-    set_mode(name, model, training=True)
-    if METHODS[method].terms > 1:  # the second loss is that of attacked images
-        try:
-            targeted_fgsm(model, few, labels, 0.0)
-        except Exception as error:  # a forward or backward pass may be any Python
-            if is_explained(error):
-                raise
-            raise UserError(
-                f"{name} gives no gradient for the images, which --method {method} needs"
-                f" ({first_line(error)}): no torch.no_grad() or detach() in forward, and"
-                " checkpoint(use_reentrant=False)"
-            ) from None

@@ -23,7 +23,7 @@ from harness.benchmark.config import parse_eval_config
 from harness.benchmark.subjects import expected_images, resampling_warnings
 from harness.checkpoints import adapt_state, load_checkpoint
 from harness.errors import UserError
-from harness.training.methods import check_trainable
+from harness.training.checks import check_trainable
 from tests.support.tiny import Wrapped, convnet, image_folder, states_equal
 
 TIMM = "timm:test_resnet"  # 0.5 million weights; timm names weights of it

@@ -1,0 +1,72 @@
+"""Checks before the first epoch, so that a training does not fail after it."""
+
+import torch
+from torch import Tensor, nn
+
+from harness import distributed
+from harness.devices import autocast
+from harness.errors import UserError, first_line, is_explained
+from harness.models import check_logits, set_mode
+from harness.training.config import TrainConfig
+from harness.training.manifold import check_mix_at
+from harness.training.methods import METHODS
+from mtlat import logits_of, targeted_fgsm
+
+
+def check_batch_size(config: TrainConfig, images: int) -> None:
+    """Raise `UserError` unless every process gets images of every minibatch."""
+    size, processes = config.minibatch_size, distributed.world_size()
+    message = f"--batch-size {config.batch_size} makes minibatches of {size}"
+    if not 0 < size <= images:
+        fix = "lower it" if size else "raise it"
+        raise UserError(f"{message}, and there are {images} training images: {fix}")
+    if size < 2 * processes > 2:
+        raise UserError(
+            f"{message}, and each of {processes} processes needs 2 images: raise it, or start fewer"
+        )
+
+
+def check_model(config: TrainConfig, model: nn.Module, x: Tensor, num_classes: int) -> None:
+    """Raise `UserError` unless the configuration's method can train the model on images x."""
+    name = f"--arch {config.arch}"
+    if config.channels_last:
+        x, name = x.to(memory_format=torch.channels_last), f"{name} with --channels-last"
+    if config.amp != "no":
+        name += f" with --amp {config.amp}"
+    with autocast(x.device, config.amp):
+        check_trainable(name, model, x, num_classes, config.method)
+        check_mix_at(config.mix_at, model, x, num_classes)
+
+
+def check_trainable(name: str, model: nn.Module, x: Tensor, num_classes: int, method: str) -> None:
+    """Raise `UserError` unless a method can train the model on images x (B, ...).
+
+    The model must return logits (B, N), and give the gradients that the method needs. Runs it on x,
+    on two images and on one, and attacks the two if the method does. Leaves it in training mode.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UserError(
+            f"{name} is TorchScript, which can only be evaluated here: give the nn.Module itself"
+        )
+    check_logits(name, model, x, num_classes)
+    set_mode(name, model, training=False)  # in which BatchNorm's running statistics stay
+    few = x[:2]
+    for batch in (few, x[:1]):  # the last batch of a test may have one image
+        check_logits(f"{name} in eval mode", model, batch, num_classes)
+    labels = torch.zeros(len(few), dtype=torch.int64, device=x.device)
+    if not logits_of(model(few), labels).requires_grad:
+        raise UserError(
+            f"{name} has no gradient: let its weights require one, and do not detach its logits"
+        )
+    set_mode(name, model, training=True)
+    if METHODS[method].terms > 1:  # the second loss is that of attacked images
+        try:
+            targeted_fgsm(model, few, labels, 0.0)
+        except Exception as error:  # a forward or backward pass may be any Python
+            if is_explained(error):
+                raise
+            raise UserError(
+                f"{name} gives no gradient for the images, which --method {method} needs"
+                f" ({first_line(error)}): no torch.no_grad() or detach() in forward, and"
+                " checkpoint(use_reentrant=False)"
+            ) from None

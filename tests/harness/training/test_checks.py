@@ -1,0 +1,142 @@
+"""Test what is checked before the first epoch, and would otherwise end a training after it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import train
+from harness import distributed
+from harness.errors import UserError
+from harness.images import cache
+from harness.images.datasets import load_dataset
+from tests.support.tiny import Wrapped, image_folder, linear
+
+
+class Views(nn.Linear):
+    """A network that needs contiguous images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(len(x), -1))
+
+
+class Squeezes(nn.Linear):
+    """A network that drops the batch's axis of a single image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean((2, 3)).squeeze())
+
+
+class Expands(nn.Module):
+    """A network whose buffer shares one number among three."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.network, self.mask = linear(num_classes), nn.Buffer(torch.ones(1).expand(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x * self.mask)
+
+
+def put(logits: Tensor) -> Tensor:
+    """Copy logits into float32 through a mask, which fails where they are bfloat16."""
+    filled = torch.zeros(logits.shape)
+    filled[torch.ones(len(logits), dtype=torch.bool)] = logits
+    return filled
+
+
+def views(num_classes: int) -> nn.Module:
+    return Views(768, num_classes)
+
+
+def squeezes(num_classes: int) -> nn.Module:
+    return Squeezes(3, num_classes)
+
+
+def puts(num_classes: int) -> nn.Module:
+    return Wrapped(linear(num_classes), put)
+
+
+@pytest.fixture
+def argv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "set", each=11, side=16)
+    flags = "--data set --size 16 --epochs 1 -b 10 --device cpu --cache-dir cache --output-dir out"
+    return flags.split()
+
+
+@pytest.mark.parametrize(
+    ("network", "flags", "said"),
+    [
+        ("views", "--channels-last", "views with --channels-last fails on images"),
+        ("puts", "--amp bf16", "puts with --amp bf16 fails on images"),
+        ("squeezes", "", r"in eval mode fails on images \(1, 3|returns \(4,\)|shape \(3,\)"),
+        ("Expands", "", r"mask is an expanded tensor.*register its \.clone\(\)"),
+    ],
+)
+def test_a_network_that_would_fail_later_is_refused(
+    argv: list[str], network: str, flags: str, said: str
+) -> None:
+    argv += ["--arch", f"{__name__}:{network}"]
+    if flags:
+        train.main([*argv, "--output-dir", "without"])
+    with pytest.raises(UserError, match=said):
+        train.main([*argv, *flags.split()])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--cache-dir out", "--cache-dir and --output-dir are both .*out: choose another"),
+        ("--output-dir set/runs/x", "--output-dir .*x lies in --data set, whose folders are class"),
+        ("--cache-dir set/cache", "--cache-dir .*cache lies in --data set, whose folders are clas"),
+    ],
+)
+def test_folders_that_would_wait_for_each_other_or_become_classes_are_refused(
+    argv: list[str], flags: str, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        train.main([*argv, "--arch", "tiny:linear", *flags.split()])
+    assert not Path("out").exists() and len(list(Path("set").iterdir())) == 3
+
+
+def test_a_fault_of_the_disk_is_not_cached_as_a_bad_image(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"size": 16, "skip_bad_images": True, "cache_dir": "cache"}
+    real, calls = cache.Image.open, iter(range(99))
+
+    def faulty(path: Path) -> Any:
+        if next(calls) == 3:
+            raise OSError(5, "Input/output error", str(path))
+        return real(path)
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="Input/output"):
+        broken.setattr(cache.Image, "open", faulty)
+        load_dataset("set", **options)
+    assert len(load_dataset("set", **options).train.labels) == 30
+
+
+def test_an_empty_resume_is_refused(argv: list[str]) -> None:
+    with pytest.raises(UserError, match="--resume is empty"):
+        train.main([*argv, "--resume", ""])
+
+
+def test_every_kind_of_number_is_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gloo has no int16, and the tensors of one process may be laid out in another way."""
+    numbers = torch.arange(24).view(1, 2, 3, 4)
+    kinds = torch.int16, torch.float8_e4m3fn, torch.complex64, torch.bool, torch.float32
+    tensors = [numbers.to(kind) for kind in kinds] + [torch.tensor(3, dtype=torch.uint16)]
+    tensors += [numbers.float().to(memory_format=torch.channels_last)]
+    sent = []
+    monkeypatch.setattr(distributed, "_job", distributed._job._replace(world_size=2))
+    monkeypatch.setattr(distributed.dist, "broadcast", lambda x, _: sent.append(x.clone()))
+    distributed.broadcast(tensors)
+    assert {x.dtype for x in sent} == {torch.uint8}
+    received = iter(sent)
+    monkeypatch.setattr(distributed.dist, "broadcast", lambda x, _: x.copy_(next(received)))
+    copies = [torch.zeros_like(x) for x in tensors]
+    distributed.broadcast(copies)
+    assert all(x.tolist() == y.tolist() for x, y in zip(tensors, copies, strict=True))
