@@ -156,9 +156,7 @@ def load_subjects(
         torch.manual_seed(config.seed)  # of weights that are random
         module = _load_module(config, spec, classes, files.get(spec)).to(config.device)
         set_mode(spec, module, training=False)
-        layers = re.sub(
-            r" at 0x[0-9a-fA-F]+", "", repr(module)
-        )  # addresses differ in every process
+        layers = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(module))  # addresses differ by process
         digest = hashlib.sha256((_own_code(config, spec, files.get(spec)) + layers).encode())
         for name, value in module.state_dict().items():
             if nn.parameter.is_lazy(value):
