@@ -187,8 +187,9 @@ def mtlat_loss(
     draws = draw(len(x), num_classes, alpha=alpha, epsilon_max=epsilon_max, per_batch=per_batch,
                  generator=generator, device=x.device)  # fmt: skip
     check_labels(x, y, num_classes=num_classes)
-    if y.ndim == 1:
-        y = F.one_hot(y, num_classes).to(torch.promote_types(x.dtype, torch.float32))
+    y = F.one_hot(y, num_classes).to(x.dtype) if y.ndim == 1 else y
+    if y.element_size() < 4:  # in half precision, the sums of mixed labels would not round to 1
+        y = F.normalize(y.float(), p=1.0, dim=1)
     # Reading 8: the four couples are the minibatch and three random permutations of it. Otherwise:
     # give `algorithm1` four independent minibatches. (An image may be mixed with itself.)
     home = (generator or x).device
@@ -272,8 +273,7 @@ def frozen(model: Model) -> Iterator[None]:
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     changes: list[Any] = [(m, "track_running_stats", False) for m in modules if m.training]
     own = [m for m, *_ in changes if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
-    for name in ("running_mean", "running_var"):  # which InstanceNorm updates despite the flag
-        changes += [(m, name, None) for m in own]
+    changes += [(m, b, None) for m in own for b in ("running_mean", "running_var")]  # used anyway
     # Compiled models compute the weights' gradients if these require any, and DDP awaits them.
     changes += [(p, "requires_grad", False) for m in modules for p in m.parameters(recurse=False)]
     changes += [(m, "forward", m.module.__call__) for m in modules if isinstance(m, DDP)]

@@ -221,6 +221,17 @@ def test_dtypes():
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_soft_labels_in_half_precision_are_mixed_in_float32():
+    """Their sums round to 1 before they are mixed, and not after."""
+    model, x = network(10), images(0, 32)
+    hard = nn.functional.one_hot(torch.arange(32) % 10, 10)
+    for soft in (0.9 * hard + 0.01, 0.7 * hard + 0.3 * hard.roll(1, 0)):
+        wanted = mtlat.mtlat_loss(model, x, soft, num_classes=10, generator=seeded(0))
+        for dtype in (torch.bfloat16, torch.float16):
+            found = mtlat.mtlat_loss(model, x, soft.to(dtype), num_classes=10, generator=seeded(0))
+            assert_close(found, wanted, rtol=0, atol=0.02)
+
+
 def test_autocast_gives_nearly_the_same_gradient():
     gradients = []
     x, y = images(0, 32), torch.arange(32) % 4
