@@ -273,7 +273,7 @@ def frozen(model: Model) -> Iterator[None]:
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     changes: list[Any] = [(m, "track_running_stats", False) for m in modules if m.training]
     own = [m for m, *_ in changes if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
-    changes += [(m, b, None) for m in own for b in ("running_mean", "running_var")]  # used anyway
+    changes += [(m, b, None) for m in own for b in ("running_mean", "running_var")]  # moved anyway
     # Compiled models compute the weights' gradients if these require any, and DDP awaits them.
     changes += [(p, "requires_grad", False) for m in modules for p in m.parameters(recurse=False)]
     changes += [(m, "forward", m.module.__call__) for m in modules if isinstance(m, DDP)]
