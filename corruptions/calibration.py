@@ -59,15 +59,20 @@ def calibrate(
     def lost(step: int) -> float:
         return (clean - correct(largest * step / steps)) / len(images)  # one quotient: 5 % is 0.05
 
-    coarse = range(steps // 16, steps + 1, steps // 16)  # 90 degrees may cost less than 45
-    end = next((step for step in coarse if lost(step) >= losses[1]), None)
-    if end is None:
+    coarse = range(steps // 16, steps + 1, steps // 16)  # all: 90 degrees may cost less than 45
+    if (most := max(map(lost, coarse))) < losses[1]:
         raise ValueError(
-            f"{name} costs this model about {max(map(lost, coarse)):.3f} of accuracy at most, less "
-            f"than losses[1] = {losses[1]}; lower `losses`"
+            f"{name} costs this model about {most:.3f} of accuracy at most, less than "
+            f"losses[1] = {losses[1]}; lower `losses`"
         )
-    low, high = (bisect_left(range(end), loss, 1, key=lost) for loss in losses)
+    low, high = (_first(lost, coarse, loss) for loss in losses)
     return largest * low / steps, largest * high / steps
+
+
+def _first(lost: Callable[[int], float], coarse: range, loss: float) -> int:
+    """Return the smallest step with this loss, searched below the first coarse one that has it."""
+    end = next(step for step in coarse if lost(step) >= loss)
+    return bisect_left(range(end), loss, end - coarse.step + 1, key=lost)
 
 
 @torch.no_grad()
