@@ -184,9 +184,7 @@ def decode(path: Path, size: int, resize: int | None = None) -> Array | str:
             return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
     except MemoryError:
         raise  # not the file's fault
-    except OSError as error:  # Pillow's own have no errno; those of a disk must not be cached
-        if error.errno not in (None, errno.ENOENT, errno.ELOOP, errno.EISDIR):
-            raise
-        return f"not a usable image ({first_line(error)})"
-    except Exception as error:  # Pillow raises nearly every kind on a broken file
+    except Exception as error:  # Pillow raises nearly every kind on a broken file, without errno
+        if getattr(error, "errno", None) not in (None, errno.ENOENT, errno.ELOOP, errno.EISDIR):
+            raise  # a fault of the disk or of permissions, which must not be cached
         return f"not a usable image ({first_line(error)})"
