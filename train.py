@@ -329,5 +329,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    resumed = any(word.startswith("--resume") for word in sys.argv)
-    run_script(main, f"{'run it again' if resumed else 'add --resume auto'} to continue")
+    if any(word.startswith("--resume") for word in sys.argv):
+        run_script(main)
+    run_script(main, "add --resume auto to continue")
