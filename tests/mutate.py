@@ -29,39 +29,90 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CORRUPTION_TESTS = ["corruptions/test_corrupt.py", "corruptions/test_statistics.py"]
-PIXEL_TESTS = [
+CORRUPTED = ["corruptions/test_corrupt.py", "corruptions/test_statistics.py"]
+PIXELS = [
     "corruptions/test_parameters.py",
     "corruptions/test_oracle_noise_digital.py",
-    *CORRUPTION_TESTS,
+    *CORRUPTED,
 ]
-SCENE_TESTS = [
+SCENES = [
     "corruptions/test_parameters.py",
     "corruptions/test_blur_weather.py",
     "corruptions/test_oracle_blur_weather.py",
 ]
-TABLE_TESTS = ["harness/benchmark/test_tables.py", "test_evaluate_cli.py"]
+BENCHMARK = ["test_evaluate_cli.py", "test_evaluate.py"]
+TABLES = ["harness/benchmark/test_tables.py", *BENCHMARK]
+DATASETS = ["harness/images/test_datasets.py", "test_bad_input.py"]
+TRAINING = ["test_train.py", "test_train_resume.py", "test_bad_input.py"]
+PAPER = ["harness/reproduction/test_comparison.py", "test_reproduce.py"]
 # The tests of each file, relative to tests/. Those that usually fail first come first.
 TESTS = {
-    "mtlat.py": ["test_mtlat.py", "test_mtlat_model.py"],
+    "mtlat.py": ["test_mtlat.py", "test_mtlat_model.py", "test_bad_calls.py"],
     "attacks.py": ["test_attacks.py", "test_attacks_contract.py"],
-    "harness/training/methods.py": ["test_train.py"],
-    "harness/training/augment.py": ["harness/training/test_augment.py"],
-    "harness/training/manifold.py": ["harness/training/test_manifold.py"],
-    "harness/benchmark/checks.py": ["harness/benchmark/test_checks.py", "test_evaluate.py"],
-    "harness/benchmark/metrics.py": TABLE_TESTS,
-    "harness/benchmark/tables.py": TABLE_TESTS,
-    "corruptions/apply.py": CORRUPTION_TESTS,
-    "corruptions/registry.py": CORRUPTION_TESTS,
-    "corruptions/rng.py": ["corruptions/test_rng.py", *CORRUPTION_TESTS],
-    "corruptions/noise.py": PIXEL_TESTS,
-    "corruptions/digital.py": PIXEL_TESTS,
-    "corruptions/jpeg.py": PIXEL_TESTS,
-    "corruptions/blur.py": SCENE_TESTS,
-    "corruptions/weather.py": SCENE_TESTS,
-    "corruptions/frost.py": SCENE_TESTS,
-    "corruptions/geometric.py": ["corruptions/test_geometric.py", *CORRUPTION_TESTS],
+    "train.py": TRAINING,
+    "evaluate.py": BENCHMARK,
+    "reproduce.py": ["test_reproduce.py", "test_bad_input.py"],
+    "corruptions/__main__.py": ["corruptions/test_cli.py", "test_bad_input.py"],
+    "corruptions/apply.py": CORRUPTED,
+    "corruptions/registry.py": CORRUPTED,
+    "corruptions/rng.py": ["corruptions/test_rng.py", *CORRUPTED],
+    "corruptions/noise.py": PIXELS,
+    "corruptions/digital.py": PIXELS,
+    "corruptions/jpeg.py": PIXELS,
+    "corruptions/blur.py": SCENES,
+    "corruptions/weather.py": SCENES,
+    "corruptions/frost.py": [*SCENES, "test_bad_input.py"],
+    "corruptions/geometric.py": ["corruptions/test_geometric.py", *CORRUPTED],
     "corruptions/calibration.py": ["corruptions/test_geometric.py"],
+    "corruptions/transform.py": ["corruptions/test_transform.py", "test_odd_images.py"],
+    "harness/checkpoints.py": ["harness/test_files.py", "harness/test_damaged_files.py", *TRAINING],
+    "harness/cli.py": ["harness/test_cli.py", "test_bad_input.py"],
+    "harness/cnn.py": ["harness/test_cnn.py", "test_train.py"],
+    "harness/devices.py": ["test_devices.py", *TRAINING],
+    "harness/distributed.py": ["harness/test_distributed.py"],
+    "harness/errors.py": ["harness/test_files.py", *TRAINING, "harness/test_distributed.py"],
+    "harness/files.py": ["harness/test_files.py", "test_evaluate.py"],
+    "harness/models.py": ["harness/test_models.py", "test_bad_input.py"],
+    "harness/benchmark/attack_registry.py": [
+        "harness/benchmark/test_attack_registry.py",
+        "test_integrations.py",
+    ],
+    "harness/benchmark/checks.py": ["harness/benchmark/test_checks.py", *BENCHMARK],
+    "harness/benchmark/config.py": ["test_bad_input.py", *BENCHMARK],
+    "harness/benchmark/fusion.py": ["harness/benchmark/test_fusion.py", *BENCHMARK],
+    "harness/benchmark/mce.py": TABLES,
+    "harness/benchmark/measure.py": BENCHMARK,
+    "harness/benchmark/metrics.py": TABLES,
+    "harness/benchmark/paired.py": ["harness/benchmark/test_paired.py", *TABLES],
+    "harness/benchmark/plots.py": [*TABLES, "harness/reproduction/test_page.py"],
+    "harness/benchmark/registry.py": ["harness/benchmark/test_attack_registry.py", *BENCHMARK],
+    "harness/benchmark/store.py": [*BENCHMARK, "harness/images/test_corrupted.py"],
+    "harness/benchmark/subjects.py": [*BENCHMARK, "harness/test_models.py"],
+    "harness/benchmark/tables.py": TABLES,
+    "harness/images/cache.py": DATASETS,
+    "harness/images/corrupted.py": ["harness/images/test_corrupted.py", *BENCHMARK],
+    "harness/images/datasets.py": DATASETS,
+    "harness/images/embedded.py": [
+        "harness/images/test_datasets.py",
+        "harness/reproduction/test_mechanism.py",
+    ],
+    "harness/images/folders.py": DATASETS,
+    "harness/images/loader.py": ["test_train.py", "test_evaluate_cli.py"],
+    "harness/images/preprocess.py": ["harness/images/test_preprocess.py", "test_evaluate_cli.py"],
+    "harness/reproduction/comparison.py": PAPER,
+    "harness/reproduction/estimate.py": PAPER,
+    "harness/reproduction/mechanism.py": ["harness/reproduction/test_mechanism.py", *PAPER],
+    "harness/reproduction/page.py": ["harness/reproduction/test_page.py", *PAPER],
+    "harness/reproduction/paper.py": [*PAPER, "test_results.py"],
+    "harness/reproduction/plan.py": [*PAPER, "test_bad_input.py"],
+    "harness/reproduction/report.py": PAPER,
+    "harness/training/augment.py": ["harness/training/test_augment.py"],
+    "harness/training/average.py": ["harness/training/test_average.py", "test_train.py"],
+    "harness/training/checks.py": ["harness/training/test_checks.py", *TRAINING],
+    "harness/training/config.py": TRAINING,
+    "harness/training/log.py": TRAINING,
+    "harness/training/manifold.py": ["harness/training/test_manifold.py"],
+    "harness/training/methods.py": ["test_train.py"],
 }
 
 SWAPS: dict[type, type] = {

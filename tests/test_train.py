@@ -21,14 +21,13 @@ from torch.testing import assert_close
 import evaluate
 import train
 from harness import checkpoints, models
-from harness.cnn import start_as_identity
 from harness.errors import UserError, run_script
 from harness.reproduction.plan import RECIPES
 from harness.training.config import TrainConfig, parse_train_config
 from harness.training.methods import METHODS
 from mtlat import Draws, algorithm1
 from tests.support.method import softmax
-from tests.support.tiny import convnet, read_log, residual, states_equal
+from tests.support.tiny import convnet, read_log, states_equal
 
 ROOT = Path(train.__file__).parent
 
@@ -322,24 +321,6 @@ def test_residual_blocks_begin_as_the_identity_with_the_embedded_set_alone(tmp_p
     assert scales("--arch", "resnet18", "--data", "cifar10") == {1}
     assert scales("--arch", "resnet18", "--weights", str(path)) == {1}
     assert scales("--arch", "tiny:residual") == {1}  # it may have weights of its own
-
-
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_the_first_weights_are_those_of_torchvisions_own_option(arch):
-    made = []
-    for option in ({}, {"zero_init_residual": True}):
-        torch.manual_seed(0)
-        made.append(torchvision.models.get_model(arch, num_classes=3, **option))
-    start_as_identity(made[0])
-    assert states_equal(made[0].state_dict(), made[1].state_dict())
-
-
-def test_a_block_that_starts_as_identity_returns_its_input():
-    model = residual(3).train()
-    start_as_identity(model)
-    x = torch.rand(4, 8, 5, 5)
-    assert torch.equal(model[1](x), x) and torch.equal(model[2](x), x)
-    assert not torch.equal(model[3](x), x)  # its BatchNorm has no scale
 
 
 CHANGES = [

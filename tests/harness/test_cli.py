@@ -1,11 +1,12 @@
-"""Test the command lines that all scripts declare as dataclasses: what --help shows of them."""
+"""Test the command lines that all scripts declare as dataclasses: --help, and ranges of numbers."""
 
+import argparse
 from dataclasses import MISSING, fields
 
 import pytest
 
 from harness.benchmark.config import EvalConfig
-from harness.cli import build_parser
+from harness.cli import build_parser, number
 from harness.reproduction.plan import ReproduceConfig
 from harness.training.config import TrainConfig
 
@@ -31,3 +32,33 @@ def test_help_shows_every_spelling_and_default(
             assert spellings <= set(text.replace(",", " ").split()), field.name
         if field.default not in (MISSING, None):
             assert text.endswith(f" (default: {field.default})"), field.name
+
+
+@pytest.mark.parametrize("config", [TrainConfig, EvalConfig, ReproduceConfig])
+def test_help_shows_each_option_under_the_last_heading_before_it(config: type) -> None:
+    parser, heading = build_parser(config), ""
+    groups = {action.dest: group for group in parser._action_groups for action in
+              group._group_actions}  # fmt: skip
+    for field in fields(config):
+        heading = field.metadata["group"] or heading
+        if heading:
+            assert groups[field.name].title == heading, field.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "accepted", "refused"),
+    [
+        ({"low": 1}, ["1", "2"], ["0.999"]),
+        ({"low": 0, "high": 1}, ["0", "1"], ["-1e-9", "1.001"]),
+        ({"low": 0, "above": True}, ["1e-9"], ["0", "-1"]),
+        ({"low": 0, "high": 1, "above": True}, ["1"], ["0", "1.001"]),
+    ],
+)
+def test_a_range_includes_its_ends_unless_it_begins_above_one(
+    arguments: dict[str, float], accepted: list[str], refused: list[str]
+) -> None:
+    convert = number(float, **arguments)
+    assert [convert(text) for text in accepted] == [float(text) for text in accepted]
+    for text in (*refused, "nan", "inf", "one"):
+        with pytest.raises(argparse.ArgumentTypeError, match=text):
+            convert(text)
