@@ -68,7 +68,7 @@ TESTS = {
     "harness/checkpoints.py": ["harness/test_files.py", "harness/test_damaged_files.py", *TRAINING],
     "harness/cli.py": ["harness/test_cli.py", "test_bad_input.py"],
     "harness/cnn.py": ["harness/test_cnn.py", "test_train.py"],
-    "harness/devices.py": ["test_devices.py", *TRAINING],
+    "harness/devices.py": ["harness/test_devices.py", *TRAINING],
     "harness/distributed.py": ["harness/test_distributed.py"],
     "harness/errors.py": ["harness/test_files.py", *TRAINING, "harness/test_distributed.py"],
     "harness/files.py": ["harness/test_files.py", "test_evaluate.py"],

@@ -1,5 +1,6 @@
 """Test the plan, the repeated runs and the output of reproduce.py, with very small networks."""
 
+import contextlib
 import json
 import os
 import signal
@@ -195,6 +196,7 @@ def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
     CALLS.clear()
     reproduce.main(argv(images, "--tables", "1"))
     assert CALLS == [evaluation] and (out / "tables.json").read_bytes() == before
+    assert capsys.readouterr().out.count("finished: ") == len(trained)
     path = out / evaluation / "cells.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[: len(lines) // 2]) + "{")
@@ -288,6 +290,7 @@ def test_runs_of_other_settings_or_images_are_refused_in_a_line(images: Path) ->
         (["--archs", "cnn6"], "--surrogate cnn6 is one of --archs"),
         (["--archs", "resnet19"], "--arch resnet19: torchvision has no such classifier"),
         (["--surrogate", "regnet_y_400mf", "--archs", "resnet19"], "--arch resnet19: torchvision"),
+        (["--archs", "tiny:missing"], "--arch tiny:missing: module 'tiny' has no attribute"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--device", "abacus"], "--device abacus"),
         (["--train-flags=--colour red"], "unrecognized arguments: --colour red"),
@@ -332,6 +335,20 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> TrainTa
     return TrainTask(tmp_path / "run", ["--lr", "0.1"])
 
 
+@contextlib.contextmanager
+def raised_by(number: int) -> Iterator[None]:
+    """Let a signal raise KeyboardInterrupt(number), as `run_script` does."""
+
+    def interrupt(number: int, _: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_a_child_starts_ends_the_child(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -344,16 +361,9 @@ def test_a_signal_while_a_child_starts_ends_the_child(
             children.append(self)
             signal.raise_signal(number)  # before the caller has the child
 
-    def interrupt(number: int, _: Any) -> None:
-        raise KeyboardInterrupt(number)
-
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            reproduce.run_task(child(tmp_path, monkeypatch, "time.sleep(60)"))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with raised_by(signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+        reproduce.run_task(child(tmp_path, monkeypatch, "time.sleep(60)"))
     assert children[0].poll() is not None
 
 
@@ -397,6 +407,17 @@ def test_a_child_that_has_not_heard_of_the_interrupt_is_told(
     with pytest.raises(KeyboardInterrupt):
         reproduce.run_task(child(tmp_path, monkeypatch, code))
     assert not late.exists()
+
+
+def test_a_child_is_ended_at_once_by_a_signal_that_it_does_not_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = child(tmp_path, monkeypatch, "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)")
+    monkeypatch.setattr(reproduce, "GRACE", 60)
+    with raised_by(signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+        started = time.monotonic()
+        reproduce.run_task(task)
+    assert time.monotonic() - started < 30
 
 
 # ---------------------------------------------------------------------------- the estimates
