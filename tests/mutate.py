@@ -77,7 +77,11 @@ TESTS = {
         "harness/benchmark/test_attack_registry.py",
         "test_integrations.py",
     ],
-    "harness/benchmark/checks.py": ["harness/benchmark/test_checks.py", *BENCHMARK],
+    "harness/benchmark/checks.py": [
+        "harness/benchmark/test_checks.py",
+        "test_attacks_contract.py",
+        *BENCHMARK,
+    ],
     "harness/benchmark/config.py": ["test_bad_input.py", *BENCHMARK],
     "harness/benchmark/fusion.py": ["harness/benchmark/test_fusion.py", *BENCHMARK],
     "harness/benchmark/mce.py": TABLES,

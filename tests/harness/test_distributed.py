@@ -326,6 +326,32 @@ def test_other_ranks_print_any_name_to_nowhere(jobs):
     assert jobs[2](print_a_name) == [None, None]
 
 
+def prints_to_nowhere() -> list[bool]:
+    return [getattr(stream, "name", "") == os.devnull for stream in (sys.stdout, sys.stderr)]
+
+
+def test_rank_0_alone_prints(jobs):
+    assert jobs[3](prints_to_nowhere) == [[False, False], [True, True], [True, True]]
+
+
+def test_an_error_is_printed_once_and_where_the_store_is_gone(monkeypatch):
+    class Store:
+        asked = 0
+
+        def add(self, key: str, more: int) -> int:
+            self.asked += more
+            return self.asked
+
+    class Gone:
+        def add(self, key: str, more: int) -> int:
+            raise RuntimeError("Broken pipe")
+
+    monkeypatch.setattr(distributed, "_job", distributed._Job(1, 2, Store()))
+    assert [distributed.is_first_error() for _ in range(3)] == [True, False, False]
+    monkeypatch.setattr(distributed, "_job", distributed._Job(1, 2, Gone()))
+    assert distributed.is_first_error()
+
+
 def turn(seconds: float) -> tuple[float, float, float]:
     with distributed.local_rank_zero_first():
         entered = time.monotonic()

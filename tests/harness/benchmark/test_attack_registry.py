@@ -10,6 +10,7 @@ import torch
 from scipy.stats import binomtest
 from torch import nn
 
+from attacks import cw2, mi_fgsm, pgd, pgd_ll
 from harness.benchmark.attack_registry import ATTACKS, load_attack
 from harness.benchmark.config import parse_eval_config
 from harness.benchmark.registry import GROUPS, PERTURBATIONS
@@ -42,6 +43,18 @@ def _others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("others", None)  # of another test
     yield
     sys.modules.pop("others", None)
+
+
+def test_the_papers_attacks_have_the_papers_settings() -> None:
+    """Check the numbers of its section on robustness; MI-FGSM's gradients are the surrogate's."""
+    linf = {"steps": 10}
+    assert {name: (a.function, a.keywords, a.box) for name, a in ATTACKS.items()} == {
+        "pgd_0.04": (pgd, linf | {"epsilon": 0.04}, "white-box"),
+        "pgd_ll_0.04": (pgd_ll, linf | {"epsilon": 0.04}, "white-box"),
+        "cw2": (cw2, {"confidence": 50, "steps": 40}, "white-box"),
+        "mi_fgsm_0.04": (mi_fgsm, linf | {"epsilon": 0.04}, "black-box"),
+        "mi_fgsm_0.08": (mi_fgsm, linf | {"epsilon": 0.08}, "black-box"),
+    }
 
 
 def test_supplementary_rows_stand_beside_the_papers(
