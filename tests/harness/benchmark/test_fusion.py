@@ -84,7 +84,9 @@ class Special(nn.Module):
                 constant = x.amax((1, 2, 3), keepdim=True)
             x = x / constant
         y = self.convs(x)
-        return self.head((self.found["y"] if self.kind == "hook" else y).mean((2, 3)))
+        y = self.found["y"] if "hook" in self.kind else y
+        y = y.detach() if self.kind == "hook, no gradient" else y
+        return self.head(y.mean((2, 3)))
 
 
 @pytest.mark.parametrize("kind", ["", "rounded", "no_grad", "hook"])
@@ -99,3 +101,11 @@ def test_logits_and_gradients_stay_those_of_the_model(kind: str) -> None:
         made = input_gradient(bare, images, labels)
     with attack_mode(model, other, y) as (bare, images, labels):
         assert_close(made, input_gradient(bare, images, labels), rtol=1e-3, atol=1e-6)
+
+
+def test_features_of_other_images_are_not_frozen_where_no_gradient_tells() -> None:
+    torch.manual_seed(0)
+    model = Special("hook, no gradient").eval()
+    fused = fuse_for_inference(model, torch.rand(4, 3, 8, 8))
+    other = torch.rand(4, 3, 8, 8)
+    assert_close(fused(other), model(other))
