@@ -114,7 +114,7 @@ def _(right: Callable[..., Any]) -> Callable[..., Any]:
 # The attack's loss.
 FAULTS["cross-entropy as attack loss"] = (
     "attack_loss",
-    lambda right: lambda logits, y: F.cross_entropy(logits, y, reduction="sum"),
+    lambda right: lambda output, y: F.cross_entropy(mtlat.logits_of(output, y), y, reduction="sum"),
 )
 FAULTS["one-hot targets saturate"] = (
     "attack_loss",
@@ -131,8 +131,10 @@ FAULTS["soft targets hardened"] = (
 FAULTS["images not weighted by 1 - p_y"] = (
     "attack_loss",
     lambda right: (
-        lambda logits, y: (
-            mtlat.log_odds_against(logits.float(), y).sum() if y.ndim == 1 else right(logits, y)
+        lambda output, y: (
+            mtlat.log_odds_against(mtlat.logits_of(output, y).float(), y).sum()
+            if y.ndim == 1
+            else right(output, y)
         )
     ),
 )
