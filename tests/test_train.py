@@ -642,7 +642,10 @@ def test_an_overflow_in_the_first_step_is_survived(folder, tmp_path, opt):
     assert all(value.isfinite().all() for value in training.model.state_dict().values())
 
 
-def test_deterministic_refuses_what_torch_cannot_repeat(go):
+def test_deterministic_lets_torch_refuse_what_it_cannot_repeat(go):
+    go("--epochs", "1", out="usual")
+    assert torch.backends.cudnn.benchmark
+    assert not torch.are_deterministic_algorithms_enabled()
     try:
         go("--epochs", "1", "--deterministic")
         assert torch.are_deterministic_algorithms_enabled()
