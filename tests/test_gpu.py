@@ -47,7 +47,7 @@ def test_an_epoch_does_not_wait_for_the_gpu(tmp_path, monkeypatch, method, flags
     assert not states_equal(before, training.model.state_dict())
 
 
-def test_feed_from_pinned_memory_gives_what_is_on_the_device():
+def test_a_loader_from_pinned_memory_gives_what_is_on_the_device():
     images = ImageSet(torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), torch.arange(40))
     whole, piecewise = (BatchLoader(images, torch.device("cuda")) for _ in range(2))
     piecewise.images, piecewise.labels = images[:2]

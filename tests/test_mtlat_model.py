@@ -211,7 +211,7 @@ def test_attack_loss_has_the_direction_of_cross_entropy_and_survives_confidence(
         assert ((x_adv - x).abs() > 0.09).float().mean() > 0.99
 
 
-def test_dtypes():
+def test_the_loss_is_float32_or_wider_and_its_gradients_are_finite():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         model = network(4).to(dtype)
         x, y = images(0, 5, torch.float64).to(dtype), torch.tensor([0, 1, 2, 3, 0])

@@ -73,7 +73,7 @@ def test_registry_is_complete_ordered_and_read_only() -> None:
 
 
 @given(names, severities, seeds, sides, sides, st.integers(0, 4))
-def test_shape_dtype_range_and_input(
+def test_shape_and_dtype_are_kept_and_the_input_is_unchanged(
     name: str, severity: int, seed: int, height: int, width: int, batch: int
 ) -> None:
     images = pictures(batch, height, width)

@@ -124,7 +124,7 @@ def test_names_that_timm_does_not_have(timm: Any, monkeypatch: pytest.MonkeyPatc
         models.build_model("timm:hf-hub:a/b", 3)
 
 
-def test_timm_is_imported_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_timm_only_its_own_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     models.build_model("squeezenet1_1", 3)
     with pytest.raises(UserError, match=r"^--arch timm:resnet18: run pip install timm"):

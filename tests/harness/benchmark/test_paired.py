@@ -284,7 +284,7 @@ def test_accuracies_over_severities_are_compared_by_their_means():
     assert paired.compare_accuracy(np.round(c), np.round(d)).p == 2 / 2**12
 
 
-def test_few_right_images_decide_too_much_no_more_often_than_they_should():
+def test_differences_of_a_few_right_images_are_decided_wrongly_in_five_percent_at_most():
     """Equal models that are right for about four of 600 images."""
     random, c = np.random.default_rng(8), np.ones(600)
     pairs = (random.random((400, 2, 600)) < 0.007) * 1.0

@@ -543,7 +543,7 @@ def test_a_failed_download_of_cifar_names_the_network(tmp_path, monkeypatch):
         datasets.load_dataset("cifar10", cache_dir=tmp_path, download=True)
 
 
-def test_feed_gives_every_image_once_in_the_unit_range():
+def test_the_loader_gives_every_image_once_in_the_unit_range():
     images = torch.arange(7 * 3 * 4).reshape(7, 3, 2, 2).to(torch.uint8) * 3
     feed = BatchLoader(ImageSet(images, torch.arange(7)), torch.device("cpu"))
     batches = list(feed.in_order(3))
@@ -555,7 +555,7 @@ def test_feed_gives_every_image_once_in_the_unit_range():
     assert_close(x, images[[5, 1, 5]] / 255)
 
 
-def test_feed_reads_ahead_what_it_will_take_and_nothing_else(folder, tmp_path):
+def test_the_loader_reads_ahead_what_it_will_take_and_nothing_else(folder, tmp_path):
     sets = load(folder, tmp_path, size=100)  # 30,000 bytes, not a multiple of the page size
     assert sets.train.images.is_contiguous() and len(sets.train.mapping) == 27 * 30_000
     asked = []
@@ -576,7 +576,7 @@ def test_feed_reads_ahead_what_it_will_take_and_nothing_else(folder, tmp_path):
         assert 0 <= n * 30_000 - start < mmap.PAGESIZE and stop == (n + 1) * 30_000
 
 
-def test_work_ahead_keeps_order_bounds_and_errors():
+def test_prefetch_keeps_order_bounds_and_errors():
     began, rest = [], threading.Event()
 
     def slow(n):

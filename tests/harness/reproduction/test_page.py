@@ -102,7 +102,7 @@ def test_the_page_needs_nothing_from_elsewhere(png: Path) -> None:
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
 
-def test_the_page_can_be_found_through_without_eyes() -> None:
+def test_a_screen_reader_finds_its_way_through_the_page() -> None:
     sections = [Section("one", [Table("c", [["model", "R"], ["a", "1"]])]), Section("two", [])]
     read = Reader(render_page("t", "first\n\nsecond", sections))
     assert read.all("html") == [{"lang": "en"}] and read.text("p") == ["first", "second"]
