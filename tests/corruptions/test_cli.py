@@ -214,6 +214,17 @@ def test_a_tree_of_other_files_is_not_continued(
     refused(inside, "is in the source", capsys)
 
 
+def test_a_class_folder_without_images_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name would be missing in the tree, and evaluate.py would find other classes."""
+    (source / "bird").mkdir()
+    for _ in range(2):  # empty, and with a file that is no image
+        refused([str(source), "--out", str(tmp_path / "out")], "bird has no images (.", capsys)
+        (source / "bird" / "list.txt").touch()
+    assert not (tmp_path / "out").exists()
+
+
 def test_pictures_are_prepared_as_imagenet_c_s(tmp_path: Path) -> None:
     """Check the resizing of images.
 
