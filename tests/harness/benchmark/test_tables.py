@@ -405,7 +405,8 @@ def test_clean_accuracy_alone_has_a_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "names, lines", [(["fog"], 1), (["fog", "frost", "snow"], 1), (FIFTEEN, 3)]
+    "names, lines",
+    [(["fog"], 1), (["fog", "frost", "snow"], 1), (FIFTEEN[:7], 2), (FIFTEEN, 3)],
 )
 def test_severities_have_a_panel_for_each_measured_corruption(
     names: list[str], lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
