@@ -53,6 +53,16 @@ def test_the_generic_path_at_the_input_is_algorithm_1(steps: int) -> None:
     assert found[0][3]["2.num_batches_tracked"] == 2
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_at_the_input_the_losses_are_those_of_the_method_and_no_more(name: str) -> None:
+    pairs, draws = made()
+    method, model = METHODS[name], network(N).double()
+    given = method, model, pairs[: method.minibatches], draws, 1
+    expected = list(method.losses(*given[1:]))
+    assert len(expected) == method.terms
+    assert_close(list(losses_at("input", *given)), expected, rtol=0, atol=0)
+
+
 def numpy_losses(
     weights: list[np.ndarray], pairs: list[Any], draws: Draws
 ) -> tuple[list[float], list[np.ndarray]]:
