@@ -3,9 +3,7 @@
 As in test_mtlat.py, Hypothesis draws every argument of these tests.
 """
 
-import ast
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -267,7 +265,7 @@ def test_a_compiled_model_gives_the_same_and_is_compiled_for_attack_and_loss_onl
     torch._dynamo.reset()
 
 
-# ---------------------------------------------------------------- invalid input, and imports
+# ---------------------------------------------------------------- invalid input
 
 
 def test_bad_input_names_the_value_the_rule_and_the_fix():
@@ -442,15 +440,3 @@ def test_normalize():
     for numbers in (halves, list(halves), (0, 0, 1)):
         state = mtlat.Normalize(numbers, [1, 1, 2]).state_dict()
         assert {value.dtype for value in state.values()} == {torch.float32}
-
-
-def test_the_file_travels_alone():
-    source = Path(mtlat.__file__).read_text()
-    imported = {
-        (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-    }
-    assert imported == {"math", "collections", "contextlib", "typing", "torch"}
-    assert set(mtlat.__all__) <= set(vars(mtlat))
