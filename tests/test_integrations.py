@@ -2,7 +2,6 @@
 
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ import mtlat
 from harness.benchmark.attack_registry import load_attack
 from harness.checkpoints import save_checkpoint
 from harness.models import build_model
+from tests.support.libraries import library
 from tests.support.method import images, network
 
 PAGE = (Path(mtlat.__file__).parent / "docs" / "integrations.md").read_text()
@@ -32,13 +32,6 @@ N, STEPS = 4, 2
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries
 
 Run = Callable[..., SimpleNamespace]
-
-
-def library(name: str) -> Any:
-    """Import a library, or skip the test if it is not installed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name, reason=f"{name} is not installed")
 
 
 def runs(*titles: str) -> pytest.MarkDecorator:

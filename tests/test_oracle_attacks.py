@@ -5,7 +5,6 @@ The tests were written for these versions:
     pip install torchattacks==3.5.1 foolbox==3.3.4
 """
 
-import warnings
 from typing import Any
 
 import pytest
@@ -14,16 +13,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from attacks import cw2_result, mi_fgsm, pgd, pgd_ll
+from tests.support.libraries import library
 from tests.support.victims import images, labels, lead, network
 
 SAME: list[Any] = [(pgd, 1.0), (pgd_ll, 1.0), (mi_fgsm, 1.0), (mi_fgsm, 0.5)]
-
-
-def oracle(name: str) -> Any:
-    """Import a library, or skip the test if it is not installed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name, reason=f"the oracle {name} is not installed")
 
 
 def case(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor]:
@@ -40,7 +33,7 @@ def correct(model: nn.Module, x: Tensor, y: Tensor) -> int:
 def torchattacks_images(
     attack: Any, decay: float, model: nn.Module, x: Tensor, y: Tensor
 ) -> Tensor:
-    torchattacks = oracle("torchattacks")
+    torchattacks = library("torchattacks")
     if attack is mi_fgsm:
         theirs = torchattacks.MIFGSM(model, eps=0.08, alpha=0.008, steps=10, decay=decay)
     else:
@@ -77,7 +70,7 @@ def test_torchattacks_makes_the_same_images_in_float32(attack: Any, decay: float
 
 
 def test_torchattacks_makes_the_same_images_from_a_random_start() -> None:
-    torchattacks = oracle("torchattacks")
+    torchattacks = library("torchattacks")
     model, x, y = case()
     torch.manual_seed(3)
     theirs = torchattacks.PGD(model, eps=0.08, alpha=0.02, steps=10, random_start=True)(x, y)
@@ -88,7 +81,7 @@ def test_torchattacks_makes_the_same_images_from_a_random_start() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_foolbox_makes_the_same_pgd() -> None:
-    foolbox = oracle("foolbox")
+    foolbox = library("foolbox")
     model, x, y = case()
     theirs = foolbox.attacks.LinfPGD(abs_stepsize=0.02, steps=10, random_start=False).run(
         foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device),
@@ -100,7 +93,7 @@ def test_foolbox_makes_the_same_pgd() -> None:
 @pytest.mark.parametrize("confidence", [0.0, 4.0, 1e3])
 @pytest.mark.filterwarnings("ignore")
 def test_cw2_reaches_what_foolboxs_does_and_no_farther(confidence: float) -> None:
-    foolbox = oracle("foolbox")
+    foolbox = library("foolbox")
     model, x, y = case()
     x, y = x[:16], y[:16]
     theirs = foolbox.attacks.L2CarliniWagnerAttack(
@@ -123,7 +116,7 @@ def test_cw2_is_as_strong_as_torchattackss() -> None:
 
     That attack has a single constant and accepts an image at any margin.
     """
-    torchattacks = oracle("torchattacks")
+    torchattacks = library("torchattacks")
     model, x, y = case()
     theirs = torchattacks.CW(model, c=1, kappa=0, steps=40, lr=0.01)(x, y)
     ours = cw2_result(model, x, y, confidence=0.0)

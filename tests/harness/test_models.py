@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-import warnings
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from harness.benchmark.subjects import expected_images, resampling_warnings
 from harness.checkpoints import adapt_state, load_checkpoint
 from harness.errors import UserError
 from harness.training.checks import check_trainable
+from tests.support.libraries import library
 from tests.support.tiny import Wrapped, convnet, image_folder, states_equal
 
 TIMM = "timm:test_resnet"  # 0.5 million weights; timm names weights of it
@@ -33,11 +33,9 @@ HALF = [0.5, 0.5, 0.5]  # its mean and standard deviation
 @pytest.fixture
 def timm(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import timm, whose weights are random ones of its own instead of a download."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        library = pytest.importorskip("timm", reason="timm is not installed")
+    imported = library("timm")
     monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)
-    return library
+    return imported
 
 
 @pytest.fixture
@@ -147,12 +145,12 @@ def test_weights_are_downloaded_only_where_they_are_asked_for(
     )
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", load)
     models._timm_config.cache_clear()  # of what another test asked for
-    for arch, library in ((TIMM, "timm"), ("squeezenet1_1", "torchvision")):
+    for arch, source in ((TIMM, "timm"), ("squeezenet1_1", "torchvision")):
         models.create_model(arch, list("abc"), None)
         models.build_model(arch, 3)
         assert not asked
         models.create_model(arch, list("abc"), "DEFAULT")
-        assert asked == [library]
+        assert asked == [source]
         asked.clear()
 
 
