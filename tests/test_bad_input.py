@@ -11,7 +11,6 @@ import pytest
 import evaluate
 import reproduce
 import train
-from corruptions.__main__ import main as corruptions_main
 from harness import errors
 from tests.support.world import BAD_IMAGES, EVALUATE, REPRODUCE, TRAIN, build
 
@@ -230,25 +229,3 @@ def test_scripts(script: Any, case: tuple[str, str], capsys: pytest.CaptureFixtu
 
 def test_the_small_scale_needs_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--scale small needs --data DIR" in refused(reproduce, ["--scale", "small"], capsys)
-
-
-def test_corruptions_as_a_script(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bad = world / "bad"
-    picture = str(world / "set" / "class0" / "0.png")
-    cases = [
-        ([str(world / "nowhere")], "is neither an image file nor a folder"),
-        ([str(world / "file")], "cannot identify image file"),
-        ([str(bad / "huge.png" / "class0" / "huge.png")], "decompression bomb"),
-        ([str(bad / "cut.jpg" / "class0" / "cut.jpg")], "truncated"),
-        ([picture, "--size", "8"], "'8' is not a whole number from 16 to 16384"),
-        ([picture, "--device", "abacus"], "abacus"), ([picture, "--only", "fogg"], "fogg"),
-        ([picture, "--frost-dir", str(world / "empty")], "empty, which must contain frost1"),
-        ([str(world / "no-classes")], "has no class folders; the layout is DIR/class/file"),
-    ]  # fmt: skip
-    for argv, message in cases:
-        with pytest.raises(SystemExit) as ended:
-            corruptions_main([*argv, "--out", str(tmp_path / "out" / "sheet.png")])
-        printed = capsys.readouterr().err
-        assert ended.value.code == 2 and message in printed and "Traceback" not in printed, argv

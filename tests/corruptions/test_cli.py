@@ -304,9 +304,9 @@ def test_file_names_need_not_be_utf_8(source: Path, tmp_path: Path) -> None:
 def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture, out = str(source / "cat/a.png"), ["--out", str(tmp_path / "x.png")]
     refused([str(source / "none.png"), *out], "is neither an image file nor a folder", capsys)
-    refused(
-        [picture, *out, "--frost-dir", "nowhere"], "nowhere, which must contain frost1.png", capsys
-    )
+    for folder in ("nowhere", str(source)):
+        rule = f"{folder}, which must contain frost1.png"
+        refused([picture, *out, "--frost-dir", folder], rule, capsys)
     refused([picture, *out, "--only", "fogg"], "corruption 'fogg'; did you mean fog", capsys)
     refused([picture, *out, "--only"], "--only: expected at least one argument (see", capsys)
     for size in ("8", "0", "-1", "32.5", "x", "", "9" * 30):
@@ -330,9 +330,15 @@ def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     tree = [str(source), "--out", str(tmp_path / "tree"), "--only", "fog", "fogg"]
     refused(tree, "corruption 'fogg'; did you mean fog", capsys)
     assert not (tmp_path / "tree").exists()
-    (source / "cat/broken.png").write_bytes(b"no picture")
-    refused([str(source / "cat/broken.png"), *out], "cannot identify", capsys)
-    (source / "cat/broken.png").unlink()
+    broken = source / "cat/broken.jpg"
+    Image.open(source / "dog/c.bmp").save(broken, quality=100)
+    for content, said in (
+        (b"no picture", "cannot identify"),
+        (broken.read_bytes()[:-999], "truncated"),
+    ):
+        broken.write_bytes(content)
+        refused([str(broken), *out], said, capsys)
+    broken.unlink()
     Image.open(picture).save(source / "cat/a.bmp")
     refused([str(source), "--out", str(tmp_path / "out")], "differ only in their suffix", capsys)
     (tmp_path / "empty").mkdir()
