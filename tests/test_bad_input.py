@@ -184,14 +184,21 @@ EVALUATE_CASES = [
 ]  # fmt: skip
 
 REPRODUCE_CASES = [
-    ("--scale large", "invalid choice: 'large'"), ("--data nowhere", "no such folder"),
+    ("--scale large", "invalid choice: 'large'"),
+    ("--data nowhere", "--data nowhere: no such folder"),
     ("--scale paper", "--classes 100: the dataset has 3"),
     ("--tables 4", "invalid choice: '4'"), ("--methods mlat", "invalid choice: 'mlat'"),
-    ("--seeds 0", "from 1"), ("--size 15", "from 16"), ("--archs", "expected at least one"),
-    ("--archs tiny:linear", "is one of --archs"), ("--archs resnet5", "close names: resnet"),
+    ("--methods mtlat --tables 2 3", "--methods mtlat: not in --tables 2 3; name"),
+    ("--seeds 0", "0 is out of range: from 1 up"), ("--size 15", "15 is out of range: from 16 up"),
+    ("--archs", "expected at least one"),
+    ("--archs tiny:linear", "--surrogate tiny:linear is one of --archs"),
+    ("--archs resnet5", "--arch resnet5: torchvision has no such classifier; close names: resnet"),
+    ("--surrogate regnet_y_400mf --archs resnet19", "--arch resnet19: torchvision"),
+    ("--archs tiny:missing", "--arch tiny:missing: module 'tiny' has no attribute"),
     ("--surrogate nowhere:net", "No module named 'nowhere'"), ("--surrogate-lr 0", "above 0"),
     ("--limit -1", "from 0"), ("--train-flags=--lrr", "unrecognized arguments: --lrr"),
     ("--train-flags=--epochs=x", "'x' is not of type int"), ("--device meta", "--device meta"),
+    ("--device abacus", "--device abacus"),
     ("--epochs 0", "from 1"), ("--data one-class", "holds 1 class folders"),
     ("--data bad/cut.jpg", "truncated"), ("--output-dir foreign", "or is damaged"),
     ("--output-dir damaged", "line 1 is damaged"),
@@ -224,7 +231,7 @@ def test_scripts(script: Any, case: tuple[str, str], capsys: pytest.CaptureFixtu
     if "--resume" in flags:
         argv = ["--cache-dir", "cache", *flags.split()]
     assert message in refused(script, argv, capsys)
-    assert not os.path.exists("executed")
+    assert not os.path.exists("executed") and not os.path.exists("unwritten")
 
 
 def test_the_small_scale_needs_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -274,37 +274,6 @@ def test_runs_of_other_settings_or_images_are_refused_in_a_line(images: Path) ->
     assert "Beside the paper" in html and "What M-TLAT changes" not in html  # which has no figure
 
 
-@pytest.mark.parametrize(
-    "options, said",
-    [
-        (["--scale", "small"], "--scale small needs --data DIR"),
-        (["--scale", "large"], "invalid choice: 'large'"),
-        (["--tables", "4"], "invalid choice: '4'"),
-        (["--methods", "pgd"], "invalid choice: 'pgd'"),
-        (
-            ["--methods", "mtlat", "--tables", "2", "3"],
-            "--methods mtlat: not in --tables 2 3; name",
-        ),
-        (["--seeds", "0"], "0 is out of range: from 1 up"),
-        (["--size", "8"], "8 is out of range: from 16 up"),
-        (["--archs", "cnn6"], "--surrogate cnn6 is one of --archs"),
-        (["--archs", "resnet19"], "--arch resnet19: torchvision has no such classifier"),
-        (["--surrogate", "regnet_y_400mf", "--archs", "resnet19"], "--arch resnet19: torchvision"),
-        (["--archs", "tiny:missing"], "--arch tiny:missing: module 'tiny' has no attribute"),
-        (["--data", "nowhere"], "--data nowhere: no such folder"),
-        (["--device", "abacus"], "--device abacus"),
-        (["--train-flags=--colour red"], "unrecognized arguments: --colour red"),
-    ],
-)
-def test_wrong_usage_ends_in_a_line_before_anything_is_trained(
-    options: list[str], said: str, images: Path
-) -> None:
-    with pytest.raises(UserError, match=said) as caught:
-        reproduce.main(["--output-dir", str(images.parent / "out"), *options])
-    assert "\n" not in str(caught.value)
-    assert CALLS == [] and not (images.parent / "out").exists()
-
-
 def test_one_process_alone_reproduces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.distributed, "world_size", lambda: 2)
     with pytest.raises(UserError, match="start it without torchrun"):

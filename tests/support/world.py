@@ -26,7 +26,7 @@ EVALUATE = "run/last.pt --cache-dir cache --device cpu --output-dir new".split()
 EVALUATE += "--dump-images 0 --only fog".split()
 REPRODUCE = f"--data set --size {SIDE} --archs tiny:convnet --epochs 1".split()
 REPRODUCE += "--surrogate tiny:linear --cache-dir cache --device cpu --batch-size 26".split()
-REPRODUCE += "--output-dir new --dry-run".split()
+REPRODUCE += "--output-dir unwritten".split()
 
 
 def png(width: int = SIDE, height: int = SIDE, **options: Any) -> bytes:
