@@ -179,6 +179,7 @@ EVALUATE_CASES = [
     ("--output-dir evaluation --seed 1", "another run (seed: 0, now 1): choose another"),
     ("--output-dir cells-digit", "cells.jsonl: line 2 is damaged; delete it"),
     ("--output-dir cells-half", "line 1 is damaged"),
+    ("--output-dir cells-unsigned", "cells.jsonl: line 3 is damaged; delete it"),
     *((f"--output-dir cells-{name}", "line 1 is damaged; delete it and start again")
       for name in ("text", "list", "joined", "bytes", "deep")),
 ]  # fmt: skip

@@ -363,16 +363,6 @@ def test_a_model_can_be_added_to_finished_results(bench: Bench) -> None:
     assert both == one + bench.run("--only", "fog", models="mtlat", out="alone")
 
 
-@pytest.mark.parametrize("damage", ['{"model": "ab', "[]", '{"model": "ab"}'])
-def test_a_damaged_line_is_named(bench: Bench, damage: str) -> None:
-    bench.run("--only", "fog")
-    path = bench.root / "out" / "cells.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:2], damage, *lines[3:]]) + "\n")
-    with pytest.raises(UserError, match="line 3 is damaged"):
-        bench.run("--only", "fog")
-
-
 @pytest.mark.parametrize(
     ("options", "fact"),
     [

@@ -221,6 +221,7 @@ def cells_files(good: bytes) -> dict[str, bytes]:
         "cells-list": b"[]\n", "cells-joined": first[:-1] + good[len(first) :],
         "cells-bytes": b"\xff\xfe\n", "cells-deep": b"[" * 100_000 + b"\n",
         "cells-half": first[:40] + b"\n" + second,
+        "cells-unsigned": first + second + b'{"model": "ab"}\n' + b"".join(rest),
     }  # fmt: skip
 
 
