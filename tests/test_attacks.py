@@ -232,7 +232,7 @@ def test_cw2_bisects_the_constant_on_a_log_scale(monkeypatch: pytest.MonkeyPatch
         return image, torch.where(hit, 1.0, distance), margin, hit
 
     monkeypatch.setattr(attacks, "_cw2_round", reached_above_threshold)
-    x, y = images(0, batch=4), labels(0, batch=4, classes=2)
+    x = images(0, batch=4)
     y = Linear()(x).argmax(1)
     result = cw2_result(Linear(), x, y, rounds=12)
     assert result.reached.tolist() == [True, True, True, False]

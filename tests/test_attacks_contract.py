@@ -318,7 +318,7 @@ def test_a_sure_model_is_attacked_like_the_same_model_unsure(seed: int) -> None:
 
     Cross-entropy in float32 has no gradient if the probability of the true class is 1.
     """
-    x, y = images(seed, dtype=torch.float32), labels(seed)
+    x = images(seed, dtype=torch.float32)
     plain, sure = network(torch.float32), network(torch.float32, gain=1024.0)
     y = plain(x).argmax(1)
     start = images(seed + 1, dtype=torch.float32) - 0.5  # so that steps must reach the border

@@ -438,7 +438,7 @@ def test_outputs_are_named_by_wnid_by_line_or_by_the_weights(tmp_path: Path) -> 
         restrict("m", network, known, ["n01440764", "n01443537"])
 
 
-def test_a_restricted_model_is_fused_like_the_whole(bench: Bench) -> None:
+def test_a_restricted_model_is_fused_like_the_whole() -> None:
     layers = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
     head = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 9)
     whole = torch.nn.Sequential(*layers, *head).eval()

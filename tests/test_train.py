@@ -266,7 +266,7 @@ def test_the_gradient_is_clipped_without_the_factor_of_the_scaler(tmp_path, limi
     assert (model.weight - before).norm().item() == pytest.approx(norm, rel=1e-4)
 
 
-def test_the_average_of_the_weights_is_tested_and_saved(go, tmp_path, monkeypatch):
+def test_the_average_of_the_weights_is_tested_and_saved(go, monkeypatch):
     steps, tested, count = [], [], train.count_correct
     step = torch.optim.Adam.step
 
@@ -511,9 +511,7 @@ def test_a_plain_state_dict_starts_a_fine_tuning(go, tmp_path, monkeypatch, caps
             checkpoints.load_weights(tmp_path / "other.pt")
 
 
-def test_a_checkpoint_gives_its_architecture_and_its_head_to_the_same_classes(
-    go, folder, tmp_path, capsys
-):
+def test_a_checkpoint_gives_its_architecture_and_its_head_to_the_same_classes(go, tmp_path, capsys):
     source, last = go(), str(tmp_path / "out" / "last.pt")
     assert parse_train_config(["--weights", last, "--output-dir", "x"])[0].arch == "tiny:convnet"
     other = ["--weights", last, "--output-dir", "x", "--arch", "resnet18"]
@@ -555,7 +553,7 @@ def test_the_normalization_of_the_command_line(go, tmp_path, capsys):
     assert "not normalized" not in capsys.readouterr().out
 
 
-def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
+def test_weights_that_cannot_be_downloaded(monkeypatch):
     def offline(*_, **__):
         raise URLError("no network")
 

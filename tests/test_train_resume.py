@@ -141,7 +141,7 @@ def test_a_cosine_is_named_where_a_run_is_extended(go, tmp_path, capsys):
     assert line in capsys.readouterr().out
 
 
-def test_milestones_that_were_chosen_stay_when_a_run_is_extended(go, tmp_path, capsys):
+def test_milestones_that_were_chosen_stay_when_a_run_is_extended(go, tmp_path):
     go("--epochs", "1", "--milestones", "1", "--lr", "0.01")
     last = str(tmp_path / "out" / "last.pt")
     assert parse_train_config(["--resume", last, "--epochs", "5"])[0].milestones == [1]

@@ -24,12 +24,12 @@ from corruptions import blur, corrupt, digital, weather
 from corruptions.frost import FROST_DIR, PICTURES, frost_source, frost_textures
 from corruptions.rng import Stream
 from tests.support import imagenet_c_oracle as oracle
+from tests.support.originals import SEVERITIES
 
 MODULES: dict[str, ModuleType] = {
     **dict.fromkeys(("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"), blur),
     **dict.fromkeys(("snow", "frost", "fog", "brightness"), weather),
 }
-SEVERITIES = (1, 2, 3, 4, 5)
 CPU = torch.device("cpu")
 sides = st.integers(16, 48)
 severities = st.sampled_from(SEVERITIES)

@@ -27,7 +27,7 @@ import reproduce
 import train
 from harness import checkpoints, errors
 from harness.benchmark import plots, store
-from tests.support.tiny import image_folder, states_equal
+from tests.support.tiny import image_folder
 
 torch.set_num_threads(1)
 SIGNALS = {signal.SIGTERM, signal.SIGINT}
@@ -281,10 +281,6 @@ def measured(out: Path) -> Any:
 def reproduced(out: Path) -> Any:
     tables = json.loads((out / "tables.json").read_text())
     return [tables, *(epochs(path.parent) for path in sorted(out.glob("*/last.pt")))]
-
-
-def same(one: Any, other: Any) -> bool:
-    return states_equal(one, other)
 
 
 def no_pictures() -> None:

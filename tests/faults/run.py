@@ -35,11 +35,11 @@ from tests.faults.harness import (
     no_pictures,
     refused,
     run,
-    same,
     scripts,
     small_disk,
     start,
 )
+from tests.support.tiny import states_equal
 
 LIVES = 4  # kills of one run before it may finish
 
@@ -102,7 +102,7 @@ class Bench:
         ended = run(script, folder, prepared())
         check(ended.code == 0, folder, ended)
         result = script.result(folder / "out")
-        check(same(result, self.whole(name).result), "the result is different", folder)
+        check(states_equal(result, self.whole(name).result), "the result is different", folder)
 
     def killed_once(self, name: str, folder: Path, sabotage: Callable[[], None] | None) -> None:
         """Run until a kill, by the fault or at a random time, and check that nothing was lost."""
@@ -272,7 +272,7 @@ def data_that_change(bench: Bench) -> None:
     ended = run(script, folder, while_training(lambda: None))
     check(ended.code == 0, ended)
     result = script.result(folder / "out")
-    check(same(result, bench.whole("train").result), "old and new images were mixed")
+    check(states_equal(result, bench.whole("train").result), "old and new images were mixed")
     picture.write_bytes(before)
     bench.finishes("train", folder)
     folder = bench.fresh("train")

@@ -403,7 +403,7 @@ def scores(out: Path) -> list[dict[str, Any]]:
     return [{k: x[k] for k in x.keys() - times} for x in lines]
 
 
-def test_many_processes_score_what_one_scores(jobs, folder, tmp_path, monkeypatch):
+def test_many_processes_score_what_one_scores(jobs, tmp_path, monkeypatch):
     """Check that lines with all outcomes are identical, for seven batches, one of them smaller."""
     monkeypatch.setattr(evaluate, "write_results", evaluate.write_results)
     monkeypatch.chdir(ROOT / "tests")

@@ -215,7 +215,7 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(folder, monkeypatch):
         list(walk_images(folder))
 
 
-def test_train_and_val(folder, tmp_path):
+def test_train_and_val(tmp_path):
     root = tmp_path / "split"
     for part in ("train", "val"):
         image_folder(root / part, each=4 if part == "train" else 2)
