@@ -99,7 +99,7 @@ def raise_full() -> None:
 def test_an_interrupted_run_says_how_to_continue(tmp_path, monkeypatch, capsys, flags, said):
     monkeypatch.setattr(sys, "argv", ["train.py", "--output-dir", str(tmp_path), *flags.split()])
     monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(SystemExit, match="130"):
+    with pytest.raises(SystemExit, match=r"^130$"):
         runpy.run_path(train.__file__, run_name="__main__")
     assert capsys.readouterr().err == f"\nstopped; what was finished is kept, {said}\n"
 

@@ -117,7 +117,7 @@ def test_other_errors_in_a_destructor_are_reported_as_before_the_script(
     reported: list[Any] = []
     hook = lambda ignored: reported.append(ignored.exc_type)  # noqa: E731
     monkeypatch.setattr(sys, "unraisablehook", hook)
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         run_script(lambda: Bar() and None)
     assert reported == [LookupError] and sys.unraisablehook is hook
 
@@ -129,7 +129,7 @@ def test_what_pytorch_cannot_repeat_is_said_in_a_line(capsys: pytest.CaptureFixt
     """
     torch.use_deterministic_algorithms(True)
     try:
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(SystemExit, match=r"^2$"):
             run_script(lambda: torch.zeros(4).put_(torch.arange(2), torch.ones(2)))
     finally:
         torch.use_deterministic_algorithms(False)
