@@ -178,7 +178,13 @@ def test_full_memory_is_not_taken_for_a_faulty_network() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         models.check_logits("m", model, x, 3)
     network = convnet(3)
-    later = Wrapped(network, lambda z: fill(z) if not network[0].weight.requires_grad else z)
+
+    def fill_in_the_attack(z: torch.Tensor) -> torch.Tensor:
+        attacked = z.requires_grad and not network[0].weight.requires_grad
+        return fill(z) if attacked else z
+
+    later = Wrapped(network, fill_in_the_attack)
+    assert models.check_logits("m", later, x, 3).shape == (2, 3)
     with pytest.raises(torch.OutOfMemoryError):
         check_trainable("m", later, x, 3, "mtlat")
 
