@@ -352,7 +352,7 @@ def test_the_training_part_is_not_decoded_for_a_test(folder, tmp_path, monkeypat
     split, alone = load(tmp_path / "split", tmp_path), tmp_path / "split" / "val"
     again = load(alone, tmp_path, test_only=True, hold_out=False)
     assert split.test_fingerprint == again.test_fingerprint
-    (alone / "class1" / "0.png").rename(alone / "class1" / "zero.png")
+    (alone / "class1" / "1.png").rename(alone / "class1" / "2.png")  # in the same order
     assert split.test_fingerprint != load(tmp_path / "split", tmp_path).test_fingerprint
 
 
