@@ -196,8 +196,8 @@ def test_hidden_images_are_left_out(folder, tmp_path):
     before = load(folder, tmp_path).fingerprint
     picture = next((folder / "class0").iterdir())
     (folder / "class0" / ".thumbnails").mkdir()
-    for place in (".thumbnails", "."):
-        shutil.copy(picture, folder / "class0" / place / f"._{picture.name}")
+    for name in (f".thumbnails/{picture.name}", f"._{picture.name}"):
+        shutil.copy(picture, folder / "class0" / name)
     assert load(folder, tmp_path).fingerprint == before
 
 
