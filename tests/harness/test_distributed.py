@@ -476,9 +476,11 @@ def started(
     ]
     for process in both:
         process.start()
-    yield both, said
-    for process in both:
-        process.kill()
+    try:
+        yield both, said
+    finally:
+        for process in both:
+            process.kill()
 
 
 def ends(processes: list[Any], said: Path) -> tuple[list[int], list[str]]:
