@@ -39,7 +39,7 @@ from harness.checkpoints import load_weights
 from harness.devices import environment_info, require_same_on_all_ranks
 from harness.errors import UserError, escape_unprintable, run_script
 from harness.files import atomic_write, lock_folder
-from harness.images.corrupted import require_severities
+from harness.images.corrupted import require_severities, require_source
 from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.folders import require_outside
 from harness.images.loader import BatchLoader
@@ -68,6 +68,8 @@ def load_data(
         raise UserError(f"{source}, the dataset of a checkpoint, is not there: name it with --data")
     if not source:
         raise UserError("--data is missing: only a checkpoint of train.py knows its images")
+    for place in filter(None, map(config.find_corruption, config.perturbations)):
+        require_source(place, source)
     if source in SIZES:  # whose images are squares
         crop = choose_crop(config.preprocess, None, {})
     else:

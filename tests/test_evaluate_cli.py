@@ -244,6 +244,17 @@ def test_the_preprocessing_of_the_models_and_of_the_tree(
         bench.run("--only", "clean", models="cropped", out="other")
 
 
+@pytest.mark.parametrize("asked", [[], ["--preprocess", "squash"], ["--data", "shapes"]])
+def test_arrays_are_refused_with_a_folder_before_anything_is_measured(
+    bench: Bench, asked: list[str]
+) -> None:
+    (bench.root / "c").mkdir()
+    (bench.root / "c" / "fog.npy").touch()
+    with pytest.raises(UserError, match=r"fog.npy is scored with --data cifar10 or cifar100"):
+        bench.run("--only", "fog", "--imagenet-c", str(bench.root / "c"), *asked, out="arrays")
+    assert not (bench.root / "arrays").exists()
+
+
 # ---------------------------------------------------------------------------- models
 
 

@@ -41,6 +41,12 @@ def require_severities(place: Path) -> None:
             raise UserError(f"--imagenet-c: {place} lacks the folder {severity}; {_LAYOUT}")
 
 
+def require_source(place: Path, source: str) -> None:
+    """Raise `UserError` if a corruption is an array, and --data not a set that arrays exist of."""
+    if place.suffix == ".npy" and source not in ARRAYS:
+        raise UserError(f"--imagenet-c: {place} is scored with --data {' or '.join(ARRAYS)}")
+
+
 def open_corrupted(
     place: Path, severity: int, data: Dataset, chosen: list[int], size: int
 ) -> Callable[[Iterable[int]], Iterator[Tensor]]:
@@ -113,8 +119,6 @@ def _map_array(place: Path, data: Dataset) -> tuple[Any, list[int]]:
         are fewer than those of a block if only some classes are kept.
     """
     sources, numbers = zip(*(path.split("/", 1) for path in data.paths), strict=True)
-    if not set(sources) <= set(ARRAYS):
-        raise UserError(f"--imagenet-c: {place} is scored with --data {' or '.join(ARRAYS)}")
     images, labels = (_load_array(path) for path in (place, place.with_name(LABELS)))
     count = labels.size // len(SEVERITIES)
     if images.dtype != np.uint8 or images.shape != (labels.size, 32, 32, 3):
