@@ -277,7 +277,9 @@ def make_tables(folder: Path, arch: str) -> None:
 
 def main() -> None:
     """Write the tables of the folder that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="with cells.jsonl")
     parser.add_argument("--arch", default="resnet18", help="of the networks")
     args = parser.parse_args()

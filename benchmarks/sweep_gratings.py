@@ -97,7 +97,9 @@ def summarize(amplitude: float, networks: list[dict[str, Any]]) -> Iterator[list
 
 def main() -> None:
     """Train, evaluate, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument(
         "--amplitudes", type=float, nargs="+", default=[0.0, 0.02, 0.03, 0.04, 0.05]

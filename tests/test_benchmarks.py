@@ -1,5 +1,9 @@
 """Test that the benchmarks run, and that their counts agree with the work that is done."""
 
+import sys
+from types import ModuleType
+
+import make_tables
 import pytest
 import sweep_gratings
 import time_loading
@@ -8,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from tests.faults import run
 
 
 class Operations(TorchDispatchMode):
@@ -99,3 +105,14 @@ def test_loading_is_timed(flags: str, capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_sweep_trains_every_network_but_the_surrogate(method: str) -> None:
     tasks = sweep_gratings.plan_trainings(["--methods", method, "--output-dir", "out"])
     assert [task.folder.name for task in tasks] == ["cnn4-standard-seed0", f"cnn4-{method}-seed0"]
+
+
+@pytest.mark.parametrize("script", [make_tables, sweep_gratings, run])
+def test_help_prints_the_commands_on_lines_of_their_own(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        script.main()
+    commands = [line for line in script.__doc__.splitlines() if line.startswith("    python ")]
+    assert commands and set(commands) <= set(capsys.readouterr().out.splitlines())

@@ -290,7 +290,9 @@ FAULTS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=50, help="kills of each script (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults (default: 0)")
     names = [fault.__name__ for fault in FAULTS]
