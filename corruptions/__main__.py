@@ -256,16 +256,20 @@ def find_images(source: Path) -> list[Path]:
     found = list_classes(source)  # in evaluate.py's order: an image's draws depend on its place
     if not found:
         raise ValueError(f"{source} has no class folders; the layout is DIR/class/file")
-    for name in found:
-        visible = [e for e in (source / name).iterdir() if not e.name.startswith(".")]
-        if visible and all(entry.is_dir() for entry in visible):
-            raise ValueError(
-                f"{source / name} holds only folders, so it is no class; the layout is "
-                f"DIR/class/file: give {source / name} as DIR"
-            )
+    if nested := [name for name in found if _holds_only_folders(source / name)]:
+        part = source / min(nested, key=lambda name: name.lower().startswith("train"))
+        raise ValueError(
+            f"{part} holds only folders, so it is no class; the layout is DIR/class/file: give "
+            f"{part} as DIR"
+        )
     if empty := [name for name, files in found.items() if not files]:
         raise ValueError(f"{source / empty[0]} has no images ({', '.join(SUFFIXES)})")
     return [Path(file) for files in found.values() for file in files]
+
+
+def _holds_only_folders(folder: Path) -> bool:
+    visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    return bool(visible) and all(entry.is_dir() for entry in visible)
 
 
 def check_settings(args: argparse.Namespace, targets: list[Path]) -> None:

@@ -343,3 +343,5 @@ def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     (tmp_path / "whole" / "val").rename(tmp_path / "whole" / "Validation")
     refused(whole, "Validation holds only folders, so it is no class", capsys)
+    (tmp_path / "whole" / "Train" / "cat").mkdir(parents=True)
+    refused(whole, f"give {tmp_path / 'whole' / 'Validation'} as DIR", capsys)  # the tested part
