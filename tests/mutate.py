@@ -71,7 +71,7 @@ TESTS = {
     "harness/devices.py": ["harness/test_devices.py", *TRAINING],
     "harness/distributed.py": ["harness/test_distributed.py"],
     "harness/errors.py": ["harness/test_files.py", *TRAINING, "harness/test_distributed.py"],
-    "harness/files.py": ["harness/test_files.py", "test_evaluate.py"],
+    "harness/files.py": ["harness/test_files.py", *DATASETS, "test_evaluate.py"],
     "harness/models.py": ["harness/test_models.py", "test_bad_input.py"],
     "harness/benchmark/attack_registry.py": [
         "harness/benchmark/test_attack_registry.py",

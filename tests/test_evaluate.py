@@ -363,6 +363,12 @@ def test_a_model_can_be_added_to_finished_results(bench: Bench) -> None:
     assert both == one + bench.run("--only", "fog", models="mtlat", out="alone")
 
 
+def test_cells_name_the_surrogate_where_it_makes_the_images(bench: Bench) -> None:
+    lines = bench.run("--only", "fog", "pgd_0.04", "mi_fgsm_0.04", *bench.surrogate)
+    named = {line["perturbation"] for line in lines if line["surrogate"] is not None}
+    assert named == {"mi_fgsm_0.04"}
+
+
 @pytest.mark.parametrize(
     ("options", "fact"),
     [

@@ -7,6 +7,7 @@ import mmap
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from urllib.error import URLError
 
@@ -19,6 +20,7 @@ from torch.testing import assert_close
 
 from corruptions.transform import list_classes, walk_images
 from harness.errors import UserError
+from harness.files import lock_folder
 from harness.images import cache, datasets, embedded, folders
 from harness.images.loader import BatchLoader, ImageSet, map_images, prefetch
 from mtlat import EPSILON_MAX
@@ -334,6 +336,33 @@ def test_other_pixels_are_another_dataset(folder, tmp_path, part):
     after = load(folder, tmp_path)
     assert after.fingerprint != before.fingerprint
     assert (after.test_fingerprint != before.test_fingerprint) == (part == "test")
+
+
+def test_images_that_another_run_decodes_are_waited_for(folder, tmp_path, capsys):
+    """Check that the second run of two enters when the first has left, and reads its images."""
+    order, decoded = [], load(folder, tmp_path).fingerprint
+    for path in (tmp_path / "cache").glob("*.json"):
+        path.rename(path.with_suffix(".kept"))
+
+    def second():
+        assert load(folder, tmp_path).fingerprint == decoded
+        order.append("second")
+
+    thread = threading.Thread(target=second)
+    with lock_folder(tmp_path / "cache"):
+        thread.start()
+        said, end = "", time.monotonic() + 60
+        while "waiting for another run" not in said and time.monotonic() < end:
+            said += capsys.readouterr().err
+            time.sleep(0.01)
+        time.sleep(0.3)
+        for path in (tmp_path / "cache").glob("*.kept"):
+            path.rename(path.with_suffix(".json"))
+        times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.u8")}
+        order.append("first")
+    thread.join(60)
+    assert order == ["first", "second"] and "waiting for another run" in said
+    assert all(path.stat().st_mtime_ns == written for path, written in times.items())
 
 
 def test_the_training_part_is_not_decoded_for_a_test(folder, tmp_path, monkeypatch):
