@@ -57,6 +57,14 @@ def test_the_papers_attacks_have_the_papers_settings() -> None:
     }
 
 
+def test_cw2_searches_the_nearest_image_only_where_its_distance_is_reported() -> None:
+    chosen = {name: PERTURBATIONS[name].attack for name in ("cw2", "cw2_0")}
+    assert {name: a.keywords for name, a in chosen.items() if a and a.function is cw2} == {
+        "cw2": {"confidence": 50, "steps": 40, "rounds": 1},
+        "cw2_0": {"confidence": 0, "steps": 40, "rounds": 4},
+    }
+
+
 def test_supplementary_rows_stand_beside_the_papers(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:

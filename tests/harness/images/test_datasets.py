@@ -217,6 +217,11 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(folder, monkeypatch):
         list(walk_images(folder))
 
 
+def test_a_folder_is_decoded_at_the_papers_224_pixels_unless_asked(folder, tmp_path):
+    sets = load(folder, tmp_path, size=None)
+    assert sets.train.images.shape[1:] == sets.test.images.shape[1:] == (3, 224, 224)
+
+
 def test_train_and_val(tmp_path):
     root = tmp_path / "split"
     for part in ("train", "val"):

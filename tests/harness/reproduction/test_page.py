@@ -13,6 +13,7 @@ from matplotlib.figure import Figure as Drawing
 
 from harness.benchmark import plots
 from harness.reproduction.page import Code, Figure, Section, Table, Text, render_page
+from mtlat import Draws
 from tests.support.figures import collect_figures
 from tests.support.tiny import convnet
 
@@ -186,6 +187,20 @@ def test_the_picture_of_a_step_shows_a_step(tmp_path: Path, drawn: list[Any]) ->
     assert a == b != c
     with pytest.raises(ValueError, match="3 images"):
         plots.plot_step(model, x[:3], y[:3], classes, tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("lam2, epsilon, mixes, chosen", [
+    ([0.1, 0.6, 0.9], [0.02, 0.02, 0.02], [(0, 1, 2)] * 3, 1),  # both images show
+    ([0.5, 0.5, 0.5], [0.01, 0.02, 0.02], [(0, 1, 2)] * 2 + [(0, 1, 1)], 1),
+    ([0.5, 0.9, 0.9], [0.02, 0.01, 0.02], [(0, 1, 1), (0, 1, 2), (0, 0, 2)], 1),  # three classes
+])  # fmt: skip
+def test_the_step_shown_is_the_one_that_shows_most(
+    lam2: list[float], epsilon: list[float], mixes: list[tuple[int, int, int]], chosen: int
+) -> None:
+    half = torch.tensor([0.5] * 3)
+    target = torch.tensor([mix[2] for mix in mixes])
+    draws = Draws(half, torch.tensor(lam2), torch.tensor(epsilon), target)
+    assert plots._most_visible(mixes, draws) == chosen
 
 
 def test_curves_are_those_of_the_logs(tmp_path: Path, drawn: list[Any]) -> None:
