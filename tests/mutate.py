@@ -90,7 +90,7 @@ TESTS = {
     "harness/benchmark/paired.py": ["harness/benchmark/test_paired.py", *TABLES],
     "harness/benchmark/plots.py": [*TABLES, "harness/reproduction/test_page.py"],
     "harness/benchmark/registry.py": ["harness/benchmark/test_attack_registry.py", *BENCHMARK],
-    "harness/benchmark/store.py": [*BENCHMARK, "harness/images/test_corrupted.py"],
+    "harness/benchmark/store.py": ["harness/benchmark/test_store.py", *BENCHMARK],
     "harness/benchmark/subjects.py": [*BENCHMARK, "harness/test_models.py"],
     "harness/benchmark/tables.py": TABLES,
     "harness/images/cache.py": DATASETS,

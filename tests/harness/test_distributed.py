@@ -294,6 +294,24 @@ def test_all_processes_start_from_the_weights_of_the_first(jobs, folder, tmp_pat
     assert all(torch.equal(other, one) for other in others)
 
 
+def test_every_kind_of_number_is_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gloo has no int16, and the tensors of one process may be laid out in another way."""
+    numbers = torch.arange(24).view(1, 2, 3, 4)
+    kinds = torch.int16, torch.float8_e4m3fn, torch.complex64, torch.bool, torch.float32
+    tensors = [numbers.to(kind) for kind in kinds] + [torch.tensor(3, dtype=torch.uint16)]
+    tensors += [numbers.float().to(memory_format=torch.channels_last)]
+    sent = []
+    monkeypatch.setattr(distributed, "_job", distributed._job._replace(world_size=2))
+    monkeypatch.setattr(distributed.dist, "broadcast", lambda x, _: sent.append(x.clone()))
+    distributed.broadcast(tensors)
+    assert {x.dtype for x in sent} == {torch.uint8}
+    received = iter(sent)
+    monkeypatch.setattr(distributed.dist, "broadcast", lambda x, _: x.copy_(next(received)))
+    copies = [torch.zeros_like(x) for x in tensors]
+    distributed.broadcast(copies)
+    assert all(x.tolist() == y.tolist() for x, y in zip(tensors, copies, strict=True))
+
+
 def refused(argv: list[str]) -> str:
     try:
         config, checkpoint = parse_train_config(argv)

@@ -370,6 +370,20 @@ def test_images_that_another_run_decodes_are_waited_for(folder, tmp_path, capsys
     assert all(path.stat().st_mtime_ns == written for path, written in times.items())
 
 
+def test_a_fault_of_the_disk_is_not_cached_as_a_bad_image(folder, tmp_path, monkeypatch):
+    real, calls = cache.Image.open, iter(range(99))
+
+    def faulty(path):
+        if next(calls) == 3:
+            raise OSError(5, "Input/output error", str(path))
+        return real(path)
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="Input/output"):
+        broken.setattr(cache.Image, "open", faulty)
+        load(folder, tmp_path, skip_bad_images=True)
+    assert len(load(folder, tmp_path, skip_bad_images=True).train.labels) == 27
+
+
 def test_the_training_part_is_not_decoded_for_a_test(folder, tmp_path, monkeypatch):
     calls = []
     decode = cache.decode

@@ -1,17 +1,13 @@
 """Test what is checked before the first epoch, and would otherwise end a training after it."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import train
-from harness import distributed
 from harness.errors import UserError
-from harness.images import cache
-from harness.images.datasets import load_dataset
 from tests.support.tiny import Wrapped, image_folder, linear
 
 
@@ -89,6 +85,25 @@ def test_a_network_that_would_fail_later_is_refused(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        ("-b 1", "-b 1 makes minibatches of 0, and there are 30 training images: raise it"),
+        ("-b 62", "-b 62 makes minibatches of 31, and there are 30 training images: lower it"),
+        ("-b 60", ""),
+    ],
+)
+def test_a_minibatch_has_an_image_and_no_more_than_there_are(
+    argv: list[str], flags: str, said: str
+) -> None:
+    argv += ["--arch", "tiny:linear", *flags.split()]
+    if said:
+        with pytest.raises(UserError, match=said.replace("-b", "--batch-size")):
+            train.main(argv)
+    else:
+        train.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
         ("--cache-dir out", "--cache-dir and --output-dir are both .*out: choose another"),
         ("--output-dir set/runs/x", "--output-dir .*x lies in --data set, whose folders are class"),
         ("--cache-dir set/cache", "--cache-dir .*cache lies in --data set, whose folders are clas"),
@@ -102,41 +117,6 @@ def test_folders_that_would_wait_for_each_other_or_become_classes_are_refused(
     assert not Path("out").exists() and len(list(Path("set").iterdir())) == 3
 
 
-def test_a_fault_of_the_disk_is_not_cached_as_a_bad_image(
-    argv: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {"size": 16, "skip_bad_images": True, "cache_dir": "cache"}
-    real, calls = cache.Image.open, iter(range(99))
-
-    def faulty(path: Path) -> Any:
-        if next(calls) == 3:
-            raise OSError(5, "Input/output error", str(path))
-        return real(path)
-
-    with monkeypatch.context() as broken, pytest.raises(OSError, match="Input/output"):
-        broken.setattr(cache.Image, "open", faulty)
-        load_dataset("set", **options)
-    assert len(load_dataset("set", **options).train.labels) == 30
-
-
 def test_an_empty_resume_is_refused(argv: list[str]) -> None:
     with pytest.raises(UserError, match="--resume is empty"):
         train.main([*argv, "--resume", ""])
-
-
-def test_every_kind_of_number_is_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gloo has no int16, and the tensors of one process may be laid out in another way."""
-    numbers = torch.arange(24).view(1, 2, 3, 4)
-    kinds = torch.int16, torch.float8_e4m3fn, torch.complex64, torch.bool, torch.float32
-    tensors = [numbers.to(kind) for kind in kinds] + [torch.tensor(3, dtype=torch.uint16)]
-    tensors += [numbers.float().to(memory_format=torch.channels_last)]
-    sent = []
-    monkeypatch.setattr(distributed, "_job", distributed._job._replace(world_size=2))
-    monkeypatch.setattr(distributed.dist, "broadcast", lambda x, _: sent.append(x.clone()))
-    distributed.broadcast(tensors)
-    assert {x.dtype for x in sent} == {torch.uint8}
-    received = iter(sent)
-    monkeypatch.setattr(distributed.dist, "broadcast", lambda x, _: x.copy_(next(received)))
-    copies = [torch.zeros_like(x) for x in tensors]
-    distributed.broadcast(copies)
-    assert all(x.tolist() == y.tolist() for x, y in zip(tensors, copies, strict=True))
