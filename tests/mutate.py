@@ -90,7 +90,7 @@ TESTS = {
     "harness/benchmark/paired.py": ["harness/benchmark/test_paired.py", *TABLES],
     "harness/benchmark/plots.py": [*TABLES, "harness/reproduction/test_page.py"],
     "harness/benchmark/registry.py": ["harness/benchmark/test_attack_registry.py", *BENCHMARK],
-    "harness/benchmark/store.py": ["harness/benchmark/test_store.py", *BENCHMARK],
+    "harness/benchmark/store.py": ["harness/benchmark/test_store.py", "harness/test_files.py"],
     "harness/benchmark/subjects.py": [*BENCHMARK, "harness/test_models.py"],
     "harness/benchmark/tables.py": TABLES,
     "harness/images/cache.py": DATASETS,
@@ -114,7 +114,7 @@ TESTS = {
     "harness/training/average.py": ["harness/training/test_average.py", "test_train.py"],
     "harness/training/checks.py": ["harness/training/test_checks.py", *TRAINING],
     "harness/training/config.py": TRAINING,
-    "harness/training/log.py": TRAINING,
+    "harness/training/log.py": ["harness/training/test_log.py", *TRAINING],
     "harness/training/manifold.py": ["harness/training/test_manifold.py"],
     "harness/training/methods.py": ["test_train.py"],
 }

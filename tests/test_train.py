@@ -428,6 +428,9 @@ def test_weights_that_saw_images_held_out_now_are_named(go, folder, tmp_path, ca
     shutil.copytree(folder, tmp_path / "with val" / "train")
     shutil.copytree(folder, tmp_path / "with val" / "val")
     go("--epochs", "1", "--data", str(tmp_path / "with val"), out="whole")
+    for kind in folder.iterdir():
+        shutil.copytree(kind, tmp_path / "others" / f"other {kind.name}")
+    go("--epochs", "1", "--data", str(tmp_path / "others"), out="other classes")
 
     def continue_from(name, out, *flags):
         path = tmp_path / name / "last.pt"
@@ -436,6 +439,7 @@ def test_weights_that_saw_images_held_out_now_are_named(go, folder, tmp_path, ca
     assert not continue_from("out", "same")["seen_before"]
     assert not continue_from("out", "larger", "--size", "16")["seen_before"]  # of the same files
     assert not continue_from("two", "three")["seen_before"]  # of the same files of two classes
+    assert not continue_from("other classes", "own")["seen_before"]
     assert "warning" not in capsys.readouterr().err
     evaluation = ["--only", "clean", "--cache-dir", str(tmp_path / "cache"), "--device", "cpu"]
     evaluate.main([str(tmp_path / "out" / "last.pt"), *evaluation, "--preprocess", "center-crop",

@@ -1,0 +1,32 @@
+"""Test how an epoch is logged."""
+
+import csv
+import io
+from typing import Any
+
+import pytest
+
+from harness.training.log import log_csv, log_line
+
+ROW: dict[str, Any] = {
+    "epoch": 3, "lr": 0.002, "loss1": 1.23456, "loss2": None, "clean_accuracy": 0.4567,
+    "images_per_second": 123.4, "seconds_left": 125,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed, epochs, line", [
+    ({}, 90, "epoch  3/90  lr 2.0e-03  loss1 1.2346  clean accuracy  45.7 %  123 images/s"
+             "  2:05 left"),
+    ({"loss2": 2.0, "clean_accuracy": 1.0, "seconds_left": 59}, 3,
+     "epoch 3/3  lr 2.0e-03  loss1 1.2346  loss2 2.0000  clean accuracy 100.0 %  123 images/s"
+     "  0:59 left"),
+])  # fmt: skip
+def test_a_line_has_what_an_epoch_measured(changed: dict[str, Any], epochs: int, line: str) -> None:
+    assert log_line(ROW | changed, epochs) == line
+
+
+def test_csv_has_a_row_per_epoch() -> None:
+    rows = [ROW, ROW | {"epoch": 4, "loss2": 0.5}]
+    read = csv.DictReader(io.StringIO(log_csv(rows)))
+    expected = [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
+    assert list(read) == expected
