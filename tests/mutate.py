@@ -42,7 +42,7 @@ SCENES = [
 ]
 BENCHMARK = ["test_evaluate_cli.py", "test_evaluate.py"]
 TABLES = ["harness/benchmark/test_tables.py", *BENCHMARK]
-DATASETS = ["harness/images/test_datasets.py", "test_bad_input.py"]
+DATASETS = ["harness/images/test_datasets.py", "test_bad_input.py", *BENCHMARK]
 TRAINING = ["test_train.py", "test_train_resume.py", "test_bad_input.py"]
 PAPER = ["harness/reproduction/test_comparison.py", "test_reproduce.py"]
 # The tests of each file, relative to tests/. Those that usually fail first come first.
@@ -65,14 +65,26 @@ TESTS = {
     "corruptions/geometric.py": ["corruptions/test_geometric.py", *CORRUPTED],
     "corruptions/calibration.py": ["corruptions/test_geometric.py"],
     "corruptions/transform.py": ["corruptions/test_transform.py", "test_odd_images.py"],
-    "harness/checkpoints.py": ["harness/test_files.py", "harness/test_damaged_files.py", *TRAINING],
+    "harness/checkpoints.py": [
+        "harness/test_files.py",
+        "harness/test_damaged_files.py",
+        "harness/test_models.py",
+        *TRAINING,
+        "test_evaluate_cli.py",
+    ],
     "harness/cli.py": ["harness/test_cli.py", "test_bad_input.py"],
     "harness/cnn.py": ["harness/test_cnn.py", "test_train.py"],
     "harness/devices.py": ["harness/test_devices.py", *TRAINING],
     "harness/distributed.py": ["harness/test_distributed.py"],
-    "harness/errors.py": ["harness/test_files.py", *TRAINING, "harness/test_distributed.py"],
+    "harness/errors.py": [
+        "harness/test_files.py",
+        "harness/test_damaged_files.py",
+        *TRAINING,
+        "test_evaluate_cli.py",
+        "harness/test_distributed.py",
+    ],
     "harness/files.py": ["harness/test_files.py", *DATASETS, "test_evaluate.py"],
-    "harness/models.py": ["harness/test_models.py", "test_bad_input.py"],
+    "harness/models.py": ["harness/test_models.py", *TRAINING],
     "harness/benchmark/attack_registry.py": [
         "harness/benchmark/test_attack_registry.py",
         "test_integrations.py",
@@ -93,7 +105,7 @@ TESTS = {
     "harness/benchmark/store.py": ["harness/benchmark/test_store.py", "harness/test_files.py"],
     "harness/benchmark/subjects.py": [*BENCHMARK, "harness/test_models.py"],
     "harness/benchmark/tables.py": TABLES,
-    "harness/images/cache.py": DATASETS,
+    "harness/images/cache.py": [*DATASETS, "harness/images/test_preprocess.py"],
     "harness/images/corrupted.py": ["harness/images/test_corrupted.py", *BENCHMARK],
     "harness/images/datasets.py": DATASETS,
     "harness/images/embedded.py": [
@@ -101,7 +113,7 @@ TESTS = {
         "harness/reproduction/test_mechanism.py",
     ],
     "harness/images/folders.py": DATASETS,
-    "harness/images/loader.py": ["test_train.py", "test_evaluate_cli.py"],
+    "harness/images/loader.py": [*DATASETS, "test_devices.py"],
     "harness/images/preprocess.py": ["harness/images/test_preprocess.py", "test_evaluate_cli.py"],
     "harness/reproduction/comparison.py": PAPER,
     "harness/reproduction/estimate.py": PAPER,
@@ -110,13 +122,13 @@ TESTS = {
     "harness/reproduction/paper.py": [*PAPER, "test_results.py"],
     "harness/reproduction/plan.py": [*PAPER, "test_bad_input.py"],
     "harness/reproduction/report.py": PAPER,
-    "harness/training/augment.py": ["harness/training/test_augment.py"],
-    "harness/training/average.py": ["harness/training/test_average.py", "test_train.py"],
+    "harness/training/augment.py": ["harness/training/test_augment.py", "test_train.py"],
+    "harness/training/average.py": ["harness/training/test_average.py", *TRAINING],
     "harness/training/checks.py": ["harness/training/test_checks.py", *TRAINING],
     "harness/training/config.py": TRAINING,
     "harness/training/log.py": ["harness/training/test_log.py", *TRAINING],
-    "harness/training/manifold.py": ["harness/training/test_manifold.py"],
-    "harness/training/methods.py": ["test_train.py"],
+    "harness/training/manifold.py": ["harness/training/test_manifold.py", "test_train.py"],
+    "harness/training/methods.py": ["test_train.py", "test_batchnorm.py", "test_devices.py"],
 }
 
 SWAPS: dict[type, type] = {
