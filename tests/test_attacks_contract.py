@@ -404,14 +404,14 @@ def test_an_entry_does_what_its_name_says(name: str) -> None:
 @pytest.mark.parametrize(
     ("attack", "settings", "error", "message"),
     [
-        (pgd, {"x": images(0).half()}, TypeError, r"float16.*x\.float\(\)"),
-        (pgd, {"x": 255 * images(0)}, ValueError, r"0 to 255; rule: \[0, 1\].*Normalize"),
+        (pgd, {"x": images(0).half()}, TypeError, r"float16; .*full precision: x\.float\(\)"),
+        (pgd, {"x": 255 * images(0)}, ValueError, r"pixels: 0 to 255; rule: \[0, 1\].*Normalize"),
         (pgd, {"x": images(0) * torch.nan}, ValueError, "nan"),
         (mi_fgsm, {"x": images(0)[:0], "y": labels(0)[:0]}, ValueError, r"at least one image"),
         (pgd, {"y": labels(0).float()}, TypeError, r"labels are torch\.float32; give int64"),
         (cw2, {"y": labels(0, batch=2)}, ValueError, r"shape \(2,\); these images need \(3,\)"),
         (cw2, {"y": labels(0) + 9}, ValueError, r"class indices.*\[0, 3\].*from 0"),
-        (pgd, {"start": 1.5 * torch.ones_like(images(0))}, ValueError, r"1\.5; rule: \[-1, 1\]"),
+        (pgd, {"start": 0 * images(0) + 1.5}, ValueError, r"start: 1\.5 to 1\.5; rule: \[-1, 1\]"),
         (cw2, {"steps": 2.5}, TypeError, "steps is 2.5; rule: an int from 2"),
         (pgd, {"target": labels(0).int()}, TypeError, r"targets are torch\.int32"),
         (pgd, {"restarts": 1.5}, TypeError, "restarts is 1.5; rule: an int"),
@@ -426,7 +426,8 @@ def test_an_entry_does_what_its_name_says(name: str) -> None:
         (pgd, {"restarts": True}, TypeError, "restarts is True"),
         (pgd, {"restarts": 0}, ValueError, "restarts is 0"),
         (pgd, {"restarts": 2, "random_start": False}, ValueError, "equal runs"),
-        (pgd, {"start": images(0)[:1]}, ValueError, r"is \(1, 3, 6, 6\); 1 runs .* \(3,"),
+        (pgd, {"start": images(0)[:1]}, ValueError,
+         r"start is \(1, 3, 6, 6\); 1 runs need a tensor of shape \(3,"),
         (pgd, {"start": images(0), "restarts": 2}, ValueError, r"2 runs .* \(2, 3, 3, 6, 6\)"),
         (sign_noise, {"start": 2 * images(0)}, ValueError, "units of epsilon"),
         (mi_fgsm, {"decay": -1.0}, ValueError, r"decay is -1\.0"),
@@ -438,7 +439,8 @@ def test_an_entry_does_what_its_name_says(name: str) -> None:
         (cw2, {"const_range": (1.0,)}, ValueError, "not enough values"),
         (cw2, {"const_range": (1.0, 1e25)}, ValueError, r"const_range\[1\] is 1e\+25; .*to 1e\+15"),
         (cw2, {"const_range": (1.0, 0.1)}, ValueError, r"const_range\[1\].*\(smallest, largest\)"),
-        (pgd, {"model": nn.Flatten(0)}, ValueError, r"returns shape \(324,\); logits are \(3, N\)"),
+        (pgd, {"model": nn.Flatten(0)}, ValueError,
+         r"the model returns shape \(324,\); logits are \(3, N\)"),
         (pgd, {"model": nn.Flatten(2)}, ValueError, r"returns shape \(3, 3, 36\)"),
     ],
 )  # fmt: skip
@@ -446,5 +448,10 @@ def test_wrong_input_is_named_with_its_rule(
     attack: Callable[..., Tensor], settings: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     arguments: dict[str, Any] = {"model": network(), "x": images(0), "y": labels(0), **settings}
-    with pytest.raises(error, match=message):
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    before, state = [t.clone() for t in tensors], snapshot(arguments["model"])
+    with pytest.raises(error, match=message) as raised:
         attack(**arguments)
+    assert raised.type is error and "\n" not in str(raised.value)
+    assert_close(tensors, before, rtol=0, atol=0, equal_nan=True)
+    assert snapshot(arguments["model"]) == state

@@ -288,8 +288,16 @@ def test_bad_input_names_the_value_the_rule_and_the_fix():
         (lambda: loss(y=y - 1), ValueError, r"class indices: -1 to 2; rule: \[0, 3\]"),
         (lambda: loss(y=y + 1), ValueError, r"class indices: 1 to 4; rule: \[0, 3\]"),
         (lambda: loss(y=y.int()), TypeError, r"torch\.int32; give int64"),
-        (lambda: loss(y=torch.eye(4).long()), TypeError, r"torch\.int64; give int64"),
-        (lambda: loss(y=y[:3]), ValueError, r"shape \(3,\); .* need \(4,\) or \(4, 4\)"),
+        (
+            lambda: loss(y=torch.eye(4).long()),
+            TypeError,
+            r"torch\.int64; give int64 indices \(B,\), or float \(B, N\)",
+        ),
+        (
+            lambda: loss(y=y[:3]),
+            ValueError,
+            r"labels have shape \(3,\); .* need \(4,\) or \(4, 4\)",
+        ),
         (lambda: loss(y=soft[:, :3]), ValueError, r"shape \(4, 3\)"),
         (lambda: loss(y=soft * 0.9), ValueError, "sums of labels: 0.9 to 0.9"),
         (lambda: loss(y=soft * 4 - 0.75), ValueError, "label weights: .*not logits"),
@@ -300,10 +308,18 @@ def test_bad_input_names_the_value_the_rule_and_the_fix():
         (lambda: loss(num_classes=1), ValueError, "4 images, 1 classes"),
         (lambda: loss(num_classes=3), ValueError, "class indices: 0 to 3"),
         (lambda: loss(steps=0), ValueError, "steps is 0"),
-        (lambda: loss(step=2), TypeError, "step"),
-        (lambda: mtlat.mixup(x, y, x, y, 0.5), ValueError, r"need \(4, N\).*F.one_hot\(y, N\)"),
+        (lambda: loss(step=2), TypeError, "unexpected keyword argument 'step'"),
+        (
+            lambda: mtlat.mixup(x, y, x, y, 0.5),
+            ValueError,
+            r"need \(4, N\).*Indices become F\.one_hot\(y, N\)",
+        ),
         (lambda: mtlat.mixup(x, soft, x, soft[:, :3], 0.5), ValueError, r"shape \(4, 3\)"),
-        (lambda: mtlat.mixup(x, soft, x[:3], soft, 0.5), ValueError, r"images \(4, .*\(3, "),
+        (
+            lambda: mtlat.mixup(x, soft, x[:3], soft, 0.5),
+            ValueError,
+            r"images \(4, 3, 8, 8\) do not match \(3, 3, 8, 8\)",
+        ),
         (lambda: mtlat.mixup(x, soft, x, soft, 1.5), ValueError, "lam: 1.5 to 1.5"),
         (lambda: mtlat.mixup(x, soft, x, soft, torch.rand(3)), ValueError, r"lam has shape \(3,\)"),
         (lambda: mtlat.target_labels(soft, y, -0.1), ValueError, "epsilon: -0.1"),
@@ -327,16 +343,20 @@ def test_bad_input_names_the_value_the_rule_and_the_fix():
         (
             lambda: mtlat.target_labels(soft, y[:, None], 0.1),
             ValueError,
-            r"shape \(4, 1\)",
+            r"labels have shape \(4, 1\); .* need \(4,\) or \(4, 4\)",
         ),
         (lambda: mtlat.Normalize([1.001], [0.5]), ValueError, "divide by 255"),
         (lambda: mtlat.Normalize([-0.001], [0.5]), ValueError, "divide by 255"),
         (lambda: mtlat.Normalize([0.5], [0.0]), ValueError, "every std > 0"),
         (lambda: mtlat.Normalize([0.5, 0.5], [1.0]), ValueError, "one of each per channel"),
     ]
+    arguments = x, y, soft, *model.parameters()
+    before = [t.clone() for t in arguments]
     for call, error, pattern in cases:
-        with pytest.raises(error, match=pattern):
+        with pytest.raises(error, match=pattern) as raised:
             call()
+        assert raised.type is error and "\n" not in str(raised.value)
+    assert all(map(torch.equal, before, arguments))
 
 
 def test_images_that_no_gradient_reaches_are_named():
