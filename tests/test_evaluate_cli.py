@@ -487,6 +487,7 @@ def test_scores_are_made_in_full_precision(bench: Bench) -> None:
         ("Half", "returns float16 logits, too narrow for attacks"),
         ("Writing", "changes its input in place: let it begin with"),
         ("Big", r"fails on images \(16, 3, 16, 16\)"),
+        ("Squeezed", r"fails on images \(1, 3, 16, 16\): the model returns shape \(3,\)"),
     ],
 )  # fmt: skip
 def test_models_whose_numbers_would_mean_nothing_are_refused(
