@@ -540,6 +540,17 @@ def test_an_image_whose_logits_are_nan_is_wrong(bench: Bench) -> None:
     assert note in (bench.root / "out" / "results.md").read_text()
 
 
+def test_half_precision_is_too_narrow_for_attacks_alone(bench: Bench) -> None:
+    options = ["--data", str(bench.root / "images"), "--size", "16", "--surrogate", "tinynets:net"]
+    names = "brightness", "mi_fgsm_0.04"
+    bench.run(*options, "--only", *names, models="tinynets:net tinynets:Half")
+    rows = bench.results()["rows"]
+    assert same_scores(*rows) and {*names} < {*rows[0]["scores"]}
+    for attack, models in (("pgd_0.04", "tinynets:Half"), ("mi_fgsm_0.04", "tinynets:net")):
+        with pytest.raises(UserError, match=r"^tinynets:Half returns float16 .*: use float32$"):
+            bench.run(*options[:-1], "tinynets:Half", "--only", attack, models=models, out="b")
+
+
 def test_a_model_without_a_gradient_is_measured_where_no_attack_needs_it(bench: Bench) -> None:
     options = ["--data", str(bench.root / "images"), "--size", "16", "--surrogate", "tinynets:net"]
     names = "brightness", "mi_fgsm_0.04"
