@@ -540,6 +540,25 @@ def test_an_image_whose_logits_are_nan_is_wrong(bench: Bench) -> None:
     assert note in (bench.root / "out" / "results.md").read_text()
 
 
+def test_an_image_of_which_one_logit_is_nan_is_wrong(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Check a network whose logit of class 0 is NaN for bright images: argmax chooses the NaN."""
+    options = ["--data", str(bench.root / "images"), "--size", "16"]
+    lines = bench.run(*options, "--only", "brightness", models="tinynets:Torn")
+    net, test, torn = bench.networks()[0], bench.sets().test, []
+    for line in lines:
+        severity, x = line["severity"], test.images
+        x = (corrupt(x, "brightness", severity, seed=0) if severity else x).float() / 255
+        bright = x.mean((1, 2, 3)) > 0.65
+        right = (net(x).argmax(1) == test.labels) & ~bright
+        torn.append(int(bright.sum()))
+        assert (line["correct"], line.get("nan", 0)) == (int(right.sum()), torn[-1])
+    assert torn[0] == 0 and any(0 < count < 30 for count in torn)
+    note = "logits of tinynets:Torn are NaN under brightness: such images are wrong"
+    assert note in capsys.readouterr().out
+
+
 def test_half_precision_is_too_narrow_for_attacks_alone(bench: Bench) -> None:
     options = ["--data", str(bench.root / "images"), "--size", "16", "--surrogate", "tinynets:net"]
     names = "brightness", "mi_fgsm_0.04"

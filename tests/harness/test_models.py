@@ -1,6 +1,7 @@
 """Test how models are named, built and started from weights."""
 
 import json
+import math
 import re
 import sys
 from collections import OrderedDict
@@ -168,6 +169,23 @@ def test_logits_are_found_in_objects_tuples_and_lists() -> None:
             models.check_logits("m", model, x, 5)
     with pytest.raises(UserError, match=r"^m fails on .*: the model returns dict; give logits"):
         models.check_logits("m", Wrapped(network, lambda z: {"out": z}), x, 3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_logit_that_is_not_finite_is_refused(value: float) -> None:
+    place = torch.zeros(4, 3, dtype=torch.bool)
+    place[1, 2] = True
+    model = Wrapped(convnet(3).eval(), lambda z: z.masked_fill(place, value))
+    with pytest.raises(UserError, match=r"^m returns logits that are not finite$"):
+        models.check_logits("m", model, torch.rand(4, 3, 16, 16), 3)
+
+
+def test_an_image_with_a_nan_logit_is_wrong_whatever_argmax_chooses() -> None:
+    nan, inf = math.nan, math.inf
+    logits = [[0, 1, -1], [0, nan, 1], [nan, 9, 0], [nan, nan, nan], [0, inf, 1], [-inf, 0, -inf],
+              [inf, 9, 0]]  # fmt: skip
+    right = models.is_right(torch.tensor(logits), torch.ones(7, dtype=torch.int64))
+    assert right.tolist() == [True, False, False, False, True, True, False]
 
 
 def test_full_memory_is_not_taken_for_a_faulty_network() -> None:

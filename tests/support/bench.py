@@ -52,6 +52,10 @@ class Hollow(Net):
     def forward(self, x):
         empty = (x.std((2, 3)).amax(1) < 0.1)[:, None]
         return torch.where(empty, float("nan"), super().forward(x))
+class Torn(Net):
+    def forward(self, x):
+        bright = (x.mean((1, 2, 3)) > 0.65)[:, None] & torch.tensor([True, False, False])
+        return super().forward(x).masked_fill(bright, float("nan"))
 class Squeezed(Net):
     def forward(self, x): return super().forward(x).squeeze()
 class Blue(Net):
