@@ -195,6 +195,7 @@ REPRODUCE_CASES = [
     ("--archs tiny:linear", "--surrogate tiny:linear is one of --archs"),
     ("--archs resnet5", "--arch resnet5: torchvision has no such classifier; close names: resnet"),
     ("--surrogate regnet_y_400mf --archs resnet19", "--arch resnet19: torchvision"),
+    ("--surrogate resnet19 --tables 3", "--arch resnet19: torchvision"),  # which trains none
     ("--archs tiny:missing", "--arch tiny:missing: module 'tiny' has no attribute"),
     ("--surrogate nowhere:net", "No module named 'nowhere'"), ("--surrogate-lr 0", "above 0"),
     ("--limit -1", "from 0"), ("--train-flags=--lrr", "unrecognized arguments: --lrr"),
