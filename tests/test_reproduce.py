@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,10 +21,12 @@ import evaluate
 import reproduce
 import train
 from harness.benchmark import plots, registry, store
+from harness.checkpoints import load_checkpoint
 from harness.cli import build_parser
 from harness.errors import UserError
 from harness.images import embedded
-from harness.reproduction import estimate, plan, report
+from harness.models import restore_model
+from harness.reproduction import estimate, mechanism, plan, report
 from harness.reproduction.plan import EvalTask, TrainTask
 from harness.training.config import TrainConfig, parse_train_config
 from harness.training.methods import METHODS
@@ -216,6 +219,24 @@ def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
     assert clean["mean"] == pytest.approx(tables(images)["rows"][3]["entries"]["clean"]["mean"])
     reproduce.main(argv(images, "--tables", "1"))
     assert (out / "tables.json").read_bytes() == before
+
+
+def test_the_demonstration_says_which_cue_each_network_follows(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mechanism, "INDICES", embedded.INDICES)
+    embedded_set = ["--scale", "demo", "--data", "shapes"]
+    chosen = ["--methods", "standard", "tlat", "--tables", "3", "--train-flags=--data-seed 5"]
+    reproduce.main([*argv(images), *embedded_set, *chosen])
+    drawn, out = mechanism.draw_cues(16, seed=5), images.parent / "out"
+    for name in ("tiny-convnet-standard-seed0", "tiny-convnet-tlat-seed0"):
+        model = restore_model(load_checkpoint(out / name / "last.pt"))
+        cues = mechanism.average(mechanism.follow_cues(model, drawn))._asdict()
+        assert tables(images)["cues"][name] == pytest.approx(cues)
+    page = (out / "report.html").read_text()
+    assert "Why: the cue that each network follows" in page and (out / "cues.png").exists()
+    compared = r"tlat-seed0 predicts the exchanged grating&#39;s class \w+ .*standard-seed0"
+    assert re.search(compared, page)
 
 
 def test_seeds_train_on_the_same_images_and_are_averaged(images: Path) -> None:
