@@ -64,7 +64,7 @@ TESTS = {
     "corruptions/frost.py": [*SCENES, "test_bad_input.py"],
     "corruptions/geometric.py": ["corruptions/test_geometric.py", *CORRUPTED],
     "corruptions/calibration.py": ["corruptions/test_geometric.py"],
-    "corruptions/transform.py": ["corruptions/test_transform.py", "test_odd_images.py"],
+    "corruptions/transform.py": ["corruptions/test_transform.py", "test_odd_images.py", *DATASETS],
     "harness/checkpoints.py": [
         "harness/test_files.py",
         "harness/test_damaged_files.py",
@@ -119,7 +119,7 @@ TESTS = {
     "harness/reproduction/estimate.py": PAPER,
     "harness/reproduction/mechanism.py": ["harness/reproduction/test_mechanism.py", *PAPER],
     "harness/reproduction/page.py": ["harness/reproduction/test_page.py", *PAPER],
-    "harness/reproduction/paper.py": [*PAPER, "test_results.py"],
+    "harness/reproduction/paper.py": PAPER,
     "harness/reproduction/plan.py": [*PAPER, "test_bad_input.py"],
     "harness/reproduction/report.py": PAPER,
     "harness/training/augment.py": ["harness/training/test_augment.py", "test_train.py"],

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import train
+from harness.checkpoints import check_savable
 from harness.errors import UserError
 from tests.support.tiny import Wrapped, image_folder, linear
 
@@ -80,6 +81,15 @@ def test_a_network_that_would_fail_later_is_refused(
         train.main([*argv, "--output-dir", "without"])
     with pytest.raises(UserError, match=said):
         train.main([*argv, *flags.split()])
+
+
+def test_a_buffer_may_share_no_number_between_two_places() -> None:
+    model, twice = nn.Module(), torch.ones(3).expand(2, 3)
+    model.register_buffer("mask", twice[:1])  # of stride 0, but one row alone
+    check_savable("m", model)
+    model.mask = twice
+    with pytest.raises(UserError, match=r"^m: mask is an expanded tensor"):
+        check_savable("m", model)
 
 
 @pytest.mark.parametrize(
