@@ -7,6 +7,7 @@ a faulty copy of mtlat.py.
 import math
 
 import numpy as np
+import pytest
 import scipy.stats
 import torch
 from hypothesis import given
@@ -275,6 +276,16 @@ def test_lambda_follows_beta():
                 empirical = np.searchsorted(tail, grid, side="right") / len(tail)
                 distance = abs(empirical - scipy.stats.beta.cdf(grid, alpha, alpha)).max()
                 assert distance < scipy.stats.kstwo.isf(1e-4, len(tail)), alpha
+
+
+def test_lambda_is_a_share_for_every_alpha_that_is_accepted():
+    for alpha, where in ((1e-30, [0, 1]), (1e30, [0.5])):  # the limits of Beta(alpha, alpha)
+        draws = mtlat.draw(1000, 3, alpha=alpha, epsilon_max=0.1, generator=seeded(0))
+        for lam in (draws.lam1, draws.lam2):
+            assert_close(lam.unique(), torch.tensor(where, dtype=torch.float32))
+    for alpha in (9e-31, 1.05e30, math.inf):
+        with pytest.raises(ValueError, match=r"alpha is .*in \[1e-30, 1e30\]"):
+            mtlat.draw(1000, 3, alpha=alpha, epsilon_max=0.1)
 
 
 def test_epsilon_and_target_are_uniform_and_all_draws_independent():
