@@ -326,17 +326,17 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> TrainTa
 
 
 @contextlib.contextmanager
-def raised_by(number: int) -> Iterator[None]:
-    """Let a signal raise KeyboardInterrupt(number), as `run_script` does."""
+def sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt(SIGTERM), as `run_script` does."""
 
     def interrupt(number: int, _: Any) -> None:
         raise KeyboardInterrupt(number)
 
-    before = signal.signal(number, interrupt)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
-        signal.signal(number, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -352,7 +352,7 @@ def test_a_signal_while_a_child_starts_ends_the_child(
             signal.raise_signal(number)  # before the caller has the child
 
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
-    with raised_by(signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+    with sigterm_raises(), pytest.raises(KeyboardInterrupt):
         reproduce.run_task(child(tmp_path, monkeypatch, "time.sleep(60)"))
     assert children[0].poll() is not None
 
@@ -404,7 +404,7 @@ def test_a_child_is_ended_at_once_by_a_signal_that_it_does_not_get(
 ) -> None:
     task = child(tmp_path, monkeypatch, "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)")
     monkeypatch.setattr(reproduce, "GRACE", 60)
-    with raised_by(signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+    with sigterm_raises(), pytest.raises(KeyboardInterrupt):
         started = time.monotonic()
         reproduce.run_task(task)
     assert time.monotonic() - started < 30
