@@ -192,6 +192,20 @@ def test_calibration_finds_where_accuracy_falls() -> None:
     assert corrupt(images, "translation", None, bounds=(low, high)).shape == images.shape
 
 
+@pytest.mark.parametrize("name", calibration._SEARCH)
+def test_each_end_is_the_smallest_amount_with_its_loss(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = torch.zeros(20, 3, 16, 16), torch.zeros(20, dtype=torch.int64)
+    largest, steps = calibration._SEARCH[name]
+    for step in range(1, steps + 1):
+        smallest = largest * step / steps
+        right = lambda *given, smallest=smallest: 20 - (given[-1] >= smallest)  # noqa: E731
+        monkeypatch.setattr(calibration, "_correct", right)
+        ends = calibrate(torch.nn.Identity(), images, labels, name, losses=(0.05, 0.05))
+        assert ends == (smallest, smallest)  # which costs exactly one of the twenty
+
+
 def test_calibration_does_not_depend_on_the_batches() -> None:
     """Check that each image has its own draw in any batch.
 
