@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -17,6 +18,12 @@ from harness.benchmark.registry import COLUMNS
 from harness.benchmark.store import append_cells, read_cells
 
 RESULTS = Path(evaluate.__file__).parent / "results"
+# M-TLAT of 6 epochs against `standard` of 12, and two t tests.
+IN_NO_TABLE = {
+    "+0.058 (+0.034 to +0.081)", "+0.100 (+0.076 to +0.124)", "+0.050 (+0.029 to +0.071)",
+    "+1.1 (-2.0 to +4.3)", "+4.1 (+1.9 to +6.2)", "+1.1 (-0.2 to +2.5)", "-2.5 (-5.4 to +0.5)",
+    "-1.5 (-2.0 to -1.0)", "-3.4 (-4.2 to -2.6)",
+}  # fmt: skip
 PAIR, SINGLE = ("standard", "mtlat"), ("standard-0", "mtlat-0")
 
 
@@ -37,6 +44,16 @@ def test_the_tables_are_made_from_the_cells(name: str, arch: str, tmp_path: Path
     make_tables.make_tables(tmp_path, arch)
     assert (tmp_path / "tables.md").read_text() == (RESULTS / name / "tables.md").read_text()
     assert (tmp_path / "differences.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("page", ["tiny20", "tiny50", "resnext20", "../docs/evidence"])
+def test_the_intervals_of_the_pages_are_those_of_the_tables(page: str) -> None:
+    tables = "".join(path.read_text() for path in RESULTS.glob("**/tables.md"))
+    path = RESULTS / page / "README.md" if (RESULTS / page).is_dir() else RESULTS / f"{page}.md"
+    found = re.findall(r"[+-]?[\d.]+ \([+-][\d.]+ to [+-][\d.]+\)", path.read_text())
+    assert len(found) > 3
+    missing = {interval for interval in found if interval not in tables}
+    assert missing == (IN_NO_TABLE if page == "../docs/evidence" else set())
 
 
 def test_the_networks_of_table_3_are_compared_by_mcnemar_and_holm() -> None:
