@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.errors import retain_freed_memory
 from harness.images import datasets
+from harness.images.cache import usable_cores
 from harness.images.loader import BatchLoader, map_images
 
 SIDES = (400, 500)  # (H, W) of ImageNet's median image in px
@@ -69,7 +70,7 @@ def loader_epochs(root: Path, args: argparse.Namespace) -> Callable[[], float]:
     steps = [v2.ToImage(), v2.Resize((args.size, args.size)), v2.ToDtype(torch.float32, scale=True)]
     images = torchvision.datasets.ImageFolder(str(root), v2.Compose(steps))
     loader = DataLoader(
-        images, args.batch, shuffle=True, num_workers=os.cpu_count() or 1, persistent_workers=True
+        images, args.batch, shuffle=True, num_workers=usable_cores(), persistent_workers=True
     )
     return lambda: rate(iter(loader))
 
@@ -96,7 +97,7 @@ def compare(args: argparse.Namespace) -> None:
         ours()  # warm up: the file is then in memory
         later = [(ours(), theirs()) for _ in range(args.epochs)]
     print(f"{args.images} files of {SIDES[1]} x {SIDES[0]} px, to {args.size} px, batch"
-          f" {args.batch}, {os.cpu_count()} cores; images/s")  # fmt: skip
+          f" {args.batch}, {usable_cores()} cores; images/s")  # fmt: skip
     print(f"{'':21}{'BatchLoader':>11}{'DataLoader':>12}{'ratio':>8}")
     for title, pairs in (("decode, first epoch", first), ("later epochs", later)):
         fed, loaded = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -149,6 +149,12 @@ def _read_cache(pixels: Path, manifest: Path) -> tuple[ImageSet, dict[str, Any]]
     return images, {**record, "crc": crc}
 
 
+def usable_cores() -> int:
+    """Count the cores that this process may use, which may be fewer than the machine has."""
+    limited = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
+
+
 def decode_all(
     root: Path, files: list[File], size: int, resize: int | None = None
 ) -> Iterator[tuple[File, Array | str]]:
@@ -157,8 +163,7 @@ def decode_all(
     Threads suffice, because Pillow decodes and resizes outside Python's lock. The window keeps only
     a few images per core in memory.
     """
-    limited = hasattr(os, "sched_getaffinity")  # to some of the machine's cores
-    cores = len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
+    cores = usable_cores()
     with warnings.catch_warnings():  # set before the threads start: the filter is the process's
         warnings.filterwarnings("ignore", module=r"PIL\b")
         paths = (root / file.path for file in files)

@@ -360,9 +360,10 @@ def test_names_of_models_may_have_any_character(tmp_path: Path) -> None:
 
 
 def dark_columns(path: Path) -> np.ndarray:
-    """Return which columns of a figure's top, where its legend stands, are not white."""
-    pixels = np.asarray(Image.open(path).convert("L"))
-    return (pixels[: len(pixels) // 12] < 200).any(0)
+    """Return which columns are not white in the first rows that are not: a figure's legend."""
+    dark = np.asarray(Image.open(path).convert("L")) < 200
+    top = int(dark.any(1).argmax())
+    return dark[top : top + int((~dark[top:].any(1)).argmax())].any(0)
 
 
 def test_notes_on_a_subset_and_on_mixed_versions() -> None:
