@@ -217,7 +217,7 @@ def plot_step(
             for images in (x_mix2, x_mtlat)
         )
     lam, epsilon = float(draws.lam2[i]), float(draws.epsilon[i])
-    first, second, target = (_short(classes[k], 18) for k in mixes[i])
+    first, second, target = map(_short, (classes[k] for k in mixes[i]), (18, 18, 12))
     enlarged = (x_mtlat - x_mix2)[i] / (2 * epsilon) + 0.5
     tiles = [
         (f"x3\n{first}", x[i]),
@@ -225,7 +225,7 @@ def plot_step(
         (f"x_mix2\n{lam:.2f} x3 + {1 - lam:.2f} x4", x_mix2[i]),
         (f"x_mtlat - x_mix2, times {0.5 / epsilon:.0f}\n"
          f"epsilon {epsilon:.4f}, towards {target}", enlarged),
-        (f"x_mtlat\np({target}): {before:.2f} % before, {after:.2f} % after", x_mtlat[i]),
+        (f"x_mtlat\np({target}): {before:.2f} %, then {after:.2f} %", x_mtlat[i]),
     ]  # fmt: skip
     label = {classes[k]: float(y_mtlat[i, k]) for k in mixes[i]}
     title = f"y_mtlat\n{1 - epsilon:.4f} y_mix2 + {epsilon:.4f} y_target"

@@ -3,13 +3,17 @@
 import errno
 import json
 import math
+import mmap
 import os
+import platform
+import shutil
+import sys
 import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,12 +21,14 @@ from tqdm import tqdm
 
 from corruptions.transform import upright_rgb
 from harness.errors import UserError, first_line, out_of_memory
-from harness.files import atomic_path, atomic_write, checksum, digest, lock_folder
+from harness.files import atomic_write, checksum, digest, lock_folder
 from harness.images.folders import File
 from harness.images.loader import ImageSet, map_images, prefetch
 from harness.images.preprocess import make_square
 
 VERSION = 2  # increase it when the same files would give other pixels
+NOTE_BYTES = 2**28  # of pixels between two notes of how far the decoding has come
+PIECE = 2**26  # bytes of which a checksum is computed at a time
 
 Array = np.ndarray[Any, Any]
 
@@ -56,7 +62,7 @@ class Files(NamedTuple):
         return self.cache_dir / f"{digest(facts)[:32]}.u8"
 
 
-def decode_cached(source: Files, title: str) -> tuple[ImageSet, list[File], int]:
+def decode_cached(source: Files, part: str) -> tuple[ImageSet, list[File], int]:
     """Return image files as a memory-mapped image set, decoded now or by an earlier run.
 
     The cache file is named by a hash of everything that decides its pixels, so that a change of
@@ -64,26 +70,32 @@ def decode_cached(source: Files, title: str) -> tuple[ImageSet, list[File], int]
     another of equal size and time in its place is not noticed. The manifest is written last: a
     cache file without one, or with a wrong checksum, is decoded again.
 
+    Args:
+        source: the files and settings.
+        part: what messages call them, "train" or "test".
+
     Returns:
         The image set, its files without those that were left out, and the checksum of its pixels
         and labels.
     """
     pixels = source.pixels_path()
     manifest = pixels.with_suffix(".json")
-    if (found := _read_cache(pixels, manifest)) is None:
+    if (found := _read_cache(pixels, manifest, part)) is None:
         with lock_folder(source.cache_dir, wait=True):
-            if (found := _read_cache(pixels, manifest)) is None:  # no other run made it meanwhile
-                record = _write_pixels(pixels, source, title)
+            if (
+                found := _read_cache(pixels, manifest, part)
+            ) is None:  # no other run made it meanwhile
+                record = _write_pixels(pixels, source, part)
                 if pixels != source.pixels_path():
                     raise UserError(f"{source.root} changed while it was read; start again")
                 atomic_write(manifest, json.dumps(record))
-                found = _read_cache(pixels, manifest)
+                found = _read_cache(pixels, manifest, part)
     if found is None:
         raise UserError(f"{pixels} differs from what was written: is the disk full or faulty?")
     images, record = found
     skipped = set(record["skipped"])
     if skipped:
-        tqdm.write(f"{title}: {len(skipped)} bad images skipped, listed in {manifest}")
+        tqdm.write(f"decoding {part}: {len(skipped)} bad images skipped, listed in {manifest}")
     return images, [file for file in source.files if file.path not in skipped], record["crc"]
 
 
@@ -108,31 +120,102 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _write_pixels(pixels: Path, source: Files, title: str) -> dict[str, Any]:
-    """Decode the files into one file. Returns the manifest, whose checksum covers both."""
+def _write_pixels(pixels: Path, source: Files, part: str) -> dict[str, Any]:
+    """Decode the files into one file. Returns the manifest, whose checksum covers both.
+
+    After every `NOTE_BYTES` of pixels a note says how far it has come. An interrupted decoding goes
+    on there.
+    """
     root, files, size, resize, skip_bad_images, _ = source
-    labels: list[int] = []
-    skipped: list[str] = []
-    crc = 0
-    with atomic_path(pixels) as temporary, open(temporary, "wb") as sink:
-        decoded = decode_all(root, files, size, resize)
-        for file, image in tqdm(decoded, title, len(files), unit="img", disable=None):
-            if not isinstance(image, str):
-                sink.write(image)
-                crc = zlib.crc32(image, crc)
-                labels.append(file.label)
-            elif skip_bad_images:
-                skipped.append(file.path)
-            else:
-                raise UserError(
-                    f"{root / file.path}: {image}; repair or remove the file (train.py leaves such"
-                    " files out with --skip-bad-images, and evaluate.py then does for its networks)"
-                )
+    each = 3 * size**2
+    # With the machine's name, because several may write one folder of a file system without locks.
+    unfinished = pixels.with_name(f"{pixels.name}.{platform.node()}.part")
+    note = unfinished.with_suffix(".note")
+    done, skipped, crc = _read_note(note, unfinished, each, part)
+    written = (done - len(skipped)) * each
+    _require_space(pixels.parent, part, len(files) * each - written)
+    try:
+        with open(unfinished, "r+b" if written else "wb") as sink:
+            sink.seek(written)
+            decoded = decode_all(root, files[done:], size, resize)
+            bar = tqdm(decoded, f"decoding {part}", len(files), unit="img", disable=None,
+                       initial=done)  # fmt: skip
+            for file, image in bar:
+                done += 1
+                if not isinstance(image, str):
+                    sink.write(image)
+                    crc = zlib.crc32(image, crc)
+                elif skip_bad_images:
+                    skipped.append(file.path)
+                else:
+                    note.unlink(missing_ok=True)  # a repaired folder has another cache file
+                    raise UserError(
+                        f"{root / file.path}: {image}; repair or remove the file (train.py leaves"
+                        " such files out with --skip-bad-images, and evaluate.py then does for its"
+                        " networks)"
+                    )
+                if done % max(1, NOTE_BYTES // each) == 0:
+                    _flush(sink)
+                    atomic_write(note, json.dumps([done, skipped, crc]))
+            _flush(sink)
+    except BaseException:
+        if not note.exists():
+            unfinished.unlink(missing_ok=True)
+        raise
+    os.replace(unfinished, pixels)
+    note.unlink(missing_ok=True)
+    bad = set(skipped)
+    labels = [file.label for file in files if file.path not in bad]
     record = {"shape": [len(labels), 3, size, size], "labels": labels, "skipped": skipped}
     return {**record, "crc": checksum(record, crc)}
 
 
-def _read_cache(pixels: Path, manifest: Path) -> tuple[ImageSet, dict[str, Any]] | None:
+def _read_note(note: Path, unfinished: Path, each: int, part: str) -> tuple[int, list[str], int]:
+    """Return how many files an interrupted decoding has read, the skipped ones, and a checksum."""
+    try:
+        done, skipped, crc = json.loads(note.read_bytes())
+        with open(unfinished, "rb") as file:
+            pixels = mmap.mmap(file.fileno(), (done - len(skipped)) * each, access=mmap.ACCESS_READ)
+        if checksum_pixels(pixels, part) == crc:
+            return done, skipped, crc
+    except (OSError, ValueError, TypeError):  # there is none, or one of the two is damaged
+        pass
+    return 0, [], 0
+
+
+def _require_space(folder: Path, part: str, size: int) -> None:
+    """Raise `UserError` unless the disk has room for the pixels. Say where many of them go."""
+    disk = shutil.disk_usage(folder)
+    if 0 < disk.total and disk.free < size:  # a file system that does not know says 0
+        raise UserError(
+            f"decoding {part} takes {size / 1e9:.1f} GB, and {folder} has {disk.free / 1e9:.1f} GB"
+            " of free space: choose another --cache-dir, or a smaller --size"
+        )
+    if size > 1e9:  # takes minutes, and without a terminal there is no progress bar
+        print(f"decoding {part}: {size / 1e9:.1f} GB into {folder}", file=sys.stderr, flush=True)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def checksum_pixels(pixels: mmap.mmap | bytes, part: str) -> int:
+    """Compute the CRC-32 of mapped pixels by pieces, between which the user can interrupt."""
+    crc = 0
+    with (
+        memoryview(pixels) as content,
+        tqdm(total=len(content), desc=f"checking {part}", unit="B", unit_scale=True, delay=2,
+             leave=False, disable=None) as bar,
+    ):  # fmt: skip
+        for start in range(0, len(content), PIECE):
+            with content[start : start + PIECE] as piece:
+                crc = zlib.crc32(piece, crc)
+                bar.update(len(piece))
+    return crc
+
+
+def _read_cache(pixels: Path, manifest: Path, part: str) -> tuple[ImageSet, dict[str, Any]] | None:
     """Map the pixels and read their manifest. Returns None if they are missing or damaged."""
     try:
         record = json.loads(manifest.read_bytes())
@@ -140,7 +223,7 @@ def _read_cache(pixels: Path, manifest: Path) -> tuple[ImageSet, dict[str, Any]]
         if pixels.stat().st_size != math.prod(record["shape"]):
             return None
         images = map_images(pixels, record["labels"], record["shape"][-1])
-        if checksum(record, zlib.crc32(images.mapping or b"")) != crc:
+        if checksum(record, checksum_pixels(images.mapping or b"", part)) != crc:
             return None
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         if out_of_memory(error):  # the cache may be good

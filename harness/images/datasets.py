@@ -169,7 +169,7 @@ def _load_folder(listing: Listing, source: Files, test_only: bool) -> Dataset:
 def _decode_part(part: str, listing: Listing, source: Files) -> tuple[ImageSet, list[File], int]:
     """Decode a part as `decode_cached` does. Raise `UserError` if a class has no image left."""
     source = source._replace(files=listing.parts[part])
-    images, kept, crc = decode_cached(source, f"decoding {part}")
+    images, kept, crc = decode_cached(source, part)
     left = {file.label for file in kept}
     for label, name in enumerate(listing.classes):
         if label not in left:

@@ -76,8 +76,8 @@ class ReproduceConfig:
         " the signs refer to (default: all)", nargs="+", choices=tuple(METHODS), metavar="METHOD")
     seeds: int = option(1, "train every row with seeds 0 to N - 1, and print mean and standard"
         " deviation", type=number(int, 1), metavar="N")
-    dry_run: bool = option(False, "list what would be run, with the time that it will take,"
-        " estimated from a few steps")
+    dry_run: bool = option(False, "decode the images, and list what would be run, with the"
+        " time that it will take, estimated from a few steps")
 
     data: str = option(None, f"as in train.py; required where - stands {_default('data')}",
         group="the recipe", metavar="SET")

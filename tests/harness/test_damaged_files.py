@@ -160,7 +160,7 @@ def test_foreign_json(tmp_path: Path, content: Any) -> None:
     with pytest.raises(UserError, match="line 1 is damaged"):
         store.read_cells(path)
     (tmp_path / "x.u8").write_bytes(b"")
-    assert cache._read_cache(tmp_path / "x.u8", path) is None
+    assert cache._read_cache(tmp_path / "x.u8", path, "x") is None
 
 
 @FOLDER

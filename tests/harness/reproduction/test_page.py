@@ -1,6 +1,7 @@
 """Test that the HTML page is complete, self-contained and safe for any text, and its figures."""
 
 import base64
+import itertools
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,16 @@ def test_the_picture_of_a_step_shows_a_step(tmp_path: Path, drawn: list[Any]) ->
     assert a == b != c
     with pytest.raises(ValueError, match="3 images"):
         plots.plot_step(model, x[:3], y[:3], classes, tmp_path / "none.png")
+
+
+def test_titles_of_long_class_names_do_not_overlap(tmp_path: Path, drawn: list[Any]) -> None:
+    classes = [f"{k}wnid_of_a_class_with_a_long_name" for k in range(5)]
+    plots.plot_step(
+        convnet(5), torch.rand(8, 3, 12, 12), torch.arange(8) % 5, classes, tmp_path / "step.png"
+    )
+    boxes = [axes.title.get_window_extent() for axes in drawn[0].axes]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert min(box.x0 for box in boxes) >= 0
 
 
 @pytest.mark.parametrize("lam2, epsilon, mixes, chosen", [
