@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import train
+from evaluate import check_corruptions
+from harness.benchmark.config import parse_eval_config
 from harness.benchmark.registry import choose_perturbations
 from harness.benchmark.store import read_cells
 from harness.errors import UserError, deferred_signals, run_script
@@ -30,7 +32,7 @@ from harness.reproduction.plan import (
 from harness.reproduction.report import read_evaluation, write_report
 from harness.training.config import TrainConfig, parse_train_config, schedule_change
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 STOPPED = (130, 143)  # exit codes of a script that Ctrl-C or SIGTERM has ended
 GRACE = 10.0  # seconds that an interrupted child has to end by itself
 
@@ -50,6 +52,8 @@ def reproduce(config: ReproduceConfig) -> None:
         check_name(arch)
         if ":" in arch:  # may be the user's own code
             build_model(arch, len(data.classes))
+    for evaluation in evaluations:  # also frost's photographs, if MTLAT_FROST_DIR names some
+        check_corruptions(parse_eval_config(evaluation.argv), data.test.images.shape[-1])
     if config.dry_run:
         list_tasks(config, tasks, progress, data)
         return

@@ -20,10 +20,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
@@ -194,7 +193,7 @@ def apply(
 
 def check_sheet(out: Path, source: Path) -> None:
     """Create the sheet's folder. Raise ValueError unless it can be an image file of its own."""
-    known = Figure().canvas.get_supported_filetypes()
+    known = _new_figure().canvas.get_supported_filetypes()
     if out.is_dir() or out.suffix[1:].lower() not in known:
         raise ValueError(
             f"--out {out} is not the name of an image file; choose one that ends with .png, as the "
@@ -203,6 +202,15 @@ def check_sheet(out: Path, source: Path) -> None:
     if out.exists() and out.samefile(source):
         raise ValueError(f"--out {out} is the source itself; name another file")
     out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _new_figure(*size: Any, **settings: Any) -> Any:
+    """Create a figure, whatever backend a notebook names and whatever a matplotlibrc says."""
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib.figure
+
+    matplotlib.rcdefaults()
+    return matplotlib.figure.Figure(*size, **settings)
 
 
 def draw_sheet(args: argparse.Namespace) -> None:
@@ -214,7 +222,7 @@ def draw_sheet(args: argparse.Namespace) -> None:
         rows.append(torch.cat([picture, *tiles], dim=3))
     sheet = torch.cat(rows, dim=2)[0].permute(1, 2, 0).numpy()
     height, width = (side / args.size for side in sheet.shape[:2])  # in tiles
-    figure = Figure((1.5 * width + 1.5, 1.5 * height + 0.3), dpi=150)
+    figure = _new_figure((1.5 * width + 1.5, 1.5 * height + 0.3), dpi=150)
     left, top = 1.5 / figure.get_figwidth(), 1 - 0.3 / figure.get_figheight()
     axes = figure.add_axes((left, 0, 1 - left, top))
     axes.imshow(sheet, aspect="auto")
@@ -324,7 +332,7 @@ def save(image: Tensor, path: Path, *, png: bool) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield the file to write, which takes the name `path` once it is complete."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two may write one tree
+    unfinished = path.with_name(f".{os.getpid()}.tmp")  # two may write one tree
     try:
         yield unfinished
         os.replace(unfinished, path)

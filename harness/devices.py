@@ -43,7 +43,9 @@ def resolve_device(name: str) -> str:
 
 def environment_info(device: str) -> dict[str, str]:
     """Return the versions and the hardware that results depend on besides the settings."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    root = Path(__file__).resolve().parent.parent  # and no repository around it
+    git = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
+    git += ["describe", "--always", "--dirty"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:

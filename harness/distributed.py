@@ -12,11 +12,14 @@ computation.
 """
 
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from itertools import zip_longest
+from threading import Timer
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -27,6 +30,7 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 # Longer than any batch takes. It ends a job in which a process hangs. A process that dies is
 # noticed at once, by its closed connections and by torchrun.
 TIMEOUT = timedelta(minutes=30)
+PATIENCE = 10.0  # seconds before a process says that it waits for the others
 
 T = TypeVar("T")
 
@@ -69,7 +73,7 @@ def process_group() -> Iterator[None]:
     global _job
     with ExitStack() as stack:
         if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
-            with _peer_errors():
+            with _peer_errors(), _deadly_signals():
                 try:
                     int(os.environ.get("LOCAL_RANK", ""))
                     store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
@@ -92,6 +96,27 @@ def process_group() -> Iterator[None]:
     if _job.world_size > 1:  # not after an error: the others may be in the middle of an exchange
         dist.destroy_process_group()
         _job = _Job()
+
+
+@contextmanager
+def _deadly_signals() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the process, and say after a while what it waits for.
+
+    torch waits for the other processes in C++, where no handler of Python runs.
+    """
+    said = "waiting for the other processes: WORLD_SIZE is {WORLD_SIZE}, and this is RANK {RANK}"
+    note = Timer(PATIENCE, lambda: print(said.format_map(os.environ), file=sys.stderr, flush=True))
+    note.daemon = True
+    note.start()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, handler in handlers.items():
+            signal.signal(number, handler if handler is signal.SIG_IGN else signal.SIG_DFL)
+        yield
+    finally:
+        note.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _fresh_store(store: Any, rank: int, world_size: int) -> Any:

@@ -90,6 +90,8 @@ def run_script(
         if isinstance(stream, io.TextIOWrapper):  # no file name may end the run
             stream.reconfigure(errors="backslashreplace")
     code = 2
+    if hasattr(signal, "SIGCHLD"):  # where it is ignored, every child seems to end with code 0
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     previous = signal.signal(signal.SIGTERM, _raise_interrupt)
     report = sys.unraisablehook
     sys.unraisablehook = partial(_repeat_interrupt, report)
@@ -139,6 +141,8 @@ def _describe(error: Exception, how_to_resume: str) -> str:
         return str(error)
     if out_of_memory(error):
         return "out of memory: lower --batch-size or --size; train.py can also take --amp bf16"
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        return "no more threads can be started: raise the limit of processes or of memory (ulimit)"
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest
         return f"the output pipe was closed; what was finished is kept, {how_to_resume}"

@@ -88,7 +88,7 @@ def _lock(file: Any, folder: Path, wait: bool) -> bool:
         print(f"waiting for another run that writes into {folder}", file=sys.stderr)
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
             return False
         raise
     return True

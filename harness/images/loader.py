@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness import distributed
+from harness.errors import UserError, out_of_memory
 
 PREFETCH = 8  # minibatches that a thread gathers ahead: two steps of four
 
@@ -32,12 +33,23 @@ def map_images(path: Path, labels: list[int], size: int) -> ImageSet:
         path: N * 3 * size * size bytes.
         labels: the N class indices.
         size: side of the images in pixels.
+
+    Raises:
+        UserError: the file system maps no files.
     """
     shape, mapping = (len(labels), 3, size, size), None
     images = np.empty((0, *shape[1:]), np.uint8)
     if labels:  # an empty file cannot be mapped
         with open(path, "rb") as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                if out_of_memory(error):
+                    raise
+                raise UserError(
+                    f"{path}: its file system maps no files into memory ({error.strerror}): choose"
+                    " a --cache-dir on another one"
+                ) from None
         images = np.frombuffer(mapping, np.uint8).reshape(shape)
     with warnings.catch_warnings(action="ignore"):  # that torch has no read-only tensors
         return ImageSet(torch.from_numpy(images), torch.tensor(labels).long(), mapping)

@@ -1,0 +1,153 @@
+"""Start the scripts with odd environment variables, settings of Matplotlib and signals."""
+
+import errno
+import importlib.util
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import reproduce
+from corruptions.__main__ import main as corruptions_main
+from harness.devices import environment_info
+from harness.errors import UserError, is_explained
+from harness.images.loader import map_images
+
+ROOT = Path(reproduce.__file__).parent
+ODD = "text.usetex: True\nimage.origin: lower\nsavefig.dpi: 300\nfont.family: serif\n"
+NO_BACKEND = {"MPLBACKEND": "module://no_such_backend"}
+
+
+def start(code: str, cwd: Path, **variables: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def run(code: str, cwd: Path, **variables: str) -> tuple[int, str, str]:
+    process = start(code, cwd, **variables)
+    out, err = process.communicate()
+    return process.returncode, out.strip(), err
+
+
+def test_figures_ignore_the_settings_of_a_notebook_and_of_a_matplotlibrc(tmp_path: Path) -> None:
+    (tmp_path / "matplotlibrc").write_text(ODD)
+    keys = ("text.usetex", "image.origin", "savefig.dpi", "font.family", "text.parse_math")
+    code = f"from harness.benchmark.plots import rcParams; print([rcParams[k] for k in {keys}])"
+    _, out, err = run(code, tmp_path, **NO_BACKEND)
+    assert out == "[False, 'upper', 'figure', ['serif'], False]", err
+
+
+def test_a_sheet_ignores_them_too(tmp_path: Path) -> None:
+    Image.fromarray(np.arange(3072, dtype=np.uint8).reshape(32, 32, 3)).save(tmp_path / "a.png")
+    code = "from corruptions.__main__ import main; main('a.png --only fog --size 32 --out'.split()"
+    made = []
+    for rc, variables in (("", {}), (ODD.replace("font.family: serif\n", ""), NO_BACKEND)):
+        (tmp_path / "matplotlibrc").write_text(rc)
+        out = f"{len(rc)}.png"
+        assert run(f"{code} + [{out!r}])", tmp_path, **variables)[0] == 0
+        made.append((tmp_path / out).read_bytes())
+    assert made[0] == made[1]
+
+
+def test_an_ignored_sigchld_hides_no_exit_code(tmp_path: Path) -> None:
+    code = """if True:
+        import signal, subprocess, sys
+        from harness.errors import run_script
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        run_script(lambda: sys.exit(subprocess.call([sys.executable, "-c", "exit(3)"])))
+    """
+    assert run(code, tmp_path)[0] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    code = """if True:
+        from harness import distributed
+        from harness.errors import run_script
+        distributed.PATIENCE = 0.1
+        run_script(lambda: None)
+    """
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    process = start(code, tmp_path, **place, MASTER_PORT="0")
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    assert said == "waiting for the other processes: WORLD_SIZE is 2, and this is RANK 0\n"
+    time.sleep(0.2)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == -number
+
+
+def test_a_limit_of_threads_is_explained() -> None:
+    assert is_explained(RuntimeError("can't start new thread"))
+
+
+def test_a_link_to_reproduce_finds_the_other_scripts(tmp_path: Path) -> None:
+    link = tmp_path / "link.py"
+    link.symlink_to(ROOT / "reproduce.py")
+    spec = importlib.util.spec_from_file_location("link", link)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (module.ROOT / "train.py").exists()
+
+
+def test_the_revision_is_that_of_this_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = environment_info("cpu")["revision"]
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "other"], check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert environment_info("cpu")["revision"] == own
+    monkeypatch.delenv("GIT_DIR")
+    inside = tmp_path / "copy" / "harness" / "devices.py"  # without a repository of its own
+    monkeypatch.setattr("harness.devices.__file__", str(inside))
+    assert environment_info("cpu")["revision"] == "unknown"
+
+
+def test_a_missing_folder_of_frost_is_found_before_a_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTLAT_FROST_DIR", str(tmp_path / "none"))
+    monkeypatch.setattr(reproduce, "run_task", lambda _: pytest.fail("a training was started"))
+    out = tmp_path / "out"
+    argv = "--size 32 --archs cnn4 --device cpu --data".split()
+    with pytest.raises(UserError, match="frost"):
+        reproduce.main([*argv, str(folder), "--cache-dir", str(tmp_path), "--output-dir", str(out)])
+    assert not out.exists()
+
+
+def test_a_tree_of_corruptions_has_names_of_full_length(tmp_path: Path) -> None:
+    name = "x" * 250
+    (tmp_path / "set" / "class").mkdir(parents=True)
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "set/class" / f"{name}.png")
+    out = tmp_path / "out"
+    corruptions_main([str(tmp_path / "set"), "--out", str(out), "--size", "32", "--only", "fog"])
+    assert [path.name for path in (out / "fog/5/class").iterdir()] == [f"{name}.JPEG"]
+
+
+def test_a_file_system_that_maps_no_files_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    (tmp_path / "pixels").write_bytes(bytes(12))
+    with pytest.raises(UserError, match="choose a --cache-dir on another one"):
+        map_images(tmp_path / "pixels", [0], 2)
