@@ -1,7 +1,8 @@
 """M-TLAT: train on mixed images, and on mixed images attacked towards a random class.
 
 Laugros, Caplier and Ospici, "Addressing Neural Network Robustness with Mixup and Targeted
-Labeling Adversarial Training", 2020 (arXiv:2008.08384). One file, torch only: copy it.
+Labeling Adversarial Training", 2020 (arXiv:2008.08384). One file, torch only: copy it. Comments
+that begin with "Reading" mark what the paper leaves open, and the alternative, if any.
 
     loss = F.cross_entropy(model(x), y)                     # before
     loss = mtlat_loss(model, x, y, num_classes=100)         # after; pixels of x in [0, 1]
@@ -16,8 +17,6 @@ in [0, 1]. A model is an nn.Module that returns logits (B, N), an object with `.
 or list that begins with logits; or a function that calls no DDP and no BatchNorm in training mode.
 Bad input raises ValueError or TypeError with value, rule and fix. On a GPU each check, such as that
 of the pixels, stops after it has passed once. Keep images in float32: bfloat16 rounds the attack.
-
-Comments that begin with "Reading" mark what the paper leaves open, and the alternative, if any.
 """
 
 import math
@@ -269,24 +268,26 @@ def log_odds_against(logits: Tensor, y: Tensor) -> Tensor:
 
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
-    """Let gradients reach the input alone, and keep running statistics unchanged."""
+    """Let gradients reach the input alone, and keep running statistics. One thread at a time."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     changes: list[Any] = [(m, "track_running_stats", False) for m in modules if m.training]
     own = [m for m, *_ in changes if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
     changes += [(m, b, None) for m in own for b in ("running_mean", "running_var")]  # moved anyway
     # Compiled models compute the weights' gradients if these require any, and DDP awaits them.
-    changes += [(p, "requires_grad", False) for m in modules for p in m.parameters(recurse=False)]
+    slots = [(m._parameters, *slot) for m in modules for slot in m._parameters.items()]
+    changes += [(p, "requires_grad", False) for *_, p in slots]
     changes += [(m, "forward", m.module.__call__) for m in modules if isinstance(m, DDP)]
     # Lightning Fabric's hook raises in a backward pass that Fabric did not start, such as this.
     changes += [(m, "_register_backward_hook", lambda output: output) for m in modules]
     with ExitStack() as after:
+        heirs: Any = ((d[k], p) for d, k, p in slots if d.get(k, p) is not p)  # of fully_shard
+        after.callback(lambda: [heir.requires_grad_(p.requires_grad) for heir, p in heirs])
         if not modules:
             after.enter_context(nn.modules.module.register_module_forward_pre_hook(_refuse_hidden))
         for owner, name, value in changes:
             if (old := getattr(owner, name, None)) is not None and getattr(owner, "is_leaf", True):
-                inherited = callable(old) and name not in vars(owner)  # a method of the class
-                undo = (delattr, owner, name) if inherited else (setattr, owner, name, old)
-                after.callback(*undo)
+                held = name in vars(owner) or not callable(old)  # and no method of the class
+                after.callback(*((setattr, owner, name, old) if held else (delattr, owner, name)))
                 setattr(owner, name, value)
         yield
 
@@ -294,8 +295,7 @@ def frozen(model: Model) -> Iterator[None]:
 def _refuse_hidden(m: nn.Module, _: Any) -> None:
     """Raise if a function calls a module that `frozen` would have to change."""
     if isinstance(m, DDP) or (m.training and getattr(m, "track_running_stats", False)):
-        hidden = f"the model is a function that hides {type(m).__name__} from the attack"
-        raise TypeError(f"{hidden}; give an nn.Module: its `.logits` or first output is taken")
+        raise TypeError(f"the model is a function that hides {type(m).__name__}: give an nn.Module")
 
 
 def _per_image(name: str, value: Numbers, like: Tensor) -> Tensor:

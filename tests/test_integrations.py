@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -112,6 +114,24 @@ def one_process() -> Iterator[None]:
 @runs("DistributedDataParallel")
 def test_distributed_data_parallel(run: Run) -> None:
     check_trained(run().model)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("attack", ["targeted_fgsm", "pgd", "cw2", "an error"])
+def test_an_attack_leaves_the_weights_of_fully_shard_trainable(attack: str) -> None:
+    model, x, y = network(4), images(0, 6), torch.arange(6) % 4
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    if attack == "targeted_fgsm":
+        mtlat.targeted_fgsm(model, x, y, 0.1)
+    elif attack == "an error":
+        with pytest.raises(RuntimeError):
+            mtlat.targeted_fgsm(model, x[:, :2], y, 0.1)
+    else:  # the last forward pass has no backward pass
+        more = {"restarts": 2} if attack == "pgd" else {}
+        getattr(attacks, attack)(model, x, y, steps=3, **more)
+    assert all(p.requires_grad for p in model.parameters())
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @runs("Accelerate")

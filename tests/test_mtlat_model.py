@@ -460,3 +460,25 @@ def test_normalize():
     for numbers in (halves, list(halves), (0, 0, 1)):
         state = mtlat.Normalize(numbers, [1, 1, 2]).state_dict()
         assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+class OfTheHead(nn.Module):
+    """A network whose `parameters`, for the optimizer, are those of its last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(192, 8), nn.Linear(8, 4)
+
+    def parameters(self):
+        return self.head.parameters()
+
+    def forward(self, x):
+        return self.head(self.body(x.flatten(1)).relu())
+
+
+def test_a_model_may_override_parameters():
+    model, x, y = OfTheHead(), images(0, 5), torch.arange(5) % 4
+    seen = []
+    model.body.register_forward_hook(lambda m, *_: seen.append(m.weight.requires_grad))
+    mtlat.mtlat_loss(model, x, y, num_classes=4).backward()
+    assert seen == [True, False, True] and model.body.weight.grad is not None
