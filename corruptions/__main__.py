@@ -193,7 +193,8 @@ def apply(
 
 def check_sheet(out: Path, source: Path) -> None:
     """Create the sheet's folder. Raise ValueError unless it can be an image file of its own."""
-    known = _new_figure().canvas.get_supported_filetypes()
+    with _plotting() as new_figure:
+        known = new_figure().canvas.get_supported_filetypes()
     if out.is_dir() or out.suffix[1:].lower() not in known:
         raise ValueError(
             f"--out {out} is not the name of an image file; choose one that ends with .png, as the "
@@ -204,13 +205,15 @@ def check_sheet(out: Path, source: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _new_figure(*size: Any, **settings: Any) -> Any:
-    """Create a figure, whatever backend a notebook names and whatever a matplotlibrc says."""
+@contextmanager
+def _plotting() -> Iterator[Any]:
+    """Yield Matplotlib's Figure, without a notebook's backend and the user's matplotlibrc."""
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib.figure
 
-    matplotlib.rcdefaults()
-    return matplotlib.figure.Figure(*size, **settings)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield matplotlib.figure.Figure
 
 
 def draw_sheet(args: argparse.Namespace) -> None:
@@ -222,16 +225,17 @@ def draw_sheet(args: argparse.Namespace) -> None:
         rows.append(torch.cat([picture, *tiles], dim=3))
     sheet = torch.cat(rows, dim=2)[0].permute(1, 2, 0).numpy()
     height, width = (side / args.size for side in sheet.shape[:2])  # in tiles
-    figure = _new_figure((1.5 * width + 1.5, 1.5 * height + 0.3), dpi=150)
-    left, top = 1.5 / figure.get_figwidth(), 1 - 0.3 / figure.get_figheight()
-    axes = figure.add_axes((left, 0, 1 - left, top))
-    axes.imshow(sheet, aspect="auto")
-    middles = [args.size * (tile + 0.5) for tile in range(max(len(rows), 6))]
-    axes.set_yticks(middles[: len(rows)], args.only)
-    axes.set_xticks(middles[:6], ["clean", *map(str, SEVERITIES)])
-    axes.set_frame_on(False)
-    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-    figure.savefig(args.out)
+    with _plotting() as new_figure:
+        figure = new_figure((1.5 * width + 1.5, 1.5 * height + 0.3), dpi=150)
+        left, top = 1.5 / figure.get_figwidth(), 1 - 0.3 / figure.get_figheight()
+        axes = figure.add_axes((left, 0, 1 - left, top))
+        axes.imshow(sheet, aspect="auto")
+        middles = [args.size * (tile + 0.5) for tile in range(max(len(rows), 6))]
+        axes.set_yticks(middles[: len(rows)], args.only)
+        axes.set_xticks(middles[:6], ["clean", *map(str, SEVERITIES)])
+        axes.set_frame_on(False)
+        axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+        figure.savefig(args.out)
 
 
 def write_tree(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import rc_context, rcParams
 from PIL import Image
 
 import reproduce
@@ -58,6 +59,11 @@ def test_a_sheet_ignores_them_too(tmp_path: Path) -> None:
         assert run(f"{code} + [{out!r}])", tmp_path, **variables)[0] == 0
         made.append((tmp_path / out).read_bytes())
     assert made[0] == made[1]
+    with rc_context({"figure.dpi": 77}):  # of a program that calls it
+        corruptions_main(
+            [str(tmp_path / "a.png"), "--only", "fog", "--out", str(tmp_path / "b.png")]
+        )
+        assert rcParams["figure.dpi"] == 77
 
 
 def test_an_ignored_sigchld_hides_no_exit_code(tmp_path: Path) -> None:
