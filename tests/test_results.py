@@ -35,8 +35,9 @@ def small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name, arch",
     [("tiny20", "resnet18"), ("tiny20/epochs12", "resnet18"), ("tiny20/augmented12", "resnet18"),
-     ("tiny20/epochs20", "resnet18"), ("tiny50", "resnet18"), ("tiny50/epochs20", "resnet18"),
-     ("tiny50/vgg", "resnet18"), ("resnext20", "resnext50_32x4d")],
+     ("tiny20/epochs20", "resnet18"), ("tiny20/augmented20", "resnet18"), ("tiny50", "resnet18"),
+     ("tiny50/epochs20", "resnet18"), ("tiny50/vgg", "resnet18"),
+     ("resnext20", "resnext50_32x4d")],
 )  # fmt: skip
 def test_the_tables_are_made_from_the_cells(name: str, arch: str, tmp_path: Path) -> None:
     for file in (RESULTS / name).glob("*.jsonl"):
