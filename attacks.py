@@ -11,11 +11,11 @@ float32 or float64 in [0, 1], and y is (B,) int64. x_adv is a new tensor like x,
 a graph. Attacks run in eval mode (call eval() yourself on modules that a function or a Python list
 hides) and full precision (no autocast, no TF32), compute the gradient of the input alone, and leave
 modes, parameters, their .grad and running statistics unchanged. Do not attack one model from two
-threads at once, nor a sharded one by CW2 or PGD with restarts: all processes take part in its
-forward passes, whose number depends on the images. Except for PGD's random starts, an image's
-result does not depend on the rest of the batch, up to the model's rounding. Costs are per image: F
-forward passes, B backward passes to the input. Bad input raises ValueError or TypeError with the
-value, the rule and the fix.
+threads at once. Do not attack a sharded model by CW2, or by PGD with restarts: the number of their
+forward passes depends on the images, and every process must make all of them. Except for PGD's
+random starts, an image's result does not depend on the rest of the batch, up to the model's
+rounding. Costs are per image: F forward passes, B backward passes to the input. Bad input raises
+ValueError or TypeError with the value, the rule and the fix.
 
 What the paper leaves open, the reading taken here, and the option for another one:
  1. PGD's step is 2.5 epsilon / steps, here 0.01 (Madry et al.). Otherwise: `step_size`.

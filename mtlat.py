@@ -268,25 +268,25 @@ def log_odds_against(logits: Tensor, y: Tensor) -> Tensor:
 
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
-    """Let gradients reach the input alone, and keep running statistics. One thread at a time."""
+    """Let gradients reach the input alone, and keep running statistics. Not for two threads."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     changes: list[Any] = [(m, "track_running_stats", False) for m in modules if m.training]
     own = [m for m, *_ in changes if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
     changes += [(m, b, None) for m in own for b in ("running_mean", "running_var")]  # moved anyway
     # Compiled models compute the weights' gradients if these require any, and DDP awaits them.
-    slots = [(m._parameters, *slot) for m in modules for slot in m._parameters.items()]
+    slots = [(m, k, p) for m in modules for k, p in m._parameters.items() if p is not None]
     changes += [(p, "requires_grad", False) for *_, p in slots]
     changes += [(m, "forward", m.module.__call__) for m in modules if isinstance(m, DDP)]
     # Lightning Fabric's hook raises in a backward pass that Fabric did not start, such as this.
     changes += [(m, "_register_backward_hook", lambda output: output) for m in modules]
     with ExitStack() as after:
-        heirs: Any = ((d[k], p) for d, k, p in slots if d.get(k, p) is not p)  # of fully_shard
-        after.callback(lambda: [heir.requires_grad_(p.requires_grad) for heir, p in heirs])
+        new = ((q, p) for m, k, p in slots if isinstance(q := getattr(m, k, None), nn.Parameter))
+        after.callback(lambda: [q.requires_grad_(p.requires_grad) for q, p in new])  # fully_shard's
         if not modules:
             after.enter_context(nn.modules.module.register_module_forward_pre_hook(_refuse_hidden))
         for owner, name, value in changes:
             if (old := getattr(owner, name, None)) is not None and getattr(owner, "is_leaf", True):
-                held = name in vars(owner) or not callable(old)  # and no method of the class
+                held = name in vars(owner) or not callable(old)  # if not, a method of the class
                 after.callback(*((setattr, owner, name, old) if held else (delattr, owner, name)))
                 setattr(owner, name, value)
         yield

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import sys
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -336,7 +337,7 @@ def save(image: Tensor, path: Path, *, png: bool) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield the file to write, which takes the name `path` once it is complete."""
-    unfinished = path.with_name(f".{os.getpid()}.tmp")  # two may write one tree
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")  # two may write one tree
     try:
         yield unfinished
         os.replace(unfinished, path)

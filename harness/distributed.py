@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from itertools import zip_longest
-from threading import Timer
+from threading import Timer, current_thread, main_thread
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -102,13 +102,18 @@ def process_group() -> Iterator[None]:
 def _deadly_signals() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the process, and say after a while what it waits for.
 
-    torch waits for the other processes in C++, where no handler of Python runs.
+    torch waits for the other processes in C++, where no handler of Python runs. Handlers belong to
+    the main thread; in another one they stay as they are.
     """
-    said = "waiting for the other processes: WORLD_SIZE is {WORLD_SIZE}, and this is RANK {RANK}"
+    said = (
+        "waiting for the other processes (WORLD_SIZE is {WORLD_SIZE}, and this is RANK {RANK}):"
+        " start them, or unset WORLD_SIZE"
+    )
     note = Timer(PATIENCE, lambda: print(said.format_map(os.environ), file=sys.stderr, flush=True))
     note.daemon = True
     note.start()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         for number, handler in handlers.items():
             signal.signal(number, handler if handler is signal.SIG_IGN else signal.SIG_DFL)

@@ -52,11 +52,12 @@ def atomic_write(path: Path, content: bytes | memoryview | str) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     """Create a folder and hold its lock: only one run at a time writes into it.
 
     The operating system releases the lock of a process that dies, whose temporary files are then
-    removed. On Windows, and on file systems without locks, nothing is locked or removed.
+    removed. On Windows, and on file systems without locks, nothing is locked or removed, and the
+    block gets False instead of True.
 
     Args:
         folder: created with its parents if it does not exist.
@@ -67,10 +68,11 @@ def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "wb") as file:
-        if _lock(file, folder, wait):
+        locked = _lock(file, folder, wait)
+        if locked:
             for stale in folder.glob(".*.unfinished"):
                 stale.unlink()
-        yield
+        yield locked
 
 
 def _lock(file: Any, folder: Path, wait: bool) -> bool:

@@ -482,3 +482,27 @@ def test_a_model_may_override_parameters():
     model.body.register_forward_hook(lambda m, *_: seen.append(m.weight.requires_grad))
     mtlat.mtlat_loss(model, x, y, num_classes=4).backward()
     assert seen == [True, False, True] and model.body.weight.grad is not None
+
+
+class Changing(nn.Module):
+    """A network that registers a weight without a value, sets it, and drops another."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.dropped = nn.Linear(192, 4), nn.Parameter(torch.ones(4))
+        self.register_parameter("scale", None)
+
+    def forward(self, x):
+        self.dropped = None
+        if self.scale is None:
+            self.scale = nn.Parameter(torch.ones(4))
+        return self.scale * self.body(x.flatten(1))
+
+
+@pytest.mark.parametrize("make", [Changing, lambda: torch.jit.script(network(4).eval())])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_weights_may_come_and_go_and_a_script_may_be_attacked(make):
+    model, x, y = make(), images(0, 5), torch.arange(5) % 4
+    x_adv = attacks.pgd(model, x, y, steps=2)
+    assert x_adv.shape == x.shape and not torch.equal(x_adv, x)
+    assert all(p.requires_grad for p in model.parameters())

@@ -48,7 +48,7 @@ def test_the_tables_are_made_from_the_cells(name: str, arch: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("page", ["tiny20", "tiny50", "resnext20", "../docs/evidence"])
-def test_the_intervals_of_the_pages_are_those_of_the_tables(page: str) -> None:
+def test_every_interval_of_the_pages_stands_in_a_table(page: str) -> None:
     tables = "".join(path.read_text() for path in RESULTS.glob("**/tables.md"))
     path = RESULTS / page / "README.md" if (RESULTS / page).is_dir() else RESULTS / f"{page}.md"
     found = re.findall(r"[+-]?[\d.]+ \([+-][\d.]+ to [+-][\d.]+\)", path.read_text())

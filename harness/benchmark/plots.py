@@ -26,9 +26,9 @@ from mtlat import ALPHA, EPSILON_MAX, Draws, draw, frozen, mixup, target_labels,
 DPI = 150  # of the figures: the report shows them at their size in inches
 GRAY = "#9aa0a6"
 PALETTE = ("#1f6feb", "#d1495b", "#2a9d63", "#e09f3e", "#7b4ea3", "#17a2b8", "#8c5a3c", "#e377c2")
-_FONTS: Any = {key: rcParams[key] for key in ("font.family", "font.sans-serif")}
+_FONTS: Any = {k: v for k, v in rcParams.items() if k.startswith("font.") and k != "font.size"}
 rcdefaults()  # a matplotlibrc may ask for LaTeX, another size, or images upside down
-rcParams.update(_FONTS)  # which may have the script of the user's names
+rcParams.update(_FONTS)  # the default one may lack the letters of the class names
 rcParams["text.parse_math"] = False  # a $ in the name of a class or a model is a $
 
 

@@ -13,9 +13,10 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 from PIL import Image
 from tqdm import tqdm
 
@@ -67,8 +68,8 @@ def decode_cached(source: Files, part: str) -> tuple[ImageSet, list[File], int]:
 
     The cache file is named by a hash of everything that decides its pixels, so that a change of
     any file or setting makes a new one. A file is known by its name, size and modification time:
-    another of equal size and time in its place is not noticed. The manifest is written last: a
-    cache file without one, or with a wrong checksum, is decoded again.
+    another of equal size and time in its place is not noticed. A cache file without a manifest, or
+    with a wrong checksum, is decoded again.
 
     Args:
         source: the files and settings.
@@ -81,14 +82,20 @@ def decode_cached(source: Files, part: str) -> tuple[ImageSet, list[File], int]:
     pixels = source.pixels_path()
     manifest = pixels.with_suffix(".json")
     if (found := _read_cache(pixels, manifest, part)) is None:
-        with lock_folder(source.cache_dir, wait=True):
-            if (
-                found := _read_cache(pixels, manifest, part)
-            ) is None:  # no other run made it meanwhile
-                record = _write_pixels(pixels, source, part)
+        with lock_folder(source.cache_dir, wait=True) as locked:
+            found = _read_cache(pixels, manifest, part)  # another run may have made it meanwhile
+            if found is None:
+                # Without locks, another machine may write here, too.
+                unfinished = Path(f"{pixels}{'' if locked else '.' + platform.node()}.part")
+                note = unfinished.with_suffix(".note")
+                record = _write_pixels(unfinished, note, source, part)
                 if pixels != source.pixels_path():
+                    note.unlink()
+                    unfinished.unlink()
                     raise UserError(f"{source.root} changed while it was read; start again")
                 atomic_write(manifest, json.dumps(record))
+                os.replace(unfinished, pixels)
+                note.unlink()
                 found = _read_cache(pixels, manifest, part)
     if found is None:
         raise UserError(f"{pixels} differs from what was written: is the disk full or faulty?")
@@ -120,23 +127,21 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _write_pixels(pixels: Path, source: Files, part: str) -> dict[str, Any]:
+def _write_pixels(unfinished: Path, note: Path, source: Files, part: str) -> dict[str, Any]:
     """Decode the files into one file. Returns the manifest, whose checksum covers both.
 
-    After every `NOTE_BYTES` of pixels a note says how far it has come. An interrupted decoding goes
-    on there.
+    After every `NOTE_BYTES` of pixels, and at the end, the note says how far the decoding has come.
+    If it is interrupted, it continues there.
     """
-    root, files, size, resize, skip_bad_images, _ = source
+    root, files, size, resize, skip_bad_images, folder = source
     each = 3 * size**2
-    # With the machine's name, because several may write one folder of a file system without locks.
-    unfinished = pixels.with_name(f"{pixels.name}.{platform.node()}.part")
-    note = unfinished.with_suffix(".note")
-    done, skipped, crc = _read_note(note, unfinished, each, part)
+    done, skipped, crc = _read_note(unfinished, note, source, part)
     written = (done - len(skipped)) * each
-    _require_space(pixels.parent, part, len(files) * each - written)
     try:
-        with open(unfinished, "r+b" if written else "wb") as sink:
+        with open(unfinished, "r+b" if done else "wb") as sink:
+            sink.truncate(written)  # what the note does not cover takes room, too
             sink.seek(written)
+            _require_space(folder, part, len(files) * each - written)
             decoded = decode_all(root, files[done:], size, resize)
             bar = tqdm(decoded, f"decoding {part}", len(files), unit="img", disable=None,
                        initial=done)  # fmt: skip
@@ -154,32 +159,36 @@ def _write_pixels(pixels: Path, source: Files, part: str) -> dict[str, Any]:
                         " such files out with --skip-bad-images, and evaluate.py then does for its"
                         " networks)"
                     )
-                if done % max(1, NOTE_BYTES // each) == 0:
-                    _flush(sink)
-                    atomic_write(note, json.dumps([done, skipped, crc]))
-            _flush(sink)
+                if done % max(1, NOTE_BYTES // each) == 0 or done == len(files):
+                    sink.flush()
+                    os.fsync(sink.fileno())
+                    atomic_write(note, json.dumps([PIL.__version__, done, skipped, crc]))
     except BaseException:
         if not note.exists():
             unfinished.unlink(missing_ok=True)
         raise
-    os.replace(unfinished, pixels)
-    note.unlink(missing_ok=True)
     bad = set(skipped)
     labels = [file.label for file in files if file.path not in bad]
     record = {"shape": [len(labels), 3, size, size], "labels": labels, "skipped": skipped}
     return {**record, "crc": checksum(record, crc)}
 
 
-def _read_note(note: Path, unfinished: Path, each: int, part: str) -> tuple[int, list[str], int]:
+def _read_note(
+    unfinished: Path, note: Path, source: Files, part: str
+) -> tuple[int, list[str], int]:
     """Return how many files an interrupted decoding has read, the skipped ones, and a checksum."""
     try:
-        done, skipped, crc = json.loads(note.read_bytes())
+        version, done, skipped, crc = json.loads(note.read_bytes())
+        size = (done - len(skipped)) * 3 * source.size**2
         with open(unfinished, "rb") as file:
-            pixels = mmap.mmap(file.fileno(), (done - len(skipped)) * each, access=mmap.ACCESS_READ)
-        if checksum_pixels(pixels, part) == crc:
+            pixels = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        again = (decode(source.root / path, source.size, source.resize) for path in skipped)
+        still_bad = all(isinstance(image, str) for image in again)  # the disk was not just away
+        if version == PIL.__version__ and still_bad and checksum_pixels(pixels, part) == crc:
             return done, skipped, crc
-    except (OSError, ValueError, TypeError):  # there is none, or one of the two is damaged
-        pass
+    except (OSError, ValueError, TypeError, OverflowError) as error:  # no note, or a damaged one
+        if out_of_memory(error):
+            raise
     return 0, [], 0
 
 
@@ -191,13 +200,8 @@ def _require_space(folder: Path, part: str, size: int) -> None:
             f"decoding {part} takes {size / 1e9:.1f} GB, and {folder} has {disk.free / 1e9:.1f} GB"
             " of free space: choose another --cache-dir, or a smaller --size"
         )
-    if size > 1e9:  # takes minutes, and without a terminal there is no progress bar
+    if size > 1e9:  # a decoding of minutes, which has no progress bar without a terminal
         print(f"decoding {part}: {size / 1e9:.1f} GB into {folder}", file=sys.stderr, flush=True)
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def checksum_pixels(pixels: mmap.mmap | bytes, part: str) -> int:

@@ -588,3 +588,12 @@ def test_torchrun_starts_a_killed_job_again_to_the_same_bits(folder, tmp_path):
     assert states_equal(ours["model"], theirs["model"])
     assert states_equal(ours["optimizer"], theirs["optimizer"])
     assert [row["loss1"] for row in ours["log"]] == [row["loss1"] for row in theirs["log"]]
+
+
+def test_a_job_may_be_joined_in_another_thread() -> None:
+    def join() -> Any:
+        with distributed._deadly_signals():
+            return signal.getsignal(signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(join).result() is signal.getsignal(signal.SIGINT) is not signal.SIG_DFL

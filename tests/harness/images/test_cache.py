@@ -1,9 +1,12 @@
 """Decode folders of which the decoding is interrupted, or for which the disk has no room."""
 
+import errno
+import os
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import PIL
 import pytest
 import torch
 
@@ -23,7 +26,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Decoded:
     decode = cache.decode
 
     def spy(path: Path, *settings: Any) -> Any:
-        names.append(path.name)
+        names.append(f"{path.parent.name}/{path.name}")
         return decode(path, *settings)
 
     monkeypatch.setattr(cache, "decode", spy)
@@ -59,10 +62,9 @@ def test_a_decoding_goes_on_where_it_was_interrupted(
     folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch, count: int,
     bad: bool,
 ) -> None:  # fmt: skip
-    if bad:  # two training images, before the first note and before the second
-        names = sorted(str(path) for path in folder.rglob("*.*"))
-        for name in (names[0], names[5]):
-            Path(name).write_bytes(b"no image")
+    broken = ["class0/0.png", "class0/5.png"] if bad else []  # before and after the first note
+    for name in broken:
+        (folder / name).write_bytes(b"no image")
     whole = load(folder, tmp_path / "whole", skip_bad_images=bad)
     expected = list(decoded)
     decoded.clear()
@@ -75,7 +77,8 @@ def test_a_decoding_goes_on_where_it_was_interrupted(
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: room)
     decoded.clear()
     again = load(folder, tmp_path / "cache", skip_bad_images=bad)
-    assert decoded == expected[noted:]
+    skipped = [name for name in expected[:noted] if name in broken]  # looked at again
+    assert decoded == skipped + expected[noted:]
     for one, other in zip((again.train, again.test), (whole.train, whole.test), strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
     assert (again.fingerprint, again.paths) == (whole.fingerprint, whole.paths)
@@ -91,7 +94,9 @@ def test_an_interruption_before_the_first_note_leaves_nothing(
     assert files(tmp_path / "cache") == {""}
 
 
-@pytest.mark.parametrize("damage", ["pixels", "end", "part", "note", "no note", "count"])
+@pytest.mark.parametrize(
+    "damage", ["pixels", "end", "part", "note", "no note", "count", "number", "type", "version"]
+)
 def test_a_damaged_part_is_decoded_again(
     folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -115,10 +120,97 @@ def test_a_damaged_part_is_decoded_again(
         case "no note":
             note.unlink()
         case "count":
-            note.write_text(note.read_text().replace("[9", "[6"))
+            note.write_text(note.read_text().replace(", 9,", ", 6,"))
+        case "number":
+            note.write_text(note.read_text().replace(", 9,", f", {10**30},"))
+        case "type":
+            note.write_text(note.read_text().replace(", 9,", ', "9",'))
+        case "version":
+            note.write_text(note.read_text().replace(PIL.__version__, "1.0"))
     decoded.clear()
     assert torch.equal(load(folder, tmp_path / "cache").train.images, whole.train.images)
     assert len(decoded) == len(whole.train.labels) + len(whole.test.labels)
+
+
+def test_a_part_longer_than_its_note_is_cut(
+    folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load(folder, tmp_path / "whole")
+    decoded.clear()
+    interrupt_at(10, decoded, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        load(folder, tmp_path / "cache")
+    (part,) = (tmp_path / "cache").glob("*.part")
+    part.write_bytes(part.read_bytes()[: 9 * EACH] + bytes(40 * EACH))
+    assert torch.equal(load(folder, tmp_path / "cache").train.images, whole.train.images)
+
+
+def test_files_that_were_away_for_a_while_are_not_left_out(
+    folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = (folder / "class0/0.png").read_bytes()
+    stat = (folder / "class0/0.png").stat()
+    (folder / "class0/0.png").write_bytes(bytes(len(content)))
+    os.utime(folder / "class0/0.png", ns=(0, stat.st_mtime_ns))
+    interrupt_at(10, decoded, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        load(folder, tmp_path / "cache", skip_bad_images=True)
+    (folder / "class0/0.png").write_bytes(content)
+    os.utime(folder / "class0/0.png", ns=(0, stat.st_mtime_ns))
+    assert len(load(folder, tmp_path / "cache", skip_bad_images=True).train.labels) == 27
+
+
+@pytest.mark.parametrize("moment", ["pixels_path", "atomic_write", "replace"])
+def test_nothing_is_decoded_again_after_the_last_image(
+    folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Interrupt while the stamps are compared, the manifest is written, and the file is renamed."""
+    monkeypatch.setattr(cache, "NOTE_BYTES", 5 * EACH)  # not at the end
+    place = {"pixels_path": cache.Files, "atomic_write": cache, "replace": cache.os}[moment]
+    function = getattr(place, moment)
+
+    def interrupted(*arguments: Any) -> Any:
+        ended = len(decoded) == 27 and not str(arguments[0]).endswith(".note")
+        if ended and not (moment == "replace" and ".part" not in str(arguments[0])):
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, moment, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load(folder, tmp_path / "cache")
+    assert len(decoded) == 27
+    again = load(folder, tmp_path / "cache")
+    assert len(decoded) == 30 and len(again.train.labels) == 27  # the test images are left
+    assert files(tmp_path / "cache") == {"", ".u8", ".json"}
+
+
+def test_full_memory_does_not_discard_a_part(
+    folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(10, decoded, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        load(folder, tmp_path / "cache")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.mmap, "mmap", full)
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            load(folder, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.part"))) == 1
+
+
+def test_machines_without_locks_write_files_of_their_own(
+    folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.files.fcntl", None)
+    monkeypatch.setattr(cache.platform, "node", lambda: "here")
+    interrupt_at(10, decoded, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        load(folder, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.u8.here.part"))) == 1
 
 
 def test_a_bad_file_leaves_no_part(folder: Path, tmp_path: Path, decoded: Decoded) -> None:
