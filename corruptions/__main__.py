@@ -10,6 +10,7 @@ To resume an interrupted tree, run the same command again.
 """
 
 import argparse
+import errno
 import hashlib
 import itertools
 import json
@@ -134,7 +135,10 @@ def main(argv: list[str] | None = None) -> None:
                 "pass an image or a folder of class folders"
             )
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message += "; free some space, and run the same command again: what was written is kept"
+        _fail(message)
     except RuntimeError as error:  # torch's texts may have many lines
         _fail(str(error).partition("\n")[0] or type(error).__name__)
     except ValueError as error:

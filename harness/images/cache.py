@@ -196,9 +196,11 @@ def _require_space(folder: Path, part: str, size: int) -> None:
     """Raise `UserError` unless the disk has room for the pixels. Say where many of them go."""
     disk = shutil.disk_usage(folder)
     if 0 < disk.total and disk.free < size:  # a file system that does not know says 0
+        begun = sum(path.stat().st_size for path in folder.glob("*.part"))
         raise UserError(
-            f"decoding {part} takes {size / 1e9:.1f} GB, and {folder} has {disk.free / 1e9:.1f} GB"
-            " of free space: choose another --cache-dir, or a smaller --size"
+            f"decoding {part} takes {size / 1e9:.3g} GB, and {folder} has {disk.free / 1e9:.3g} GB"
+            " of free space: choose another --cache-dir, or a smaller --size, or remove *.part"
+            f" there, which are of interrupted decodings ({begun / 1e9:.3g} GB)"
         )
     if size > 1e9:  # a decoding of minutes, which has no progress bar without a terminal
         print(f"decoding {part}: {size / 1e9:.1f} GB into {folder}", file=sys.stderr, flush=True)

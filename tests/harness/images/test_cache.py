@@ -227,7 +227,10 @@ def test_a_disk_without_room_is_refused_before_anything_is_decoded(
     usage = namedtuple("usage", "total free")
     free = 27 * EACH  # what the training part takes
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage(10**9, free - 1))
-    with pytest.raises(UserError, match=r"decoding train takes .* choose another --cache-dir"):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "other.u8.part").write_bytes(bytes(2_000_000))
+    said = r"takes 5.18e-06 GB, .* choose another --cache-dir, .* decodings \(0\.002 GB\)"
+    with pytest.raises(UserError, match=said):
         load(folder, tmp_path / "cache")
     assert not decoded
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage(0, 0))  # is not known
