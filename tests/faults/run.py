@@ -202,13 +202,13 @@ def two_at_once(bench: Bench) -> None:
 def full_and_read_only_disks(bench: Bench) -> None:
     for name in ("train", "evaluate"):
         whole = bench.whole(name).folder
-        for part in ("out", "cache"):
+        for part, reason in (("out", "free some space"), ("cache", "of free space: choose")):
             used = sum(path.stat().st_size for path in (whole / part).rglob("*") if path.is_file())
             for share in [0.3] if bench.rounds < 10 else [0, 0.2, 0.4, 0.6, 0.8]:
                 folder = bench.fresh(name)
                 with small_disk(folder / part, max(4096, int(share * used))) as disk:
                     limited = prepared(disk.limit)
-                    refused(run(bench.scripts[name], folder, limited), "free some space")
+                    refused(run(bench.scripts[name], folder, limited), reason)
                     disk.enlarge()
                     bench.finishes(name, folder)
             folder = bench.fresh(name)
