@@ -3,6 +3,7 @@
 import errno
 import os
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from harness.images.datasets import Dataset, load_dataset
 SIDE = 8
 EACH = 3 * SIDE**2  # bytes of an image
 Decoded = list[str]
+Interrupt = Callable[..., None]
 
 
 @pytest.fixture
@@ -39,17 +41,26 @@ def load(folder: Path, cache_dir: Path, **settings: Any) -> Dataset:
     return load_dataset(str(folder), size=SIDE, cache_dir=cache_dir, **settings)
 
 
-def interrupt_at(count: int, decoded: Decoded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the decoding of file `count` be interrupted, once."""
-    spy = cache.decode
+@pytest.fixture
+def interrupt(
+    folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
+) -> Interrupt:
+    """Return a function that loads the folder, and interrupts it before it decodes file `count`."""
 
-    def interrupted(path: Path, *settings: Any) -> Any:
-        if len(decoded) == count:
-            monkeypatch.setattr(cache, "decode", spy)
-            raise KeyboardInterrupt
-        return spy(path, *settings)
+    def run(count: int, **settings: Any) -> None:
+        def interrupted(path: Path, *rest: Any) -> Any:
+            if len(decoded) == count:
+                raise KeyboardInterrupt
+            return spy(path, *rest)
 
-    monkeypatch.setattr(cache, "decode", interrupted)
+        spy = cache.decode
+        decoded.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(cache, "decode", interrupted)
+            load(folder, tmp_path / "cache", **settings)
+        decoded.clear()
+
+    return run
 
 
 def files(folder: Path) -> set[str]:
@@ -59,18 +70,20 @@ def files(folder: Path) -> set[str]:
 @pytest.mark.parametrize("bad", [False, True])
 @pytest.mark.parametrize("count", [3, 8, 9, 26])
 def test_a_decoding_goes_on_where_it_was_interrupted(
-    folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch, count: int,
+    folder: Path,
+    tmp_path: Path,
+    decoded: Decoded,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
     bad: bool,
-) -> None:  # fmt: skip
+    interrupt: Interrupt,
+) -> None:
     broken = ["class0/0.png", "class0/5.png"] if bad else []  # before and after the first note
     for name in broken:
         (folder / name).write_bytes(b"no image")
     whole = load(folder, tmp_path / "whole", skip_bad_images=bad)
     expected = list(decoded)
-    decoded.clear()
-    interrupt_at(count, decoded, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        load(folder, tmp_path / "cache", skip_bad_images=bad)
+    interrupt(count, skip_bad_images=bad)
     noted = count // 3 * 3
     rest = (len(whole.train.labels) + 4 * bad - noted) * EACH
     room = namedtuple("room", "total free")(10**9, max(3 * EACH, rest))
@@ -86,11 +99,9 @@ def test_a_decoding_goes_on_where_it_was_interrupted(
 
 
 def test_an_interruption_before_the_first_note_leaves_nothing(
-    folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, interrupt: Interrupt
 ) -> None:
-    interrupt_at(2, decoded, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        load(folder, tmp_path / "cache")
+    interrupt(2)
     assert files(tmp_path / "cache") == {""}
 
 
@@ -98,13 +109,10 @@ def test_an_interruption_before_the_first_note_leaves_nothing(
     "damage", ["pixels", "end", "part", "note", "no note", "count", "number", "type", "version"]
 )
 def test_a_damaged_part_is_decoded_again(
-    folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch, damage: str
+    folder: Path, tmp_path: Path, decoded: Decoded, damage: str, interrupt: Interrupt
 ) -> None:
     whole = load(folder, tmp_path / "whole")
-    decoded.clear()
-    interrupt_at(10, decoded, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        load(folder, tmp_path / "cache")
+    interrupt(10)
     (part,), (note,) = ((tmp_path / "cache").glob(f"*.{kind}") for kind in ("part", "note"))
     content = part.read_bytes()
     assert len(content) >= 9 * EACH
@@ -133,28 +141,23 @@ def test_a_damaged_part_is_decoded_again(
 
 
 def test_a_part_longer_than_its_note_is_cut(
-    folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, interrupt: Interrupt
 ) -> None:
     whole = load(folder, tmp_path / "whole")
-    decoded.clear()
-    interrupt_at(10, decoded, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        load(folder, tmp_path / "cache")
+    interrupt(10)
     (part,) = (tmp_path / "cache").glob("*.part")
     part.write_bytes(part.read_bytes()[: 9 * EACH] + bytes(40 * EACH))
     assert torch.equal(load(folder, tmp_path / "cache").train.images, whole.train.images)
 
 
 def test_files_that_were_away_for_a_while_are_not_left_out(
-    folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, interrupt: Interrupt
 ) -> None:
     content = (folder / "class0/0.png").read_bytes()
     stat = (folder / "class0/0.png").stat()
     (folder / "class0/0.png").write_bytes(bytes(len(content)))
     os.utime(folder / "class0/0.png", ns=(0, stat.st_mtime_ns))
-    interrupt_at(10, decoded, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        load(folder, tmp_path / "cache", skip_bad_images=True)
+    interrupt(10, skip_bad_images=True)
     (folder / "class0/0.png").write_bytes(content)
     os.utime(folder / "class0/0.png", ns=(0, stat.st_mtime_ns))
     assert len(load(folder, tmp_path / "cache", skip_bad_images=True).train.labels) == 27
@@ -186,11 +189,9 @@ def test_nothing_is_decoded_again_after_the_last_image(
 
 
 def test_full_memory_does_not_discard_a_part(
-    folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: Interrupt
 ) -> None:
-    interrupt_at(10, decoded, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        load(folder, tmp_path / "cache")
+    interrupt(10)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
@@ -203,13 +204,11 @@ def test_full_memory_does_not_discard_a_part(
 
 
 def test_machines_without_locks_write_files_of_their_own(
-    folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: Interrupt
 ) -> None:
     monkeypatch.setattr("harness.files.fcntl", None)
     monkeypatch.setattr(cache.platform, "node", lambda: "here")
-    interrupt_at(10, decoded, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        load(folder, tmp_path / "cache")
+    interrupt(10)
     assert len(list((tmp_path / "cache").glob("*.u8.here.part"))) == 1
 
 
