@@ -74,8 +74,8 @@ TESTS = {
     ],
     "harness/cli.py": ["harness/test_cli.py", "test_bad_input.py"],
     "harness/cnn.py": ["harness/test_cnn.py", "test_train.py"],
-    "harness/devices.py": ["harness/test_devices.py", *TRAINING],
-    "harness/distributed.py": ["harness/test_distributed.py"],
+    "harness/devices.py": ["harness/test_devices.py", "test_environment.py", *TRAINING],
+    "harness/distributed.py": ["test_environment.py", "harness/test_distributed.py"],
     "harness/errors.py": [
         "harness/test_files.py",
         "harness/test_damaged_files.py",
@@ -105,7 +105,11 @@ TESTS = {
     "harness/benchmark/store.py": ["harness/benchmark/test_store.py", "harness/test_files.py"],
     "harness/benchmark/subjects.py": [*BENCHMARK, "harness/test_models.py"],
     "harness/benchmark/tables.py": TABLES,
-    "harness/images/cache.py": [*DATASETS, "harness/images/test_preprocess.py"],
+    "harness/images/cache.py": [
+        "harness/images/test_cache.py",
+        *DATASETS,
+        "harness/images/test_preprocess.py",
+    ],
     "harness/images/corrupted.py": ["harness/images/test_corrupted.py", *BENCHMARK],
     "harness/images/datasets.py": DATASETS,
     "harness/images/embedded.py": [
