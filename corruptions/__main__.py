@@ -83,11 +83,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("source", type=Path, help="an image file, or a folder of class folders")
     parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
+        "--out", type=Path, required=True,
         help="file of the contact sheet, or folder of the tree that evaluate.py --imagenet-c reads",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--size",
         type=_whole(MIN_SIDE, 2**14),
@@ -97,12 +95,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=_whole(0), default=0, help="seed of all draws (default: 0)")
     parser.add_argument(
-        "--only",
-        nargs="+",
-        metavar="NAME",
+        "--only", nargs="+", metavar="NAME",
         help="corruptions to apply (default: the nineteen of the benchmark); may name those for "
         "validation, too",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--png", action="store_true", help="write lossless PNG files instead of ImageNet-C's JPEG"
     )
