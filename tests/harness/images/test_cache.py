@@ -17,6 +17,7 @@ from harness.images.datasets import Dataset, load_dataset
 
 SIDE = 8
 EACH = 3 * SIDE**2  # bytes of an image
+NOTE_BYTES = cache.NOTE_BYTES
 Decoded = list[str]
 Interrupt = Callable[..., None]
 
@@ -102,6 +103,14 @@ def test_an_interruption_before_the_first_note_leaves_nothing(
     tmp_path: Path, interrupt: Interrupt
 ) -> None:
     interrupt(2)
+    assert files(tmp_path / "cache") == {""}
+
+
+def test_a_small_set_gets_no_note_before_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: Interrupt
+) -> None:
+    monkeypatch.setattr(cache, "NOTE_BYTES", NOTE_BYTES)
+    interrupt(26)
     assert files(tmp_path / "cache") == {""}
 
 
