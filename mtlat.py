@@ -268,7 +268,7 @@ def log_odds_against(logits: Tensor, y: Tensor) -> Tensor:
 
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
-    """Let gradients reach the input alone, and keep running statistics. Not for two threads."""
+    """Let gradients reach the input alone, and keep running statistics. Not thread-safe."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     changes: list[Any] = [(m, "track_running_stats", False) for m in modules if m.training]
     own = [m for m, *_ in changes if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
@@ -281,7 +281,7 @@ def frozen(model: Model) -> Iterator[None]:
     changes += [(m, "_register_backward_hook", lambda output: output) for m in modules]
     with ExitStack() as after:
         new = ((q, p) for m, k, p in slots if isinstance(q := getattr(m, k, None), nn.Parameter))
-        after.callback(lambda: [q.requires_grad_(p.requires_grad) for q, p in new])  # fully_shard's
+        after.callback(lambda: [q.requires_grad_(p.requires_grad) for q, p in new])  # of FSDP2
         if not modules:
             after.enter_context(nn.modules.module.register_module_forward_pre_hook(_refuse_hidden))
         for owner, name, value in changes:

@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
             )
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message += "; free some space, and run the same command again: what was written is kept"
         _fail(message)
     except RuntimeError as error:  # torch's texts may have many lines

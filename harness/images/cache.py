@@ -90,12 +90,12 @@ def decode_cached(source: Files, part: str) -> tuple[ImageSet, list[File], int]:
                 note = unfinished.with_suffix(".note")
                 record = _write_pixels(unfinished, note, source, part)
                 if pixels != source.pixels_path():
-                    note.unlink()
+                    note.unlink(missing_ok=True)
                     unfinished.unlink()
                     raise UserError(f"{source.root} changed while it was read; start again")
                 atomic_write(manifest, json.dumps(record))
                 os.replace(unfinished, pixels)
-                note.unlink()
+                note.unlink(missing_ok=True)
                 found = _read_cache(pixels, manifest, part)
     if found is None:
         raise UserError(f"{pixels} differs from what was written: is the disk full or faulty?")
@@ -183,8 +183,11 @@ def _read_note(
         with open(unfinished, "rb") as file:
             pixels = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         again = (decode(source.root / path, source.size, source.resize) for path in skipped)
-        still_bad = all(isinstance(image, str) for image in again)  # the disk was not just away
-        if version == PIL.__version__ and still_bad and checksum_pixels(pixels, part) == crc:
+        if (
+            version == PIL.__version__
+            and all(isinstance(image, str) for image in again)  # the disk was not just away
+            and checksum_pixels(pixels, part) == crc
+        ):
             return done, skipped, crc
     except (OSError, ValueError, TypeError, OverflowError) as error:  # no note, or a damaged one
         if out_of_memory(error):

@@ -162,7 +162,7 @@ def test_a_failed_write_leaves_no_file_and_full_memory_is_a_line(
     command = [str(source), "--out", str(out), "--size", "32", *ONLY]
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
-        refused(command, "free some space, and run the same command again", capsys)
+        refused(command, "No space left on device; free some space, and run the same", capsys)
     assert not list(out.rglob("*.tmp"))
     monkeypatch.setattr(__main__, "upright_rgb", Mock(side_effect=MemoryError))
     refused(command, "out of memory: lower --size", capsys)
