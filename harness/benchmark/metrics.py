@@ -160,10 +160,12 @@ def _scores(
             shares = tuple(cell["correct"] / cell["n"] for cell in found)
             accuracy, n = fmean(shares), min(cell["n"] for cell in found)
             low, high = wilson(accuracy * n, n)
-            interval = robustness(low, base), robustness(high, base)
-            if name in outcomes and "clean" in outcomes and 0 < accuracy:
-                interval = paired.robustness_interval(outcomes[name], outcomes["clean"])
             ratio = robustness(accuracy, base)
+            interval = robustness(low, base), robustness(high, base)
+            if name == "clean":
+                interval = ratio, ratio  # by definition
+            elif name in outcomes and "clean" in outcomes and 0 < accuracy:
+                interval = paired.robustness_interval(outcomes[name], outcomes["clean"])
             scores[name] = Score(accuracy, low, high, n, ratio, "", shares, *interval)
     return scores
 

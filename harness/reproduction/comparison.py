@@ -217,12 +217,13 @@ def comparison_caption(rows: Sequence[Compared]) -> str:
     first = rows[0]
     entries = [entry for row in rows for entry in row.entries.values()]
     seeds = max(len(entry.values) for entry in entries)
-    spread = f"; mean ± sample standard deviation of {seeds} seeds" if seeds > 1 else ""
+    spread = f"mean ± sample standard deviation of {seeds} seeds"
+    spread = spread if seeds > 1 else "one seed: the verdicts are about these networks alone"
     mark = "; !: an attack check failed" if any(entry.doubted for entry in entries) else ""
     what = "clean accuracy" if first.table == 3 else "clean accuracy, then R"
     return (
         f"Table {first.table}, {first.arch} beside the paper's {first.paper_arch}: {what}"
-        f"{spread}; + and - against standard, in parentheses where undecided{mark}"
+        f"; {spread}; + and - against standard, in parentheses where undecided{mark}"
     )
 
 
@@ -249,7 +250,7 @@ def _rounded(name: str, value: float) -> str:
 
 def orders_table(found: Sequence[Order]) -> list[list[str]]:
     """Format the orders as text: a header, then a row for each."""
-    table = [["quantity", "model", "ours", "paper", "difference, 95 %", "verdict"]]
+    table = [["quantity", "model", "ours", "paper", "difference, 95 %", "verdict, uncorrected"]]
     for order in found:
         ours, theirs = [], []
         for method, entry in order.entries.items():

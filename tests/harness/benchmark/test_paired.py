@@ -1,4 +1,4 @@
-"""Test the paired intervals: coverage, the bootstrap, closed forms, and degenerate cases."""
+"""Test the paired intervals: coverage, a bootstrap, closed forms, and degenerate cases."""
 
 import math
 
@@ -81,34 +81,61 @@ def test_the_interval_is_that_of_a_plain_bootstrap():
     assert np.quantile(ratios, (0.025, 0.975)) == pytest.approx(own, abs=0.005)
 
 
-def test_near_0_the_interval_is_the_bootstraps():
+def widened(error, *images):
+    """Return half of a 95 % interval that imagined images widen, by their shares of the value."""
+    return 1.959964 * math.sqrt(error**2 + sum(share**2 for share in images))
+
+
+def test_near_0_imagined_images_widen_the_interval():
     random = np.random.default_rng(3)
     c = d = (random.random(400) < 0.7).astype(float)
     a, b = np.zeros(400), np.zeros(400)
     a[np.flatnonzero(c)[:3]] = 1
     found = paired.compare_robustness(a, c, b, d)
-    assert found.low >= 0 and not found.p < 0.01  # three images of 400 decide little
     resampled = [a[i].mean() / c[i].mean() for i in random.integers(400, size=(4000, 400))]
-    assert np.quantile(resampled, (0.025, 0.975)) == pytest.approx(found[1:3], abs=0.003)
+    half = widened(np.std(resampled), 1 / c.sum(), 1 / c.sum())
+    assert found.high - found.value == pytest.approx(half, rel=0.03)
+    assert found.low < 0 < found.value - 1.7 * np.std(resampled)  # three images decide little
     assert found.p == 0.25 > 2 * np.mean(np.array(resampled) <= 0)  # of a sign test, 3 to 0
     clean, b[-1] = np.arange(400) < 50.0, 1  # R of the second is 1 of 50: nearly that of the first
     found = paired.compare_robustness(a, np.ones(400), b, clean)
-    assert found.p == paired._bootstrap(a, np.ones(400), b, clean)[2] > 0.3
+    assert found.p > stats.binomtest(3, 4, 400 / 450).pvalue > 0.3  # that of the delta method
     b[-1] = 0
     a[np.flatnonzero(c)[:60]] = 1
     assert paired.compare_robustness(a, c, b, d).p < 0.001
-    assert paired.robustness_interval(b, c) == (0, 0)
+    low, high = paired.robustness_interval(b, c)  # of a single model none is right: a count of 0
+    assert low == 0 and high == pytest.approx(widened(0, 1 / c.sum(), 1 / c.sum()))
 
 
-def test_near_1_the_interval_is_the_bootstraps():
+def test_near_1_imagined_images_widen_the_interval():
     random = np.random.default_rng(3)
     c = (random.random(400) < 0.7).astype(float)
     a = c.copy()
     a[np.flatnonzero(c)[:3]] = 0
     resampled = [a[i].mean() / c[i].mean() for i in random.integers(400, size=(4000, 400))]
+    half = widened(np.std(resampled), 1 / c.sum(), 1 / c.sum())
     low, high = paired.robustness_interval(a, c)
-    assert (low, high) == pytest.approx(np.quantile(resampled, (0.025, 0.975)), abs=0.001)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.03)
     assert paired.compare_robustness(a, c, c, c)[1:3] == pytest.approx((low - 1, high - 1))
+
+
+@pytest.mark.parametrize("kept", [0.002, 0.998])
+def test_intervals_of_few_right_or_lost_images_cover_robustness(kept):
+    """Two of 1,000 are expected, and in 13 % of the draws there is none."""
+    random, c, covered = np.random.default_rng(10), np.ones(1000), 0
+    for _ in range(500):
+        low, high = paired.robustness_interval((random.random(1000) < kept) * 1.0, c)
+        covered += low <= kept <= high
+    assert covered / 500 >= 0.94
+
+
+def test_intervals_of_nearly_equal_models_cover_the_difference_of_accuracies():
+    """Only 0.7 images are expected to differ, and in half of the draws none does."""
+    random, c, covered = np.random.default_rng(11), np.ones(1000), 0
+    for _ in range(500):
+        found = paired.compare_accuracy(c, (random.random(1000) > 0.0007) * 1.0)
+        covered += found.low <= 0.0007 <= found.high
+    assert covered / 500 >= 0.94
 
 
 def test_influences_sum_to_nothing_and_predict_the_loss_of_an_image():
@@ -174,7 +201,7 @@ def test_accuracies_are_compared_through_a_third_by_mcnemars_test_too():
     c, d, third = np.arange(200) < 150, np.arange(200) < 145, np.arange(200) % 2
     c, d = c.astype(float), d.astype(float)
     direct = paired.compare_accuracy(c, d)
-    assert direct.p == 0.0625 and direct.low > 0  # 2 of the 32 outcomes of five coins
+    assert direct.p == 0.0625 and direct.low < 0  # 2 of the 32 outcomes of five coins
     opposite = paired.subtract(None, paired.compare_accuracy(d, c))
     assert opposite[:4] == pytest.approx(direct[:4])
     both = (paired.compare_accuracy(each, third) for each in (c, d))
@@ -239,12 +266,14 @@ def test_outcomes_survive_packing(seed, n):
     assert np.array_equal(paired.unpack(text, n), hits.numpy())
 
 
-def test_a_few_outcomes_of_either_model_take_the_bootstrap():
+def test_a_few_outcomes_of_either_model_widen_the_interval():
     c, a, b = np.zeros(400), np.zeros(400), np.zeros(400)
     c[:200], a[:100], b[:3] = 1, 1, 1
+    error = np.std(2 * (a - b) - (0.5 - 0.015) * 2 * c, ddof=1) / 20
     for one, other in ((a, b), (b, a)):
         found = paired.compare_robustness(one, c, other, c)
-        assert found[1:4] == paired._bootstrap(one, c, other, c)
+        half = widened(error, 1 / 200, 1 / 200)
+        assert found.high - found.value == found.value - found.low == pytest.approx(half)
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -258,10 +287,15 @@ def test_a_few_images_decide_no_more_than_a_sign_test(lost):
 
 
 def test_of_few_lost_images_those_lost_are_counted():
-    """The second model is right for half of the images when clean, and loses 8 of these."""
+    """The second model is right for half of the images when clean, and loses 8 of these.
+
+    The first loses none, where two thirds of the losses would be its, if R were equal.
+    """
     c, d = np.ones(1000), np.arange(1000) % 2.0
     found = paired.compare_robustness(c, c, d * (np.arange(1000) > 16), d)
-    assert found.value == pytest.approx(8 / 500) and found.p == 2 / 2**8
+    assert found.value == pytest.approx(8 / 500)
+    error = np.std((1 - 0.984) * d - (d - d * (np.arange(1000) > 16)), ddof=1) * 2 / np.sqrt(1000)
+    assert found.p == pytest.approx(2 * stats.norm.sf(8 / 500 / error)) and found.p > 1 / 3**8
 
 
 def test_of_few_right_images_the_right_ones_are_counted():
@@ -269,8 +303,10 @@ def test_of_few_right_images_the_right_ones_are_counted():
     c, d, eight = np.ones(1000), np.arange(1000) % 2.0, np.arange(1000) < 8.0
     for first, second in (((eight, c), (d * 0, d)), ((c * 0, c), (eight * d, d))):
         found = paired.compare_robustness(*first, *second)
-        assert found.p == 2 / 2 ** max(first[0].sum(), second[0].sum())
-        assert paired.compare_robustness(*second, *first).p == found.p
+        counts = int(first[0].sum()), int(second[0].sum())
+        exact = stats.binomtest(counts[0], sum(counts), 2 / 3).pvalue
+        assert found.p >= exact and paired.compare_robustness(*second, *first).p == found.p
+        assert (found.p == exact) == (counts[0] == 8)  # of the other, the delta method's is larger
 
 
 def test_accuracies_over_severities_are_compared_by_their_means():
@@ -296,12 +332,13 @@ def test_gains_do_not_make_losses_few():
     c, a = np.zeros(400), np.zeros(400)
     c[:200], a[100:300] = 1, 1  # 100 images are lost and 100 gained
     low, high = paired.robustness_interval(a, c)
-    assert (low + high) / 2 == pytest.approx(1, abs=1e-12)  # of the delta method, not the bootstrap
+    assert (low + high) / 2 == pytest.approx(1, abs=1e-12)  # of the delta method alone
 
 
-def test_resamples_without_a_right_image_are_left_out():
+def test_a_single_right_image_says_little():
     one = np.eye(10)[0]
-    assert paired.robustness_interval(one, one) == (1, 1)
+    low, high = paired.robustness_interval(one, one)
+    assert low == 0 and high == pytest.approx(1 + 1.959964 * math.sqrt(2))
 
 
 def test_equal_robustness_is_no_difference_whatever_the_rounding():
@@ -309,3 +346,22 @@ def test_equal_robustness_is_no_difference_whatever_the_rounding():
     a, b = ((np.arange(30) < right).astype(float) for right in (16, 20))
     assert a.mean() / c.mean() != b.mean() / d.mean()  # both are 0.8
     assert paired.compare_robustness(a, c, b, d).value == 0
+
+
+def test_few_right_images_decide_no_difference_of_models_with_other_clean_accuracies():
+    """R is 0.02 for both. Eighteen and two right images are expected, and 0 of these 13 % often."""
+    random, ps, covered = np.random.default_rng(9), [], 0
+    for _ in range(400):
+        u, v = random.random((2, 1000))
+        a, c, b, d = ((x < p) * 1.0 for x, p in ((u, 0.018), (u, 0.9), (v, 0.002), (v, 0.1)))
+        found = paired.compare_robustness(a, c, b, d)
+        ps.append(found.p)
+        covered += found.low <= 0 <= found.high
+    assert np.mean(np.array(ps) < 0.05) <= 0.05 and covered / 400 >= 0.93
+
+
+def test_no_differing_image_is_no_certainty():
+    c, a = np.ones(1000), (np.arange(1000) < 600) * 1.0
+    assert paired.compare_accuracy(a, a)[1:3] == pytest.approx((-0.00277, 0.00277), abs=1e-5)
+    assert paired.compare_robustness(c * 0, c, c * 0, c).high == pytest.approx(0.00277, abs=1e-5)
+    assert paired.robustness_interval(c, c)[0] == pytest.approx(1 - 0.00277, abs=1e-5)

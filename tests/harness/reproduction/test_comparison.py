@@ -301,7 +301,10 @@ def test_one_seed_has_no_spread() -> None:
     (row,) = comparison.compare(1, "resnet50", {"standard": STANDARD[:1]})
     assert comparison.format_entry("clean", row.entries["clean"]) == "80.0"
     caption = comparison.comparison_caption([row])
-    assert caption.endswith("then R; + and - against standard, in parentheses where undecided")
+    assert caption.endswith(
+        "then R; one seed: the verdicts are about these networks alone; + and - against standard,"
+        " in parentheses where undecided"
+    )
     assert tables.to_plain(row.entries["clean"])["spread"] is None
 
 
