@@ -82,9 +82,8 @@ def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | N
     influence = _influence(a, c) - _influence(b, d)
     if _few(a, c) or _few(b, d):
         found = _normal(value, influence, (1 / c.mean(), 1 / d.mean()))
-        few_right = min(a.sum(), b.sum()) < FEW
-        share = c.sum() / (c.sum() + d.sum())
-        counted = _sign_test(*((a, b) if few_right else (c - a, d - b)), share)  # right or lost
+        first, second = (a, b) if min(a.sum(), b.sum()) < FEW else (c - a, d - b)  # right or lost
+        counted = _sign_test(first, second, share=c.sum() / (c.sum() + d.sum()))
         return found._replace(p=max(found.p, counted))
     return _normal(value, influence)
 
