@@ -95,9 +95,6 @@ def glass_blur(images: Tensor, severity: int, offsets: Tensor, *, profile: int =
     value that has already been overwritten. (The original intends a swap, but its swap of NumPy
     views only copies.) The first blur uses float64 where the device has it, and SciPy's order of
     additions, because in uniform areas the last bit decides the truncation.
-
-    Args:
-        offsets: as returned by `draw_glass_blur`.
     """
     sigma, jump, _ = GLASS_BLUR[profile][severity - 1]
     wide = images.to(wide_float(images.device))
@@ -178,20 +175,12 @@ MOTION_BLUR = {
 
 
 def draw_motion_blur(stream: Stream, severity: int, size: Size, profile: int) -> Fields:
-    """Draw the direction of the motion.
-
-    Returns:
-        `angle`, float32 (B,), in degrees in [-45, 45). Positive angles point right and down.
-    """
+    """Draw `angle`: float32 (B,), degrees in [-45, 45). Positive angles point right and down."""
     return (stream.uniform().mul_(90).sub_(45),)
 
 
 def motion_blur(images: Tensor, severity: int, angle: Tensor, *, profile: int = 224) -> Tensor:
-    """Blur along a straight path, as ImageMagick does with 8 bits.
-
-    Args:
-        angle: direction of the path, (B,), in degrees.
-    """
+    """Blur along a straight path in the direction `angle`, as ImageMagick does with 8 bits."""
     radius, sigma = MOTION_BLUR[profile][severity - 1]
     return magick_motion_blur(images.float(), radius, sigma, angle)
 

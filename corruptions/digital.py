@@ -91,9 +91,6 @@ def elastic_transform(
 
     Given the same fields, the result is within 0.01 of a level of the original's. With OpenCV 4 and
     older, which round the affine map's coordinates to 1/32 px, the difference is up to 4 levels.
-
-    Args:
-        moves, along_x, along_y: as returned by `draw_elastic_transform`.
     """
     alpha, sigma, _ = ELASTIC_TRANSFORM[profile][severity - 1]
     height, width = images.shape[2:]

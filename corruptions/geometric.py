@@ -78,13 +78,12 @@ def draw_occlusion(
     bounds: Bounds = OCCLUSION,
     grey: float | None = None,
 ) -> Fields:
-    """Draw a square inside the image. All positions are equally likely.
+    """Draw the square's `side`, `top` and `left` in px, int32 (B,), and its `grey`, float32 (B,).
+
+    All positions inside the image are equally likely.
 
     Args:
         grey: gray value in [0, 1]. Default: drawn uniformly from [0, 1).
-
-    Returns:
-        `side`, `top` and `left` in px, int32 (B,); `grey`, float32 (B,).
     """
     if grey is not None and not 0 <= grey <= 1:
         raise ValueError(f"grey must be a share of full scale, from 0 to 1, got {grey}")
@@ -104,12 +103,7 @@ def occlusion(
     *,
     profile: int = 224,
 ) -> Tensor:
-    """Cover a square with a gray value.
-
-    Args:
-        side, top, left: side and position of the square in px, integers (B,).
-        grey: gray value in [0, 1], (B,).
-    """
+    """Cover a square with a gray value."""
     row, column = _pixel_grid(images)
     side, top, left = side[:, None, None], top[:, None, None], left[:, None, None]
     inside = (row >= top) & (row < top + side) & (column >= left) & (column < left + side)
@@ -128,23 +122,14 @@ def draw_color_distortion(
     *,
     bounds: Bounds = COLOR_DISTORTION,
 ) -> Fields:
-    """Draw the channel and the amount.
-
-    Returns:
-        `channel`, int32 (B,), in 0..2; `amount`, float32 (B,), as a share of full scale.
-    """
+    """Draw `channel`: int32 (B,), in 0..2; and `amount`: float32 (B,), a share of full scale."""
     return stream.integers(0, 3), _amount(stream, severity, _check_bounds(bounds, 1))
 
 
 def color_distortion(
     images: Tensor, severity: int | None, channel: Tensor, amount: Tensor, *, profile: int = 224
 ) -> Tensor:
-    """Add a constant to one channel and clip at full scale.
-
-    Args:
-        channel: 0, 1 or 2, integers (B,).
-        amount: constant as a share of full scale, (B,).
-    """
+    """Add a constant to one channel and clip at full scale."""
     chosen = torch.arange(3, device=images.device) == channel[:, None]
     added = 255 * amount[:, None] * chosen
     return (images + added[:, :, None, None]).clamp_(0, 255)
@@ -157,11 +142,7 @@ TRANSLATION: Bounds = (15, 62)
 def draw_translation(
     stream: Stream, severity: int | None, size: Size, profile: int, *, bounds: Bounds = TRANSLATION
 ) -> Fields:
-    """Draw the shifts with independent lengths and signs.
-
-    Returns:
-        `down` and `right` in px, int32 (B,).
-    """
+    """Draw `down` and `right` in px: int32 (B,), with independent lengths and signs."""
     down, right = (_length(stream, severity, bounds, size) for _ in size)
     return down.mul_(_sign(stream)), right.mul_(_sign(stream))
 
@@ -169,11 +150,7 @@ def draw_translation(
 def translation(
     images: Tensor, severity: int | None, down: Tensor, right: Tensor, *, profile: int = 224
 ) -> Tensor:
-    """Shift the image. Uncovered pixels are 0.
-
-    Args:
-        down, right: shifts in px, int32 (B,).
-    """
+    """Shift the image. Uncovered pixels are 0."""
     row, column = _pixel_grid(images)
     return _fetch(images, row - down[:, None, None], column - right[:, None, None])
 
@@ -185,11 +162,7 @@ ROTATION: Bounds = (8, 40)
 def draw_rotation(
     stream: Stream, severity: int | None, size: Size, profile: int, *, bounds: Bounds = ROTATION
 ) -> Fields:
-    """Draw the angle with a random sign.
-
-    Returns:
-        `angle` in degrees, int32 (B,).
-    """
+    """Draw `angle`: int32 (B,), in degrees, with a random sign."""
     return (_whole(stream, severity, _check_bounds(bounds, 180)).mul_(_sign(stream)),)
 
 
@@ -204,7 +177,6 @@ def rotation(
     """Rotate the image counterclockwise about its center. Uncovered pixels are 0.
 
     Args:
-        angle: (B,), in degrees.
         bilinear: interpolate bilinearly instead of taking the nearest pixel. The nearest is
             found with 16 fraction bits, like Pillow's, which also rounds the center: up to 0.3 % of
             an image's pixels, halfway between two, differ from Pillow's.

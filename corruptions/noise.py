@@ -27,7 +27,7 @@ def draw_gaussian_noise(stream: Stream, severity: int, size: Size, profile: int)
 
 
 def gaussian_noise(images: Tensor, severity: int, noise: Tensor, *, profile: int = 224) -> Tensor:
-    """Add independent normal noise, given as standard normal `noise` (B, 3, H, W)."""
+    """Add independent normal noise."""
     scale = GAUSSIAN_NOISE[profile][severity - 1]
     return torch.add(images, noise, alpha=255 * scale).clamp_(0, 255)
 
@@ -70,11 +70,7 @@ def draw_shot_noise(
 
 
 def shot_noise(images: Tensor, severity: int, counts: Tensor, *, profile: int = 224) -> Tensor:
-    """Convert the photon counts of the pixels to values.
-
-    Args:
-        counts: (B, 3, H, W). `draw_shot_noise` has drawn them from `images`, which are not used.
-    """
+    """Convert the photon `counts` of the pixels to values. `images` are not used."""
     return counts.float().mul_(255 / SHOT_NOISE[profile][severity - 1]).clamp_(0, 255)
 
 
@@ -120,12 +116,7 @@ def draw_impulse_noise(stream: Stream, severity: int, size: Size, profile: int) 
 def impulse_noise(
     images: Tensor, severity: int, flip: Tensor, salt: Tensor, *, profile: int = 224
 ) -> Tensor:
-    """Set a share of the values to 255 or 0.
-
-    Args:
-        flip: (B, 3, H, W) in [0, 1]. Values change where it is at most the share.
-        salt: (B, 3, H, W) in [0, 1]. These values become 255 where it is at most 0.5, else 0.
-    """
+    """Set values where `flip` is at most the share: 255 where `salt` is at most 0.5, else 0."""
     share = IMPULSE_NOISE[profile][severity - 1]
     pixels = images.float()
     changed = torch.le(flip, share, out=torch.empty_like(pixels))  # see `draw_shot_noise`
@@ -144,6 +135,6 @@ draw_speckle_noise = draw_gaussian_noise
 
 
 def speckle_noise(images: Tensor, severity: int, noise: Tensor, *, profile: int = 224) -> Tensor:
-    """Add normal noise in proportion to the pixel, given as standard normal (B, 3, H, W)."""
+    """Add normal noise in proportion to the pixel."""
     scale = SPECKLE_NOISE[profile][severity - 1]
     return torch.addcmul(images, images, noise, value=scale).clamp_(0, 255)

@@ -41,11 +41,9 @@ SNOW = {
 
 
 def draw_snow(stream: Stream, severity: int, size: Size, profile: int) -> Fields:
-    """Draw the flakes and their direction.
+    """Draw `noise`: standard normal, float32 (B, H, W); and `angle`: float32 (B,), in degrees.
 
-    Returns:
-        `noise`, standard normal, float32 (B, H, W); `angle`, float32 (B,), in degrees in
-        [-135, -45). Flakes fall downwards, so the one-sided path of the blur points up.
+    The angle is in [-135, -45): flakes fall downwards, so the one-sided path of the blur points up.
     """
     return stream.normal(*size), stream.uniform().mul_(90).sub_(135)
 
@@ -57,10 +55,6 @@ def snow(
 
     The snow layer is truncated to 8 bits twice. It is computed in the dtype of `noise`, so that
     float64 noise, such as the original's, rounds in the same direction as in the original.
-
-    Args:
-        noise: standard normal, floating point (B, H, W).
-        angle: direction of the motion blur, (B,), in degrees.
     """
     mean, spread, factor, threshold, radius, sigma, own = SNOW[profile][severity - 1]
     flakes = _zoom(noise * spread + mean, factor)
@@ -103,15 +97,12 @@ def draw_frost(
     *,
     frost_dir: str | PathLike[str] | None = None,
 ) -> Fields:
-    """Draw the texture and the position of the crop.
+    """Draw `which` texture, and `top` and `left` of the crop in px: int64 (B,).
 
     As in the original, the last row and column of a texture are never used.
 
     Args:
         frost_dir: as for `frost`.
-
-    Returns:
-        `which`, the index of the texture, and `top` and `left` of the crop in px, int64 (B,) each.
     """
     uniform = stream.uniform(3)
     textures = frost_textures(frost_dir, size, profile, uniform.device)
@@ -134,7 +125,6 @@ def frost(
     """Add a crop of a frost texture.
 
     Args:
-        which, top, left: as returned by `draw_frost`.
         frost_dir: folder with the original's photographs. If None, it is read from the environment
             variable MTLAT_FROST_DIR, and if that is not set, the textures are procedural.
     """
@@ -156,23 +146,18 @@ FOG = {
 
 
 def draw_fog(stream: Stream, severity: int, size: Size, profile: int) -> Fields:
-    """Draw the displacements of the plasma fractal.
+    """Draw the `displacements` of the plasma: uniform in [-1, 1), float32 (B, n * n - 1).
 
-    Returns:
-        `displacements`, uniform in [-1, 1), float32 (B, n * n - 1). n is the smallest power of two
-        that is at least the longer side. The order is the original's: levels from coarse to fine,
-        and in each level the centers, the upper edges and the left edges, row by row.
+    n is the smallest power of two that is at least the longer side. The order is the original's:
+    levels from coarse to fine, and in each level the centers, the upper edges and the left edges,
+    row by row.
     """
     side = 1 << (max(size) - 1).bit_length()
     return (stream.uniform(side * side - 1).mul_(2).sub_(1),)
 
 
 def fog(images: Tensor, severity: int, displacements: Tensor, *, profile: int = 224) -> Tensor:
-    """Add a plasma fractal, then rescale to the brightest value of the image.
-
-    Args:
-        displacements: as returned by `draw_fog`.
-    """
+    """Add a plasma fractal, then rescale to the brightest value of the image."""
     density, decay = FOG[profile][severity - 1]
     height, width = images.shape[2:]
     plasma = _plasma(displacements, decay)[:, None, :height, :width]
