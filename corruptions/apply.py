@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,19 +57,19 @@ def corrupt(
     pixels = _check_images(images)
     numbers = _check_index(index, pixels)
     profile = _check_profile(profile, pixels)
-    draw_options, options = _sort_options(name, entry, options)
+    drawn, applied = _sort_options(name, entry, options)
     height, width = pixels.shape[2:]
     out = torch.empty_like(pixels)
     chunk = _CHUNK.get(pixels.device.type, _CHUNK_ELSEWHERE) * 224 * 224 // (height * width) or 1
     for part in (slice(start, start + chunk) for start in range(0, len(pixels), chunk)):
         fields: tuple[Tensor, ...] = ()
         if entry.draw is not None:
-            if "images" in draw_options:
-                draw_options["images"] = pixels[part]
+            if "images" in drawn:
+                drawn["images"] = pixels[part]
             stream = Stream(seed, "".join(name), severity, numbers[part])  # a plain str
-            fields = entry.draw(stream, severity, (height, width), profile, **draw_options)
+            fields = entry.draw(stream, severity, (height, width), profile, **drawn)
         with torch.autocast(pixels.device.type, enabled=False):
-            raw = entry.function(pixels[part], severity, *fields, profile=profile, **options)
+            raw = entry.function(pixels[part], severity, *fields, profile=profile, **applied)
         out[part] = raw if raw.dtype == torch.uint8 else raw.add_(_TRUNCATION_GUARD).int()
     return out if images.dtype == torch.uint8 else out.to(images.dtype).div_(255)
 
@@ -152,23 +152,12 @@ def _check_profile(profile: int | str, pixels: Tensor) -> int:
 
 def _sort_options(
     name: str, entry: Corruption, options: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split `options` into the options of the draw function and of the applying function.
-
-    If the draw function has an argument `images`, its entry is None. `corrupt` sets it later.
-    """
-    drawn = _keyword_only(entry.draw) if entry.draw else set()
-    applied = _keyword_only(entry.function)
-    known = (drawn | applied) - {"images", "profile"}
+) -> tuple[dict[str, Any], ...]:
+    """Split `options` into the options of the draw function and of the applying function."""
+    drawn = inspect.getfullargspec(entry.draw).kwonlyargs if entry.draw else []
+    applied = inspect.getfullargspec(entry.function).kwonlyargs
+    known = {*drawn, *applied} - {"images", "profile"}
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"{name} has no option {unknown[0]!r}; options: {sorted(known) or 'none'}")
-    draw_options = {key: options[key] for key in drawn & options.keys()}
-    if "images" in drawn:
-        draw_options["images"] = None
-    return draw_options, {key: options[key] for key in applied & options.keys()}
-
-
-def _keyword_only(function: Callable[..., Any]) -> set[str]:
-    """Return the names of a function's keyword-only arguments."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    given = {"images": None, **options}  # `corrupt` sets the images of each chunk
+    return tuple({key: given[key] for key in keys if key in given} for keys in (drawn, applied))
