@@ -35,31 +35,25 @@ def contrast(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
     return torch.add(mean * (1 - left), images, alpha=left).clamp_(0, 255)
 
 
-# alpha (px of displacement before smoothing), sigma of the smoothing (px), affine jitter (px).
-# At 224 the original multiplies its factors by 244, a typo that affects the published images.
+# Displacement before smoothing (alpha), sigma of the smoothing and affine jitter, as shares of the
+# side. At 224 the original takes 244 px for the side, a typo that affects the published images.
 ELASTIC_TRANSFORM = {
     224: (
-        (244 * 2, 244 * 0.7, 244 * 0.1),
-        (244 * 2, 244 * 0.08, 244 * 0.2),
-        (244 * 0.05, 244 * 0.01, 244 * 0.02),
-        (244 * 0.07, 244 * 0.01, 244 * 0.02),
-        (244 * 0.12, 244 * 0.01, 244 * 0.02),
+        (2, 0.7, 0.1),
+        (2, 0.08, 0.2),
+        (0.05, 0.01, 0.02),
+        (0.07, 0.01, 0.02),
+        (0.12, 0.01, 0.02),
     ),
-    64: (
-        (0.0, 0.0, 64 * 0.08),
-        (64 * 0.05, 64 * 0.3, 64 * 0.06),
-        (64 * 0.1, 64 * 0.08, 64 * 0.06),
-        (64 * 0.1, 64 * 0.03, 64 * 0.03),
-        (64 * 0.16, 64 * 0.03, 64 * 0.02),
-    ),
-    32: (
-        (0.0, 0.0, 32 * 0.08),
-        (32 * 0.05, 32 * 0.2, 32 * 0.07),
-        (32 * 0.08, 32 * 0.06, 32 * 0.06),
-        (32 * 0.1, 32 * 0.04, 32 * 0.05),
-        (32 * 0.1, 32 * 0.03, 32 * 0.03),
-    ),
+    64: ((0, 0, 0.08), (0.05, 0.3, 0.06), (0.1, 0.08, 0.06), (0.1, 0.03, 0.03), (0.16, 0.03, 0.02)),
+    32: ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
 }
+
+
+def _elastic_lengths(severity: int, profile: int) -> list[float]:
+    """Return alpha, sigma and jitter in px."""
+    side = 244 if profile == 224 else profile
+    return [side * share for share in ELASTIC_TRANSFORM[profile][severity - 1]]
 
 
 def draw_elastic_transform(stream: Stream, severity: int, size: Size, profile: int) -> Fields:
@@ -69,13 +63,9 @@ def draw_elastic_transform(stream: Stream, severity: int, size: Size, profile: i
         `moves`, float32 (B, 3, 2), the moves of three points as (x, y) in px; `along_x` and
         `along_y`, float32 (B, H, W), uniform in [-1, 1).
     """
-    jitter = ELASTIC_TRANSFORM[profile][severity - 1][2]
-    moves, along_x, along_y = (stream.uniform(*shape) for shape in ((3, 2), size, size))
-    return (
-        moves.mul_(2 * jitter).sub_(jitter),
-        along_x.mul_(2).sub_(1),
-        along_y.mul_(2).sub_(1),
-    )
+    jitter = _elastic_lengths(severity, profile)[2]
+    fields = ((jitter, (3, 2)), (1, size), (1, size))
+    return tuple(stream.uniform(*shape).mul_(2 * most).sub_(most) for most, shape in fields)
 
 
 def elastic_transform(
@@ -92,7 +82,7 @@ def elastic_transform(
     Given the same fields, the result is within 0.01 of a level of the original's. With OpenCV 4 and
     older, which round the affine map's coordinates to 1/32 px, the difference is up to 4 levels.
     """
-    alpha, sigma, _ = ELASTIC_TRANSFORM[profile][severity - 1]
+    alpha, sigma, _ = _elastic_lengths(severity, profile)
     height, width = images.shape[2:]
     rows = torch.arange(height, dtype=torch.float32, device=images.device)[:, None]
     columns = torch.arange(width, dtype=torch.float32, device=images.device)
