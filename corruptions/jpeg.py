@@ -11,6 +11,8 @@ Constants: ITU-T T.81 (quantization tables, Annex K), JFIF 1.02 (color), libjpeg
 import torch
 from torch import Tensor
 
+Table = tuple[tuple[int, ...], ...]  # 8 x 8
+
 # ITU-T T.81, tables K.1 and K.2. Each row is one vertical frequency.
 _LUMINANCE = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -63,17 +65,8 @@ def round_trip(images: Tensor, quality: int) -> Tensor:
     luma, chroma = _from_rgb(images)
     # libjpeg pads blocks with columns before it halves the chroma, and with rows afterwards.
     chroma = _halve(_extend(_extend(chroma, 3, 16), 2, 2))
-    planes = (_extend(_extend(luma, 3, 8), 2, 8), _extend(chroma, 2, 8))
-    blocks = torch.cat([_to_blocks(plane) for plane in planes], dim=2).sub_(128)
-    blocks = _transform(_transform(blocks, _FORWARD, 1, 11), _FORWARD, 0, 15)
-    counts = [plane.numel() // 64 for plane in planes]
-    for part, table in zip(torch.split(blocks, counts, 2), (_LUMINANCE, _CHROMINANCE), strict=True):
-        _quantize(part, table, quality)
-    blocks = _transform(_transform(blocks, _INVERSE, 0, 11), _INVERSE, 1, 18)
-    parts = torch.split(blocks.add_(128).clamp_(0, 255), counts, 2)
-    luma, chroma = (
-        _from_blocks(part, plane.shape) for part, plane in zip(parts, planes, strict=True)
-    )
+    luma = _code(_extend(_extend(luma, 3, 8), 2, 8), _LUMINANCE, quality)
+    chroma = _code(_extend(chroma, 2, 8), _CHROMINANCE, quality)
     chroma = _double(chroma[:, :, : (height + 1) // 2, : (width + 1) // 2])
     return _to_rgb(luma[:, :, :height, :width], chroma[:, :, :height, :width])
 
@@ -133,21 +126,18 @@ def _interleave(planes: Tensor, dim: int) -> Tensor:
     return torch.stack([before.add_(near), after.add_(near)], dim + 1).flatten(dim, dim + 1)
 
 
-def _to_blocks(planes: Tensor) -> Tensor:
-    """Split (B, C, H, W) into 8 x 8 blocks, (8, 8, blocks): position in the block first."""
+def _code(planes: Tensor, table: Table, quality: int) -> Tensor:
+    """Encode and decode planes (B, C, H, W) in 8 x 8 blocks with a quantization table."""
     batch, channels, height, width = planes.shape
     grid = planes.reshape(batch * channels, height // 8, 8, width // 8, 8)
-    return grid.permute(2, 4, 0, 1, 3).reshape(8, 8, -1)
+    blocks = grid.permute(2, 4, 0, 1, 3).contiguous() - 128  # the position in the block first
+    blocks = _transform(_transform(blocks, _FORWARD, 1, 11), _FORWARD, 0, 15)
+    blocks = _quantize(blocks, table, quality)
+    blocks = _transform(_transform(blocks, _INVERSE, 0, 11), _INVERSE, 1, 18)
+    return blocks.add_(128).clamp_(0, 255).permute(2, 3, 0, 4, 1).reshape(planes.shape)
 
 
-def _from_blocks(blocks: Tensor, shape: torch.Size) -> Tensor:
-    """Invert `_to_blocks` for planes of `shape`."""
-    batch, channels, height, width = shape
-    grid = blocks.reshape(8, 8, batch * channels, height // 8, width // 8)
-    return grid.permute(2, 3, 0, 4, 1).reshape(shape)
-
-
-def _transform(blocks: Tensor, table: tuple[tuple[int, ...], ...], dim: int, bits: int) -> Tensor:
+def _transform(blocks: Tensor, table: Table, dim: int, bits: int) -> Tensor:
     """Multiply dimension `dim` of int32 `blocks` by the 8 x 8 `table` and divide by 2^bits."""
     out = torch.empty_like(blocks)
     sources = blocks.unbind(dim)
@@ -158,18 +148,17 @@ def _transform(blocks: Tensor, table: tuple[tuple[int, ...], ...], dim: int, bit
     return _round_shift(out, bits)
 
 
-def _quantize(coefficients: Tensor, base: tuple[tuple[int, ...], ...], quality: int) -> None:
-    """Quantize and dequantize int32 (8, 8, blocks) of 8 times the DCT in place.
+def _quantize(coefficients: Tensor, table: Table, quality: int) -> Tensor:
+    """Quantize and dequantize int32 (8, 8, ...) of 8 times the DCT.
 
     Ties round away from zero. Float32 is exact here: dividend and divisor are below 2^15.
     """
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
-    table = torch.tensor(base, device=coefficients.device)
-    entries = table.mul_(scale).add_(50).div_(100, rounding_mode="floor").clamp_(1, 255)
-    entries = entries.float()[:, :, None]
+    steps = torch.tensor(table, device=coefficients.device)[:, :, None, None, None]
+    steps = steps.mul_(scale).add_(50).div_(100, rounding_mode="floor").clamp_(1, 255).float()
     exact = coefficients.float()
-    levels = exact.abs().div_(8 * entries).add_(0.5).floor_().copysign_(exact)
-    coefficients.copy_(levels.mul_(entries))
+    levels = exact.abs().div_(8 * steps).add_(0.5).floor_().copysign_(exact)
+    return levels.mul_(steps).int()
 
 
 def _round_shift(values: Tensor, bits: int) -> Tensor:
