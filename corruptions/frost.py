@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from corruptions.rng import Stream
+from corruptions.rng import Size, Stream
 
 FROST_DIR = "MTLAT_FROST_DIR"  # environment variable with the path of the folder
 PICTURES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
@@ -46,10 +46,7 @@ def frost_source(frost_dir: str | PathLike[str] | None = None) -> str:
 
 
 def frost_textures(
-    frost_dir: str | PathLike[str] | None,
-    size: tuple[int, int],
-    profile: int,
-    device: torch.device,
+    frost_dir: str | PathLike[str] | None, size: Size, profile: int, device: torch.device
 ) -> Textures:
     """Load or generate the five textures, scaled for the profile and larger than the images.
 
@@ -88,13 +85,8 @@ def _textures(source: str, scales: tuple[float, ...], device: torch.device) -> T
 @lru_cache(maxsize=2)
 def _pictures(source: str) -> tuple[Tensor, ...]:
     """Generate the five textures, or read them from the folder `source`, uint8 (3, H, W)."""
-    if source == "procedural":
-        return tuple(
-            _texture(
-                _LOOKS[look], Stream(0, "frost texture", None, torch.tensor([number], device="cpu"))
-            )
-            for number, look in enumerate((1, 2, 2, 4, 5))  # photograph 3 is a copy of 2
-        )
+    if source == "procedural":  # photograph 3 is a copy of 2
+        return tuple(_texture(number, _LOOKS[look]) for number, look in enumerate((1, 2, 2, 4, 5)))
     return tuple(_read(Path(source) / name) for name in PICTURES)
 
 
@@ -154,7 +146,7 @@ class _Look(NamedTuple):
     crystals: int
     longest: float  # longest stem in px
     branches: int  # per side of a stem
-    lean: tuple[float, float] = (0, 0)  # angles that mix R and B with a second field, degrees
+    lean: tuple[float, float, float] = (0, 0, 0)  # degrees, to mix R, G, B and a second field
 
 
 _LOOKS = {
@@ -165,7 +157,7 @@ _LOOKS = {
             (100, 116, 123, 137, 148, 160, 178, 190, 215),
             (118, 134, 141, 155, 166, 176, 191, 202, 225),
         ),
-        lean=(35, -22),
+        lean=(35, 0, -22),
         crystals=1400,
         longest=60,
         branches=10,
@@ -206,21 +198,22 @@ _LOOKS = {
 }
 
 
-def _texture(look: _Look, stream: Stream) -> Tensor:
+def _texture(number: int, look: _Look) -> Tensor:
     """Generate crystals and match the spectrum and the levels of the photograph.
 
     Both are matched twice, because matching one changes the other.
     """
+    stream = Stream(0, "frost texture", None, torch.tensor([number], device="cpu"))
     field = np.log1p(2 * _crystals(look, stream))
     field = field / field.std() + 0.1 * _numbers(stream.normal(SIDE, SIDE))
     tint = _color(_numbers(stream.normal(SIDE, SIDE)), look.power)
     for _ in range(2):
         field = _level(_color(field, look.power), look.levels[1])
     spread = (field - field.mean()) / field.std()
-    planes = []
-    for levels, lean in zip(look.levels, (look.lean[0], 0, look.lean[1]), strict=True):
-        turn = math.radians(lean)
-        planes.append(_level(math.cos(turn) * spread + math.sin(turn) * tint / tint.std(), levels))
+    planes = [
+        _level(math.cos(turn) * spread + math.sin(turn) * tint / tint.std(), levels)
+        for levels, turn in zip(look.levels, map(math.radians, look.lean), strict=True)
+    ]
     return torch.from_numpy(np.rint(np.stack(planes)).astype(np.uint8))
 
 
