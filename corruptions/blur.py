@@ -239,9 +239,7 @@ def zoom_blur(images: Tensor, severity: int, *, profile: int = 224) -> Tensor:
     table, rows = planes.T.contiguous(), max(1, ZOOM_BAND // width)
     bands = []
     for top in range(0, height, rows):
-        pixels, weights = _zoom_matrix(
-            end, step, height, width, top, min(top + rows, height), images.device
-        )
+        pixels, weights = _zoom_matrix(end, step, height, width, top, top + rows, images.device)
         bands.append(F.embedding_bag(pixels, table, per_sample_weights=weights, mode="sum"))
     zoomed = torch.cat(bands) if len(bands) > 1 else bands[0]
     total = torch.stack(zoomed.unbind(1)).add_(planes)  # transposes faster than `.T.contiguous()`

@@ -14,6 +14,7 @@ uniformly.
 """
 
 import math
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +28,11 @@ Bounds = tuple[float, float]  # low and high end of a range
 
 def _check_bounds(bounds: Bounds, largest: float) -> Bounds:
     """Return the bounds. Raise ValueError unless they are a range from 0 to `largest`."""
-    try:
+    with suppress(TypeError, ValueError):  # not two numbers
         low, high = bounds
-        valid = 0 <= low <= high <= largest
-    except (TypeError, ValueError):  # not two numbers
-        valid = False
-    if not valid:
-        raise ValueError(f"bounds must satisfy 0 <= low <= high <= {largest:g}, got {bounds}")
-    return bounds
+        if 0 <= low <= high <= largest:
+            return bounds
+    raise ValueError(f"bounds must satisfy 0 <= low <= high <= {largest:g}, got {bounds}")
 
 
 def _amount(stream: Stream, severity: int | None, bounds: Bounds) -> Tensor:
