@@ -149,11 +149,8 @@ def main(argv: list[str] | None = None) -> None:
 def load(path: str | Path, size: int) -> Tensor:
     """Load an image as upright uint8 (3, size, size).
 
-    Args:
-        path: image file.
-        size: side in px. 224 prepares the image as for ImageNet-C: the shorter side is resized to
-            256 (bilinear) and the center is cropped. Other sizes prepare it as for
-            Tiny-ImageNet-C: it is resized to the square.
+    For 224 it is prepared as for ImageNet-C: the shorter side is resized to 256 (bilinear), and the
+    center is cropped. For other sizes it is resized to the square, as for Tiny-ImageNet-C.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
@@ -173,17 +170,9 @@ def load(path: str | Path, size: int) -> Tensor:
 def apply(
     args: argparse.Namespace, images: Tensor, name: str, severity: int, index: list[int]
 ) -> Tensor:
-    """Corrupt images with the seed, device and frost folder of the command line.
+    """Corrupt uint8 images (B, 3, H, W) as the command line says, and return them on the CPU.
 
-    Args:
-        args: the parsed command line.
-        images: uint8 (B, 3, H, W).
-        name: name of the corruption.
-        severity: 1 to 5.
-        index: indices of the B images in the dataset.
-
-    Returns:
-        uint8 (B, 3, H, W) on the CPU.
+    The other arguments are those of `corrupt`.
     """
     options = {"frost_dir": args.frost_dir} if name == "frost" else {}
     corrupted = corrupt(
@@ -321,13 +310,7 @@ def check_settings(args: argparse.Namespace, targets: list[Path]) -> None:
 
 
 def save(image: Tensor, path: Path, *, png: bool) -> None:
-    """Write an image to a file atomically.
-
-    Args:
-        image: uint8 (3, H, W) on the CPU.
-        path: target file. Its parent folders are created.
-        png: write PNG instead of JPEG.
-    """
+    """Write an image, uint8 (3, H, W) on the CPU, atomically, and create its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"format": "PNG"} if png else _PUBLISHED
     with _replacing(path) as unfinished:

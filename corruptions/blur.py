@@ -1,7 +1,7 @@
 """ImageNet-C's blur corruptions: defocus, glass, motion and zoom blur, and gaussian_blur.
 
-Given the same fields, the result of `glass_blur` is the original's, and the others are equal to it
-up to rounding. `corruptions.registry` has the conventions, and says what truncation may change.
+`corruptions.registry` has the conventions. Given the same fields, the result of `glass_blur` is the
+original's, and the others are equal to it up to rounding.
 """
 
 import math
@@ -77,11 +77,10 @@ GLASS_BLUR = {
 
 
 def draw_glass_blur(stream: Stream, severity: int, size: Size, profile: int) -> Fields:
-    """Draw the offset of the source of each pixel.
+    """Draw `offsets`: int32 (B, passes, 2, H - 2 d, W - 2 d) in [-d, d).
 
-    Returns:
-        `offsets`, int32 (B, passes, 2, H - 2 d, W - 2 d) in [-d, d). Element [b, p, :, i, j] is
-        the (row, column) offset of pixel (d + 1 + i, d + 1 + j).
+    Element [b, p, :, i, j] is the (row, column) offset of the source of pixel (d + 1 + i,
+    d + 1 + j).
     """
     _, jump, passes = GLASS_BLUR[profile][severity - 1]
     height, width = size
@@ -194,8 +193,7 @@ def magick_motion_blur(planes: Tensor, radius: int, sigma: float, angle: Tensor)
 
     Args:
         planes: floating point (B, C, H, W) in [0, 255].
-        radius: in px.
-        sigma: standard deviation of the half Gaussian along the path, in px.
+        radius, sigma: as in `MOTION_BLUR`.
         angle: direction of the path, (B,), in degrees.
 
     Returns:
@@ -271,14 +269,10 @@ def _zoom_matrix(
 
 
 def zoom_axis(side: int, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the source coordinates of the pixels of an enlarged axis.
+    """Compute the source coordinates of the pixels of an axis enlarged by `factor`, at least 1.
 
     As in the original, the central ceil(side / factor) pixels are stretched with aligned corners.
     The stretched length is rounded, and its central `side` pixels are kept.
-
-    Args:
-        side: length of the axis in px.
-        factor: zoom factor, at least 1.
 
     Returns:
         int64 (side,), the last source coordinate before each pixel, and float64 (side,), the

@@ -1,8 +1,7 @@
 """ImageNet-C's digital corruptions: contrast, elastic_transform, pixelate, jpeg, saturate.
 
-The results of `elastic_transform` and `saturate` are equal to the original's up to rounding, with
-the exception that `elastic_transform` states. The others are the original's. `corruptions.registry`
-has the conventions, and says what truncation may change.
+`corruptions.registry` has the conventions. Given the same fields, the results are the original's:
+`saturate` up to rounding, and `elastic_transform` within the error that it states.
 """
 
 import warnings
@@ -57,11 +56,10 @@ def _elastic_lengths(severity: int, profile: int) -> list[float]:
 
 
 def draw_elastic_transform(stream: Stream, severity: int, size: Size, profile: int) -> Fields:
-    """Draw the affine jitter and the displacements before smoothing.
+    """Draw the affine jitter and the displacements before smoothing, all float32.
 
-    Returns:
-        `moves`, float32 (B, 3, 2), the moves of three points as (x, y) in px; `along_x` and
-        `along_y`, float32 (B, H, W), uniform in [-1, 1).
+    `moves`: (B, 3, 2), the moves of three points as (x, y) in px; `along_x` and `along_y`:
+    (B, H, W), uniform in [-1, 1).
     """
     jitter = _elastic_lengths(severity, profile)[2]
     fields = ((jitter, (3, 2)), (1, size), (1, size))

@@ -52,11 +52,7 @@ _INVERSE = tuple(zip(*_FORWARD, strict=True))
 
 
 def round_trip(images: Tensor, quality: int) -> Tensor:
-    """Encode images as JPEG and decode them.
-
-    Args:
-        images: RGB, uint8 (B, 3, H, W).
-        quality: JPEG quality, 1 to 100.
+    """Encode RGB images, uint8 (B, 3, H, W), as JPEG of `quality` 1 to 100, and decode them.
 
     Returns:
         RGB, int32 (B, 3, H, W) in 0..255.

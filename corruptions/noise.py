@@ -1,7 +1,6 @@
 """ImageNet-C's noise corruptions: gaussian_noise, shot_noise, impulse_noise, speckle_noise.
 
-Given the same fields, the results are the original's. `corruptions.registry` has the conventions,
-and says what truncation may change.
+`corruptions.registry` has the conventions. Given the same fields, the results are the original's.
 """
 
 from functools import cache
@@ -43,15 +42,12 @@ SHOT_NOISE = {
 def draw_shot_noise(
     stream: Stream, severity: int, size: Size, profile: int, *, images: Tensor
 ) -> Fields:
-    """Draw Poisson-distributed photon counts for the pixels of `images`.
+    """Draw `counts`: Poisson-distributed photons for the pixels of `images`, int32 (B, 3, H, W).
 
     The rate of a pixel x is x / 255 times the photons at full scale. One 32-bit word per value is
     used twice. Its low bits select a slot of the rate's alias table, and the whole word decides
     between the two counts of the slot (A. J. Walker, ACM TOMS 3, 1977). The probabilities are exact
     to the resolution of the words.
-
-    Returns:
-        `counts`, int32 (B, 3, H, W).
     """
     thresholds, aliases = (
         torch.from_numpy(table).to(images.device)

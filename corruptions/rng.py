@@ -94,13 +94,8 @@ class Stream:
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """Draw int32 in [low, high).
 
-        The product below is one float32 rounding of u * n with u <= 1 - 2^-24. It never reaches n,
-        so the result is in the range and equal on all devices.
-
-        Args:
-            low: lowest value.
-            high: highest value plus 1, at most low + 2^16. Up to this limit the probabilities of
-                the values are equal to within a relative 2^-8.
-            shape: shape of the draws of one image.
+        high - low is at most 2^16. Up to this limit the probabilities of the values are equal to
+        within a relative 2^-8. The product below is one float32 rounding of u * n with
+        u <= 1 - 2^-24. It never reaches n, so the result is in the range and equal on all devices.
         """
         return self.uniform(*shape).mul_(high - low).to(torch.int32).add_(low)

@@ -60,12 +60,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
-    """Resize the shorter side to `resize`, bilinear and antialiased, and cut out the center.
+    """Resize the shorter side to `resize` px, and cut out the center, `size` (up to `resize`) px.
 
-    Args:
-        image: of any shape.
-        resize: length of the resized side in pixels.
-        size: side of the square that is cut out, up to `resize`.
+    Resizing is bilinear and antialiased.
     """
     short = min(image.size)
     if max(image.size) > 1000 * short:  # as a whole, it might not fit into memory

@@ -1,7 +1,7 @@
 """ImageNet-C's four weather corruptions: snow, frost, fog, brightness.
 
-Given the same fields, the results are the original's. For `frost` this requires the original's
-photographs. `corruptions.registry` has the conventions, and says what truncation may change.
+`corruptions.registry` has the conventions. Given the same fields, the results are the original's.
+For `frost` this requires the original's photographs.
 """
 
 from os import PathLike
