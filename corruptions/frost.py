@@ -20,6 +20,8 @@ from torch import Tensor
 
 from corruptions.rng import Size, Stream
 
+FrostDir = str | PathLike[str] | None
+
 FROST_DIR = "MTLAT_FROST_DIR"  # environment variable with the path of the folder
 PICTURES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
 
@@ -36,7 +38,7 @@ class Textures(NamedTuple):
     widths: Tensor  # int64 (T,)
 
 
-def frost_source(frost_dir: str | PathLike[str] | None = None) -> str:
+def frost_source(frost_dir: FrostDir = None) -> str:
     """Return "procedural", or the absolute path of the folder with the photographs.
 
     If `frost_dir` is None, the folder is read from the environment variable MTLAT_FROST_DIR.
@@ -45,16 +47,8 @@ def frost_source(frost_dir: str | PathLike[str] | None = None) -> str:
     return "procedural" if folder is None else str(Path(folder).resolve())
 
 
-def frost_textures(
-    frost_dir: str | PathLike[str] | None, size: Size, profile: int, device: torch.device
-) -> Textures:
-    """Load or generate the five textures, scaled for the profile and larger than the images.
-
-    Args:
-        frost_dir: as for `frost_source`.
-        size: (H, W) of the images in px.
-        profile: 224, 64 or 32.
-        device: device of the returned tensors.
+def frost_textures(frost_dir: FrostDir, size: Size, profile: int, device: torch.device) -> Textures:
+    """Load or generate the five textures, scaled for the profile and larger than `size`.
 
     Raises:
         FileNotFoundError: a photograph is missing.

@@ -4,13 +4,11 @@
 For `frost` this requires the original's photographs.
 """
 
-from os import PathLike
-
 import torch
 from torch import Tensor
 
 from corruptions.blur import interleave, magick_motion_blur, zoom_axis
-from corruptions.frost import frost_textures
+from corruptions.frost import FrostDir, frost_textures
 from corruptions.rng import Fields, Size, Stream
 
 # Mean and standard deviation of the flake noise, its zoom factor, the threshold below which it is
@@ -90,12 +88,7 @@ FROST = {
 
 
 def draw_frost(
-    stream: Stream,
-    severity: int,
-    size: Size,
-    profile: int,
-    *,
-    frost_dir: str | PathLike[str] | None = None,
+    stream: Stream, severity: int, size: Size, profile: int, *, frost_dir: FrostDir = None
 ) -> Fields:
     """Draw `which` texture, and `top` and `left` of the crop in px: int64 (B,).
 
@@ -120,7 +113,7 @@ def frost(
     left: Tensor,
     *,
     profile: int = 224,
-    frost_dir: str | PathLike[str] | None = None,
+    frost_dir: FrostDir = None,
 ) -> Tensor:
     """Add a crop of a frost texture.
 
