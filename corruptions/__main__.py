@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=_whole(0), default=0, help="seed of all draws (default: 0)")
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME",
+        "--only", nargs="+", metavar="NAME", default=list(CORRUPTIONS),
         help="corruptions to apply (default: the nineteen of the benchmark); may name those for "
         "validation, too",
     )  # fmt: skip
@@ -116,7 +116,6 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
     args = parse_args(argv)
-    args.only = args.only or list(CORRUPTIONS)
     try:
         for name in args.only:  # raises for unknown names and sizes, before anything is written
             apply(args, torch.zeros(1, 3, args.size, args.size, dtype=torch.uint8), name, 1, [0])
