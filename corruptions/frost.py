@@ -41,7 +41,8 @@ class Textures(NamedTuple):
 def frost_source(frost_dir: FrostDir = None) -> str:
     """Return "procedural", or the absolute path of the folder with the photographs.
 
-    If `frost_dir` is None, the folder is read from the environment variable MTLAT_FROST_DIR.
+    If `frost_dir` is None, the folder is read from the environment variable MTLAT_FROST_DIR. If
+    that is not set, the textures are procedural.
     """
     folder = frost_dir if frost_dir is not None else os.environ.get(FROST_DIR) or None
     return "procedural" if folder is None else str(Path(folder).resolve())

@@ -92,10 +92,8 @@ def draw_frost(
 ) -> Fields:
     """Draw `which` texture, and `top` and `left` of the crop in px: int64 (B,).
 
-    As in the original, the last row and column of a texture are never used.
-
-    Args:
-        frost_dir: as for `frost`.
+    As in the original, the last row and column of a texture are never used. `frost_dir` is as for
+    `frost_source`.
     """
     uniform = stream.uniform(3)
     textures = frost_textures(frost_dir, size, profile, uniform.device)
@@ -115,12 +113,7 @@ def frost(
     profile: int = 224,
     frost_dir: FrostDir = None,
 ) -> Tensor:
-    """Add a crop of a frost texture.
-
-    Args:
-        frost_dir: folder with the original's photographs. If None, it is read from the environment
-            variable MTLAT_FROST_DIR, and if that is not set, the textures are procedural.
-    """
+    """Add a crop of a frost texture. `frost_dir` is as for `frost_source`."""
     own, added = FROST[profile][severity - 1]
     height, width = images.shape[2:]
     textures = frost_textures(frost_dir, (height, width), profile, images.device)
