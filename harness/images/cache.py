@@ -142,20 +142,20 @@ def _write_pixels(unfinished: Path, note: Path, source: Files, part: str) -> dic
             sink.truncate(written)  # what the note does not cover takes room, too
             sink.seek(written)
             _require_space(folder, part, len(files) * each - written)
-            decoded = decode_all(root, files[done:], size, resize)
+            decoded = decode_all(root, [file.path for file in files[done:]], size, resize)
             bar = tqdm(decoded, f"decoding {part}", len(files), unit="img", disable=None,
                        initial=done)  # fmt: skip
-            for file, image in bar:
+            for path, image in bar:
                 done += 1
                 if not isinstance(image, str):
                     sink.write(image)
                     crc = zlib.crc32(image, crc)
                 elif skip_bad_images:
-                    skipped.append(file.path)
+                    skipped.append(path)
                 else:
                     note.unlink(missing_ok=True)  # a repaired folder has another cache file
                     raise UserError(
-                        f"{root / file.path}: {image}; repair or remove the file (train.py leaves"
+                        f"{root / path}: {image}; repair or remove the file (train.py leaves"
                         " such files out with --skip-bad-images, and evaluate.py then does for its"
                         " networks)"
                     )
@@ -248,9 +248,9 @@ def usable_cores() -> int:
 
 
 def decode_all(
-    root: Path, files: list[File], size: int, resize: int | None = None
-) -> Iterator[tuple[File, Array | str]]:
-    """Yield each file with what `decode` returns for it, in order.
+    root: Path, paths: list[str], size: int, resize: int | None = None
+) -> Iterator[tuple[str, Array | str]]:
+    """Yield each path below `root` with what `decode` returns for it, in order.
 
     Threads suffice, because Pillow decodes and resizes outside Python's lock. The window keeps only
     a few images per core in memory.
@@ -258,11 +258,10 @@ def decode_all(
     cores = usable_cores()
     with warnings.catch_warnings():  # set before the threads start: the filter is the process's
         warnings.filterwarnings("ignore", module=r"PIL\b")
-        paths = (root / file.path for file in files)
         pixels = prefetch(
-            lambda path: decode(path, size, resize), paths, threads=cores, window=16 * cores
+            lambda path: decode(root / path, size, resize), paths, threads=cores, window=16 * cores
         )
-        yield from zip(files, pixels, strict=True)
+        yield from zip(paths, pixels, strict=True)
 
 
 def decode(path: Path, size: int, resize: int | None = None) -> Array | str:

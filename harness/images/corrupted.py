@@ -20,7 +20,6 @@ from corruptions.transform import list_classes
 from harness.errors import UserError
 from harness.images.cache import decode_all
 from harness.images.datasets import Dataset
-from harness.images.folders import File
 
 LABELS = "labels.npy"
 _LAYOUT = "the layout is DIR/corruption/severity/class/file, with the names of --data"
@@ -69,35 +68,32 @@ def open_corrupted(
         folder = place / str(severity)
         files = _find_files(folder, data, chosen)
         return lambda indices: _decode(folder, [files[i] for i in indices], size)
-    images, numbers = _map_array(place, data)
-    start = (severity - 1) * (len(images) // len(SEVERITIES))
-    rows = start + np.array(numbers)
+    images, rows = _map_array(place, data)
+    block = images[severity - 1]
     return lambda indices: (
-        resize(torch.from_numpy(images[rows[i]].transpose(2, 0, 1).copy()), [size, size])
+        resize(torch.from_numpy(block[rows[i]].transpose(2, 0, 1).copy()), [size, size])
         for i in indices
     )
 
 
-def _decode(folder: Path, files: list[File], size: int) -> Iterator[Tensor]:
+def _decode(folder: Path, paths: list[str], size: int) -> Iterator[Tensor]:
     """Stream image files: the whole of ImageNet-C does not fit into memory."""
-    for file, image in decode_all(folder, files, size):
+    for path, image in decode_all(folder, paths, size):
         if isinstance(image, str):
-            raise UserError(f"{folder / file.path}: {image}; fetch the file again")
+            raise UserError(f"{folder / path}: {image}; fetch the file again")
         yield torch.from_numpy(image)
 
 
-def _find_files(folder: Path, data: Dataset, chosen: list[int]) -> dict[int, File]:
-    """Find the file of each chosen test image in FOLDER/class/, by the image's index.
+def _find_files(folder: Path, data: Dataset, chosen: list[int]) -> dict[int, str]:
+    """Find the file of each chosen test image below the folder, by the image's index.
 
     Files are found by the names of the test images without their suffixes, so that a tree that also
     holds training images gives the scores of the test images.
     """
     found = list_classes(folder)
-    there = {}
-    for label, name in enumerate(data.classes):
-        for path in found.get(name, []):
-            relative = Path(path).relative_to(folder).as_posix()
-            there[splitext(relative)[0]] = File(relative, label)
+    paths = [path for name in data.classes for path in found.get(name, [])]
+    files = [Path(path).relative_to(folder).as_posix() for path in paths]
+    there = {splitext(file)[0]: file for file in files}
     names = {i: splitext(data.paths[i])[0] for i in chosen}
     if missing := [name for name in names.values() if name not in there]:
         raise UserError(
@@ -115,24 +111,23 @@ def _map_array(place: Path, data: Dataset) -> tuple[Any, list[int]]:
     """Map an array into memory, and check that its labels are those of the test images.
 
     Returns:
-        The array, and the number of each test image in a block of one severity. The test images
-        are fewer than those of a block if only some classes are kept.
+        The images (5, N, 32, 32, 3), and the row of each test image among the N of a severity. The
+        test images are fewer than N if only some classes are kept.
     """
-    sources, numbers = zip(*(path.split("/", 1) for path in data.paths), strict=True)
     images, labels = (_load_array(path) for path in (place, place.with_name(LABELS)))
-    count = labels.size // len(SEVERITIES)
     if images.dtype != np.uint8 or images.shape != (labels.size, 32, 32, 3):
         raise UserError(
             f"--imagenet-c: {place} is {images.dtype} {images.shape}; with the {labels.size} labels"
             f" of {LABELS} it must be uint8 {(labels.size, 32, 32, 3)}"
         )
-    rows = [int(number) for number in numbers]
-    if not _same_labels(labels, count, rows, data.test.labels.tolist()):
+    rows = [int(path.split("/")[1]) for path in data.paths]
+    source = data.paths[0].split("/")[0]
+    if not _same_labels(labels, rows, data.test.labels.tolist()):
         raise UserError(
             f"--imagenet-c: {place.with_name(LABELS)} are not {len(SEVERITIES)} times the labels of"
-            f" the test images of --data {sources[0]}: name the folder that belongs to it"
+            f" the test images of --data {source}: name the folder that belongs to it"
         )
-    return images, rows
+    return images.reshape(len(SEVERITIES), -1, 32, 32, 3), rows
 
 
 def _load_array(path: Path) -> Any:
@@ -146,8 +141,9 @@ def _load_array(path: Path) -> Any:
         raise UserError(f"--imagenet-c: {path} is not an array ({error}); fetch it again") from None
 
 
-def _same_labels(published: Any, count: int, rows: list[int], labels: list[int]) -> bool:
+def _same_labels(published: Any, rows: list[int], labels: list[int]) -> bool:
     """Return whether the labels repeat, and match those of the test images one to one."""
+    count = published.size // len(SEVERITIES)
     if published.shape != (count * len(SEVERITIES),) or max(rows) >= count:
         return False
     blocks = published.reshape(len(SEVERITIES), count)
