@@ -17,17 +17,15 @@ from harness.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that shows defaults in --help and raises `UserError` on wrong usage."""
-
-    class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action: argparse.Action) -> str | None:
-            return action.help if action.default is None else super()._get_help_string(action)
-
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=self._Help, allow_abbrev=False)
+    """Argument parser that raises `UserError` on wrong usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Any:
@@ -74,7 +72,7 @@ def option(
 
 def build_parser(config: type, description: str | None = None) -> Parser:
     """Build the parser of a configuration dataclass."""
-    parser = Parser(description)
+    parser = Parser(description=description, formatter_class=_Help, allow_abbrev=False)
     add = parser.add_argument
     for field in dataclasses.fields(config):
         if field.metadata["group"]:
