@@ -11,12 +11,10 @@ import torchvision
 from harness import distributed
 from harness.errors import UserError, first_line
 
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """Return the context of --amp."""
-    dtype = AMP_DTYPES.get(amp)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
