@@ -240,17 +240,15 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     trained = [p for p in parameters if p.requires_grad]
     if _job.world_size > 1 and trained:
-        own = [p.grad is not None for p in trained]
-        for parameter in trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        lacking = [i for i, p in enumerate(trained) if p.grad is None]
         users = trained[0].new_ones(len(trained))  # summed with the gradients, in one exchange
-        if not all(own):  # otherwise nothing is copied or read, which would wait for the device
-            users.copy_(torch.tensor(own))
+        for i in lacking:
+            trained[i].grad = torch.zeros_like(trained[i])
+            users[i] = 0
         all_reduce_sum([users, *(p.grad for p in trained if p.grad is not None)])
-        if not all(own):
-            for parameter, count in zip(trained, users.tolist(), strict=True):
-                parameter.grad = parameter.grad if count else None
+        for i in lacking:  # usually none: reading a number would wait for the device
+            if users[i] == 0:
+                trained[i].grad = None
 
 
 def broadcast(tensors: Sequence[Tensor]) -> None:
