@@ -62,9 +62,8 @@ def retain_freed_memory() -> None:
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option:
-        max_mapped_blocks, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD
-        set_option(max_mapped_blocks, 0)
-        set_option(trim_threshold, 2**31 - 1)
+        set_option(-4, 0)  # M_MMAP_MAX
+        set_option(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def run_script(
@@ -89,7 +88,7 @@ def run_script(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # no file name may end the run
             stream.reconfigure(errors="backslashreplace")
-    code = 2
+    code, message = 0, ""
     if hasattr(signal, "SIGCHLD"):  # where it is ignored, every child seems to end with code 0
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     previous = signal.signal(signal.SIGTERM, _raise_interrupt)
@@ -99,19 +98,17 @@ def run_script(
         with distributed.process_group():
             main()
             sys.stdout.flush()
-        signal.signal(signal.SIGTERM, previous)
-        sys.exit(0)
     except KeyboardInterrupt as interrupt:
         code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
         message = f"stopped; what was finished is kept, {how_to_resume}"
     except Exception as error:
-        message = _describe(error, how_to_resume)
+        code, message = 2, _describe(error, how_to_resume)
         if not message:
             raise
     finally:
         sys.unraisablehook = report
     signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun stops all processes when one fails
-    if distributed.is_first_error():
+    if code and distributed.is_first_error():
         print(("error: " if code == 2 else "\n") + escape_unprintable(message), file=sys.stderr)
     signal.signal(signal.SIGTERM, previous)
     sys.exit(code)
