@@ -77,22 +77,18 @@ def check_name(arch: str) -> None:
     Nothing is built, and no code of the user's own runs.
     """
     library, name = _split(arch)
+    known, advice = [name], ""  # of your own modules and of the Hub, nothing is known
     if library == "torchvision":
         known = torchvision.models.list_models(module=torchvision.models)
         known += [] if ":" in arch else CONVOLUTIONS
-        _require_known(arch, known, "; for your own use --arch module:callable")
+        advice = "; for your own use --arch module:callable"
     elif library == "timm":
         try:
             timm = importlib.import_module("timm")
         except ModuleNotFoundError:
             raise UserError(f"--arch {arch}: run pip install timm to use its models") from None
         if ":" not in name:
-            _require_known(arch, [*timm.list_models(), *timm.list_pretrained()])
-
-
-def _require_known(arch: str, known: list[str], advice: str = "") -> None:
-    """Raise `UserError` with close names unless `known`, a library's classifiers, has this one."""
-    library, name = _split(arch)
+            known = [*timm.list_models(), *timm.list_pretrained()]
     if name not in known:
         close = ", ".join(difflib.get_close_matches(name, known, 3) or known[:3])
         raise UserError(
