@@ -37,8 +37,7 @@ def map_images(path: Path, labels: list[int], size: int) -> ImageSet:
     Raises:
         UserError: the file system maps no files.
     """
-    shape, mapping = (len(labels), 3, size, size), None
-    images = np.empty((0, *shape[1:]), np.uint8)
+    mapping = None
     if labels:  # an empty file cannot be mapped
         with open(path, "rb") as file:
             try:
@@ -50,7 +49,7 @@ def map_images(path: Path, labels: list[int], size: int) -> ImageSet:
                     f"{path}: its file system maps no files into memory ({error.strerror}): choose"
                     " a --cache-dir on another one"
                 ) from None
-        images = np.frombuffer(mapping, np.uint8).reshape(shape)
+    images = np.frombuffer(mapping or b"", np.uint8).reshape(len(labels), 3, size, size)
     with warnings.catch_warnings(action="ignore"):  # that torch has no read-only tensors
         return ImageSet(torch.from_numpy(images), torch.tensor(labels).long(), mapping)
 
