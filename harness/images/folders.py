@@ -44,12 +44,6 @@ def choose_classes(names: list[str], num_classes: int | None, seed: int) -> list
     return sorted(random.Random(f"classes {seed}").sample(names, num_classes))
 
 
-def require_folder(root: Path) -> None:
-    """Raise `UserError` unless the folder of a dataset exists."""
-    if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder, and not shapes, cifar10 or cifar100")
-
-
 def list_folder(
     root: Path, num_classes: int | None, seed: int, *, test_only: bool = False,
     hold_out: bool = True,
@@ -67,7 +61,6 @@ def list_folder(
     Raises:
         UserError: the folder has another layout, or a class lacks images.
     """
-    require_folder(root)
     folders = _find_parts(root, test_only)
     found = {part: list_classes(folder) for part, folder in folders.items()}
     for part, by_class in found.items():
@@ -98,11 +91,11 @@ def list_folder(
 
 def require_outside(data: Path, cache_dir: str, output_dir: str) -> None:
     """Raise `UserError` unless a run writes to another folder than its images and their cache."""
-    require_folder(data)
+    parts = _find_parts(data, True)
     cache, out = Path(cache_dir).resolve(), Path(output_dir).resolve()
     if cache == out:  # both are locked
         raise UserError(f"--cache-dir and --output-dir are both {out}: choose another for one")
-    if _find_parts(data, True) == {"test": data}:
+    if parts == {"test": data}:
         for option, folder in (("--cache-dir", cache), ("--output-dir", out)):
             if data.resolve() in folder.parents:
                 raise UserError(
@@ -113,6 +106,8 @@ def require_outside(data: Path, cache_dir: str, output_dir: str) -> None:
 
 def _find_parts(root: Path, test_only: bool) -> dict[str, Path]:
     """Find the folders of the training and the test part. All of CLASS/* alone is the test part."""
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such folder, and not shapes, cifar10 or cifar100")
     there = {path.name.lower(): path for path in sorted(root.iterdir(), reverse=True)}
     found = {
         part: next((there[n] for n in names if n in there and any(_are_folders(there[n]))), None)
