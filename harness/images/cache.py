@@ -211,16 +211,13 @@ def _require_space(folder: Path, part: str, size: int) -> None:
 
 def checksum_pixels(pixels: mmap.mmap | bytes, part: str) -> int:
     """Compute the CRC-32 of mapped pixels by pieces, between which the user can interrupt."""
-    crc = 0
-    with (
-        memoryview(pixels) as content,
-        tqdm(total=len(content), desc=f"checking {part}", unit="B", unit_scale=True, delay=2,
-             leave=False, disable=None) as bar,
-    ):  # fmt: skip
+    crc, content = 0, memoryview(pixels)
+    with tqdm(total=len(content), desc=f"checking {part}", unit="B", unit_scale=True, delay=2,
+              leave=False, disable=None) as bar:  # fmt: skip
         for start in range(0, len(content), PIECE):
-            with content[start : start + PIECE] as piece:
-                crc = zlib.crc32(piece, crc)
-                bar.update(len(piece))
+            piece = content[start : start + PIECE]
+            crc = zlib.crc32(piece, crc)
+            bar.update(len(piece))
     return crc
 
 
@@ -278,9 +275,8 @@ def decode(path: Path, size: int, resize: int | None = None) -> Array | str:
         with Image.open(path) as image:
             square = make_square(upright_rgb(image), size, resize)
             return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
-    except MemoryError:
-        raise  # not the file's fault
     except Exception as error:  # Pillow raises nearly every kind on a broken file, without errno
-        if getattr(error, "errno", None) not in (None, errno.ENOENT, errno.ELOOP, errno.EISDIR):
-            raise  # a fault of the disk or of permissions, which must not be cached
+        own = getattr(error, "errno", None) in (None, errno.ENOENT, errno.ELOOP, errno.EISDIR)
+        if not own or out_of_memory(error):
+            raise  # a fault of the disk, of permissions or memory, which must not be cached
         return f"not a usable image ({first_line(error)})"
