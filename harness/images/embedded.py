@@ -14,7 +14,6 @@ positive. Near the edge, the function is the distance to it.
 """
 
 import colorsys
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -64,18 +63,12 @@ def _inside(name: str, u: Array, v: Array) -> Array:
             return 0.5 - r * np.cos(angle % third - third / 2)
 
 
-@cache
-def _frequency(size: int) -> Array:
-    """Compute the spatial frequencies of `np.fft.rfft2`, and infinity for the mean."""
-    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
-    frequency[0, 0] = np.inf
-    return frequency
-
-
 def _clutter(random: np.random.RandomState, count: int, size: int) -> Array:
     """Draw fields (count, size, size) of unit variance with a 1/f spectrum, like natural images."""
     noise = np.fft.rfft2(random.standard_normal((count, size, size)))
-    fields = np.fft.irfft2(noise / _frequency(size), s=(size, size))
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
+    frequency[0, 0] = np.inf  # removes the mean
+    fields = np.fft.irfft2(noise / frequency, s=(size, size))
     return fields / fields.std(axis=(1, 2), keepdims=True)
 
 
