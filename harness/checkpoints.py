@@ -52,14 +52,8 @@ def check_savable(name: str, model: nn.Module) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of train.py onto the CPU. Nothing in the file is executed.
 
-    Args:
-        path: a file that `save_checkpoint` wrote.
-
-    Returns:
-        Its content, with at least `FIELDS`.
-
-    Raises:
-        UserError: the file is missing, damaged, or not a checkpoint of train.py.
+    Returns at least `FIELDS`. Raises `UserError` if the file is missing, damaged, or not a
+    checkpoint of train.py.
     """
     return _checked(path, _read(path, only_zip=True))
 
@@ -147,7 +141,7 @@ def _read_safetensors(path: str | Path) -> Any:
 
 
 def _checked(path: str | Path, checkpoint: Any) -> dict[str, Any]:
-    """Return the content of a checkpoint. Raise `UserError` if it is not one of train.py."""
+    """Return the checkpoint. Raise `UserError` if it is not one of train.py."""
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(
             f"{path} is not a checkpoint of this version of train.py: train again, or use"

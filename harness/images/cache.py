@@ -66,10 +66,9 @@ class Files(NamedTuple):
 def decode_cached(source: Files, part: str) -> tuple[ImageSet, list[File], int]:
     """Return image files as a memory-mapped image set, decoded now or by an earlier run.
 
-    The cache file is named by a hash of everything that decides its pixels, so that a change of
-    any file or setting makes a new one. A file is known by its name, size and modification time:
-    another of equal size and time in its place is not noticed. A cache file without a manifest, or
-    with a wrong checksum, is decoded again.
+    A file is known by its name, size and modification time: another of equal size and time in its
+    place is not noticed. A cache file without a manifest, or with a wrong checksum, is decoded
+    again.
 
     Args:
         source: the files and settings.
@@ -262,14 +261,9 @@ def decode_all(
 
 
 def decode(path: Path, size: int, resize: int | None = None) -> Array | str:
-    """Read one image file as an upright RGB square.
+    """Read an image file as an upright RGB square; size and resize are those of `make_square`.
 
-    Args:
-        path: the file.
-        size, resize: as in `make_square`.
-
-    Returns:
-        uint8 (3, size, size), or one line that says why the file cannot be used.
+    Returns uint8 (3, size, size), or one line that says why the file cannot be used.
     """
     try:
         with Image.open(path) as image:

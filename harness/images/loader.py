@@ -74,13 +74,9 @@ class BatchLoader:
         return len(self.labels)
 
     def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Load the images of these indices.
+        """Load the images of these indices, int64 (B,).
 
-        Args:
-            index: int64 (B,).
-
-        Returns:
-            Images float32 (B, 3, S, S) in [0, 1], and class indices int64 (B,), on the device.
+        Returns images float32 (B, 3, S, S) in [0, 1], and class indices int64 (B,), on the device.
         """
         return self._send(self._gather(index))
 
