@@ -46,8 +46,9 @@ def default_cache_dir() -> Path:
 
 
 class Files(NamedTuple):
-    """Image files of a dataset, and what else decides their pixels."""
+    """The image files of one part of a dataset, and what else decides their pixels."""
 
+    part: str  # "train" or "test", for messages
     root: Path  # the dataset's folder
     files: list[File]  # paths relative to it
     size: int  # side of the square in pixels
@@ -63,22 +64,17 @@ class Files(NamedTuple):
         return self.cache_dir / f"{digest(facts)[:32]}.u8"
 
 
-def decode_cached(source: Files, part: str) -> tuple[ImageSet, list[File], int]:
+def decode_cached(source: Files) -> tuple[ImageSet, list[File], int]:
     """Return image files as a memory-mapped image set, decoded now or by an earlier run.
 
     A file is known by its name, size and modification time: another of equal size and time in its
     place is not noticed. A cache file without a manifest, or with a wrong checksum, is decoded
     again.
 
-    Args:
-        source: the files and settings.
-        part: what messages call them, "train" or "test".
-
-    Returns:
-        The image set, its files without those that were left out, and the checksum of its pixels
-        and labels.
+    Returns the image set, its files without those that were left out, and the checksum of its
+    pixels and labels.
     """
-    pixels = source.pixels_path()
+    part, pixels = source.part, source.pixels_path()
     manifest = pixels.with_suffix(".json")
     if (found := _read_cache(pixels, manifest, part)) is None:
         with lock_folder(source.cache_dir, wait=True) as locked:
@@ -87,7 +83,7 @@ def decode_cached(source: Files, part: str) -> tuple[ImageSet, list[File], int]:
                 # Without locks, another machine may write here, too.
                 unfinished = Path(f"{pixels}{'' if locked else '.' + platform.node()}.part")
                 note = unfinished.with_suffix(".note")
-                record = _write_pixels(unfinished, note, source, part)
+                record = _write_pixels(unfinished, note, source)
                 if pixels != source.pixels_path():
                     note.unlink(missing_ok=True)
                     unfinished.unlink()
@@ -126,15 +122,15 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _write_pixels(unfinished: Path, note: Path, source: Files, part: str) -> dict[str, Any]:
+def _write_pixels(unfinished: Path, note: Path, source: Files) -> dict[str, Any]:
     """Decode the files into one file. Returns the manifest, whose checksum covers both.
 
     After every `NOTE_BYTES` of pixels, and at the end, the note says how far the decoding has come.
     If it is interrupted, it continues there.
     """
-    root, files, size, resize, skip_bad_images, folder = source
+    part, root, files, size, resize, skip_bad_images, folder = source
     each = 3 * size**2
-    done, skipped, crc = _read_note(unfinished, note, source, part)
+    done, skipped, crc = _read_note(unfinished, note, source)
     written = (done - len(skipped)) * each
     try:
         with open(unfinished, "r+b" if done else "wb") as sink:
@@ -172,9 +168,7 @@ def _write_pixels(unfinished: Path, note: Path, source: Files, part: str) -> dic
     return {**record, "crc": checksum(record, crc)}
 
 
-def _read_note(
-    unfinished: Path, note: Path, source: Files, part: str
-) -> tuple[int, list[str], int]:
+def _read_note(unfinished: Path, note: Path, source: Files) -> tuple[int, list[str], int]:
     """Return how many files an interrupted decoding has read, the skipped ones, and a checksum."""
     try:
         version, done, skipped, crc = json.loads(note.read_bytes())
@@ -185,7 +179,7 @@ def _read_note(
         if (
             version == PIL.__version__
             and all(isinstance(image, str) for image in again)  # the disk was not just away
-            and checksum_pixels(pixels, part) == crc
+            and checksum_pixels(pixels, source.part) == crc
         ):
             return done, skipped, crc
     except (OSError, ValueError, TypeError, OverflowError) as error:  # no note, or a damaged one

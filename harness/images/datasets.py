@@ -92,11 +92,13 @@ def load_dataset(
         return _load_shapes(size, num_classes, seed)
     if source in ("cifar10", "cifar100"):
         return _load_cifar(source, size, num_classes, seed, download, cache)
-    listing = list_folder(Path(source), num_classes, seed, test_only=test_only, hold_out=hold_out)
-    side = resize_side(crop, size)
-    return _load_folder(
-        listing, Files(Path(source), [], size, side, skip_bad_images, cache), test_only
-    )
+    root, side = Path(source), resize_side(crop, size)
+    listing = list_folder(root, num_classes, seed, test_only=test_only, hold_out=hold_out)
+    sources = {
+        part: Files(part, root, files, size, side, skip_bad_images, cache)
+        for part, files in listing.parts.items()
+    }
+    return _load_folder(listing, sources, test_only)
 
 
 def _select_classes(images: Tensor, labels: Tensor, names: list[str], kept: list[str]) -> ImageSet:
@@ -144,21 +146,22 @@ def _load_cifar(
     return Dataset(parts["train"], parts["test"], kept, paths, fingerprint, fingerprint, source)
 
 
-def _load_folder(listing: Listing, source: Files, test_only: bool) -> Dataset:
+def _load_folder(listing: Listing, sources: dict[str, Files], test_only: bool) -> Dataset:
     classes, folder = listing.classes, listing.test_folder
     if test_only:
-        nothing = torch.empty(0, 3, source.size, source.size, dtype=torch.uint8)
+        size = sources["train"].size
+        nothing = torch.empty(0, 3, size, size, dtype=torch.uint8)
         train = ImageSet(nothing, torch.empty(0, dtype=torch.int64))
-        train_crc = cached_checksum(source._replace(files=listing.parts["train"]))
+        train_crc = cached_checksum(sources["train"])
     else:
-        train, _, train_crc = _decode_part("train", listing, source)
-    test, kept, test_crc = _decode_part("test", listing, source)
+        train, _, train_crc = _decode_part(sources["train"], classes)
+    test, kept, test_crc = _decode_part(sources["test"], classes)
     fingerprint = ""
     if train_crc is not None:
         names = {part: [file.path for file in files] for part, files in listing.parts.items()}
         facts = ["train", names["train"], train_crc, "test", names["test"], test_crc]
         fingerprint = digest([classes, *facts])
-    paths = [(source.root / file.path).relative_to(folder).as_posix() for file in kept]
+    paths = [(sources["test"].root / file.path).relative_to(folder).as_posix() for file in kept]
     test_fingerprint = digest([classes, paths, test_crc])
     origin = f"{'a tenth, held out,' if listing.held_out else 'all'} of {folder}"
     return Dataset(
@@ -166,15 +169,14 @@ def _load_folder(listing: Listing, source: Files, test_only: bool) -> Dataset:
     )
 
 
-def _decode_part(part: str, listing: Listing, source: Files) -> tuple[ImageSet, list[File], int]:
+def _decode_part(source: Files, classes: list[str]) -> tuple[ImageSet, list[File], int]:
     """Decode a part as `decode_cached` does. Raise `UserError` if a class has no image left."""
-    source = source._replace(files=listing.parts[part])
-    images, kept, crc = decode_cached(source, part)
+    images, kept, crc = decode_cached(source)
     left = {file.label for file in kept}
-    for label, name in enumerate(listing.classes):
+    for label, name in enumerate(classes):
         if label not in left:
             raise UserError(
-                f"{source.root}: class {name!r} has no readable image for the {part} part: repair"
-                " its files, or remove the class"
+                f"{source.root}: class {name!r} has no readable image for the {source.part} part:"
+                " repair its files, or remove the class"
             )
     return images, kept, crc
