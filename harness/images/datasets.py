@@ -90,7 +90,7 @@ def load_dataset(
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
     if source == "shapes":
         return _load_shapes(size, num_classes, seed)
-    if source in ("cifar10", "cifar100"):
+    if source in SIZES:
         return _load_cifar(source, size, num_classes, seed, download, cache)
     root, side = Path(source), resize_side(crop, size)
     listing = list_folder(root, num_classes, seed, test_only=test_only, hold_out=hold_out)

@@ -89,8 +89,8 @@ class BatchLoader:
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this rank's batches of all images in order."""
-        starts = distributed.shard_batches(range(0, len(self), batch_size))
-        return self.prefetch(torch.arange(i, min(i + batch_size, len(self))) for i in starts)
+        batches = torch.arange(len(self)).split(batch_size)
+        return self.prefetch(distributed.shard_batches(batches))
 
     def _gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
         if self.mapping and hasattr(self.mapping, "madvise") and self.images.device.type == "cpu":
