@@ -61,15 +61,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_weights(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of train.py, or the state dict of any network, onto the CPU.
 
-    Args:
-        path: a file that `save_checkpoint`, `torch.save` or safetensors wrote. A state dict may lie
-            under "state_dict" or "model". Its names stay: see `adapt_state`.
+    The file was written by `save_checkpoint`, `torch.save` or safetensors. A state dict may lie
+    under "state_dict" or "model". Its names stay: see `adapt_state`.
 
-    Returns:
-        The checkpoint as `load_checkpoint` returns it; or {"model": state dict} without "format".
-
-    Raises:
-        UserError: the file is missing or damaged, or holds neither.
+    Returns the checkpoint as `load_checkpoint` does, or {"model": state dict} without "format".
+    Raises `UserError` if the file is missing or damaged, or holds neither.
     """
     content = _read_safetensors(path) if Path(path).suffix == ".safetensors" else _read(path)
     if isinstance(content, dict) and "format" in content:

@@ -255,9 +255,14 @@ def decode_all(
 
 
 def decode(path: Path, size: int, resize: int | None = None) -> Array | str:
-    """Read an image file as an upright RGB square; size and resize are those of `make_square`.
+    """Read one image file as an upright RGB square.
 
-    Returns uint8 (3, size, size), or one line that says why the file cannot be used.
+    Args:
+        path: the file.
+        size, resize: as in `make_square`.
+
+    Returns:
+        uint8 (3, size, size), or one line that says why the file cannot be used.
     """
     try:
         with Image.open(path) as image:
