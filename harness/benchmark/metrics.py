@@ -112,22 +112,21 @@ def aggregate(
     outcomes = {name: read_outcomes(by_key, d, severities | added) for name, d in models.items()}
     measured = {n: _scores(by_key, d, outcomes[n], severities) for n, d in models.items()}
     extra = {n: _scores(by_key, d, outcomes[n], added) for n, d in models.items()}
+    accuracies = {n: {k: s.accuracy for k, s in own.items()} for n, own in measured.items()}
     void = _void(by_key, models[baseline])
     rows = []
     for name, digest in models.items():
-        own, other = measured[name], measured[baseline]
-        accuracies = _accuracies(own)
         by_name = {c["perturbation"]: c for c in by_key.values() if c["model"] == digest}
-        differences: dict[str, Difference] = {}
+        compared = {}
         if name != baseline:
             compared = _differences(outcomes[name], outcomes[baseline], void)
-            own = _compare(own, other, compared)
-            differences = {title: d for title, d in compared.items() if title not in own}
+        own = _compare(measured[name], measured[baseline], compared)
         rows.append(
             ModelScores(
-                name, own, _means(own, void), relative_mce(accuracies, _accuracies(other)),
-                _describe_cw2(by_name), _findings(by_name), differences, void,
-                corrupted_accuracy(accuracies), mce(accuracies), extra[name],
+                name, own, _means(own, void), relative_mce(accuracies[name], accuracies[baseline]),
+                _describe_cw2(by_name), _findings(by_name),
+                {title: d for title, d in compared.items() if title not in own}, void,
+                corrupted_accuracy(accuracies[name]), mce(accuracies[name]), extra[name],
             )
         )  # fmt: skip
     total = max((cell["total"] for cell in by_key.values()), default=0)
@@ -192,11 +191,9 @@ def _compare(
     """Add signs and differences to the scores of a model."""
     return {
         name: score._replace(
-            sign=sign(name, table_value(name, score), table_value(name, other[name])),
+            sign=sign(name, table_value(name, score), table_value(name, other.get(name, score))),
             difference=differences.get(name),
         )
-        if name in other
-        else score
         for name, score in own.items()
     }
 
@@ -216,10 +213,6 @@ def _void(cells: Cells, baseline: str) -> frozenset[str]:
     if cell and cell["right"] and cell.get("reached", 0) <= VOID_SHARE * cell["right"]:
         return frozenset({"cw2"})
     return frozenset()
-
-
-def _accuracies(scores: Mapping[str, Score]) -> dict[str, float]:
-    return {name: score.accuracy for name, score in scores.items()}
 
 
 def robustness(accuracy: float, clean: float) -> float:
