@@ -183,7 +183,8 @@ def run_warnings(run: Evaluation) -> list[str]:
         made = [n for n in config.perturbations if n in ALL_CORRUPTIONS and n not in there]
         if made:
             warnings.append(f"computed here, and not read from --imagenet-c: {', '.join(made)}")
-    if run.surrogate is None and any(config.registry[n].black_box for n in config.perturbations):
+    boxes = {config.registry[name].box for name in config.perturbations}
+    if run.surrogate is None and "black-box" in boxes:
         warnings.append("the black-box attacks are left out: they need --surrogate")
     for model in run.models:
         if run.surrogate and model.digest == run.surrogate.digest:
@@ -254,7 +255,7 @@ def unfinished(run: Evaluation, cells: list[Cell]) -> list[tuple[str, int | None
     models = {model.digest: model for model in run.models}.values()
     work = []
     for name in run.config.perturbations:
-        if run.config.registry[name].black_box and run.surrogate is None:
+        if run.config.registry[name].box == "black-box" and run.surrogate is None:
             continue
         for severity in run.config.registry[name].severities:
             missing = [m for m in models if (m.digest, name, severity) not in done]
@@ -314,7 +315,7 @@ def contact_sheets(run: Evaluation) -> list[list[plots.Tile]]:
     sheets: list[list[plots.Tile]] = [[] for _ in indices]
     for name in ("clean", *(n for n in COLUMNS if n in run.config.perturbations)):
         entry = run.config.registry[name]
-        if run.config.find_corruption(name) or (entry.black_box and not run.surrogate):
+        if run.config.find_corruption(name) or (entry.box == "black-box" and not run.surrogate):
             continue
         severity = SHEET_SEVERITY if len(entry.severities) > 1 else None
         images, _ = perturb(run, name, severity, model, batch)

@@ -124,7 +124,7 @@ class EvalConfig:
         """The names of what is measured, in order."""
         papers = [name for name in self.supplement if name in PERTURBATIONS]
         chosen = choose_perturbations(self.only and [*self.only, *papers], self.skip)
-        own = {n: e.attack.box for n, e in self.supplement.items() if e.attack and n not in papers}
+        own = {name: entry.box for name, entry in self.supplement.items() if name not in papers}
         return [*chosen, *(n for n, box in own.items() if n in self.others or box not in self.skip)]
 
     @property
@@ -134,9 +134,9 @@ class EvalConfig:
 
     def uses_gradient(self, spec: str) -> bool:
         """Return whether a built-in attack uses this model's gradient. --attack does not count."""
-        chosen = [self.registry[name] for name in self.perturbations if name not in self.others]
-        return (spec in self.models and any(entry.white_box for entry in chosen)) or (
-            spec == self.surrogate and any(entry.black_box for entry in chosen)
+        boxes = {self.registry[n].box for n in self.perturbations if n not in self.others}
+        return (spec in self.models and "white-box" in boxes) or (
+            spec == self.surrogate and "black-box" in boxes
         )
 
     def find_corruption(self, name: str) -> Path | None:

@@ -52,13 +52,13 @@ class Evaluation:
 
     def decided_by(self, name: str) -> dict[str, Any]:
         """Return what a cell depends on besides the model, the perturbation and its severity."""
-        black_box = self.surrogate if self.config.registry[name].black_box else None
+        black_box = self.config.registry[name].box == "black-box"
         place = self.config.find_corruption(name)
         attacks = self.config.others
         return {
             **self.facts,
             **({"attack": attacks[name]} if name in attacks else {}),
-            "surrogate": black_box.digest if black_box else None,
+            "surrogate": self.surrogate.digest if self.surrogate and black_box else None,
             "imagenet_c": str(place.resolve()) if place else None,
         }
 
@@ -145,7 +145,7 @@ def perturb(
     indices, x, y = batch
     entry = run.config.registry[name]
     attack = entry.attack
-    victim = run.surrogate if entry.black_box else model  # whose gradient the attack uses
+    victim = run.surrogate if entry.box == "black-box" else model  # whose gradient the attack uses
     if attack is None or victim is None:
         if name in ALL_CORRUPTIONS and run.config.find_corruption(name) is None:
             x = corrupt(x, name, severity, seed=run.config.seed, index=indices)
@@ -196,7 +196,7 @@ def measure(
     Returns:
         The records, in the order of `models`.
     """
-    white_box = run.config.registry[name].white_box
+    white_box = run.config.registry[name].box == "white-box"
     found: list[list[dict[str, Tensor]]] = [[] for _ in models]  # of each batch, image by image
     seconds = [0.0] * (len(models) + 1)  # of each model, and of the perturbing
     clock = _now(run)

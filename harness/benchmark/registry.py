@@ -26,14 +26,9 @@ class Perturbation(NamedTuple):
     sampled: bool = False  # whether it is measured on `SAMPLE` images instead of all
 
     @property
-    def white_box(self) -> bool:
-        """Whether the attack uses the gradient of the tested model itself."""
-        return self.attack is not None and self.attack.box == "white-box"
-
-    @property
-    def black_box(self) -> bool:
-        """Whether the attack uses the gradient of the surrogate."""
-        return self.attack is not None and self.attack.box == "black-box"
+    def box(self) -> str:
+        """Whether an attack is white-box, or black-box, on the surrogate; empty without one."""
+        return self.attack.box if self.attack else ""
 
 
 def _register() -> dict[str, Perturbation]:

@@ -109,9 +109,9 @@ class Meter:
             for severity in entry.severities:
                 left = [a for label, a in models.items() if (label, name, severity) not in done]
                 each = sum(self._forward(arch) for arch in left)
-                if entry.white_box:
+                if entry.box == "white-box":
                     each += count_passes(name) * sum(self._gradient(arch) for arch in left)
-                elif left and entry.black_box:
+                elif left and entry.box == "black-box":
                     each += count_passes(name) * self._gradient(surrogate)
                 elif left and name in CORRUPTIONS:
                     each += self._corrupt(name, severity)
