@@ -58,28 +58,27 @@ def _fuse_pooling(model: nn.Module, x: Tensor) -> nn.Module:
     VGG's first Linear layer takes 7 x 7 pixels, whatever the size of the images: at 64 px they are
     repetitions of 2 x 2.
     """
-    called: list[tuple[str, torch.Size]] = []
+    called: list[tuple[nn.Module, torch.Size]] = []
 
-    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: called.append((name, inputs[0].shape))
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        called.append((layer, inputs[0].shape))
 
     kinds = nn.AdaptiveAvgPool2d, nn.Linear
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
-    hooks = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, kinds)}
+    hooks = [layer.register_forward_pre_hook(record) for layer in names]
     try:
         model(x)
     finally:
         for hook in hooks:
             hook.remove()
-    for (name, shape), (following, _) in pairwise(called):
-        pool, linear = layers[name], layers[following]
+    for (pool, shape), (linear, _) in pairwise(called):
         if isinstance(pool, nn.AdaptiveAvgPool2d) and isinstance(linear, nn.Linear):
             single = torch.eye(shape[2] * shape[3]).to(linear.weight).view(-1, 1, *shape[2:])
             share = pool(single).flatten(1)  # of each pixel, in each value that the pooling makes
             if share.shape[0] < share.shape[1]:
                 model = copy.deepcopy(model)
-                model.set_submodule(name, nn.Identity())
+                model.set_submodule(names[pool], nn.Identity())
                 shape_in = len(linear.weight), -1, share.shape[1]
                 weight = linear.weight.view(shape_in) @ share.T
-                model.get_submodule(following).weight = nn.Parameter(weight.flatten(1))
+                model.get_submodule(names[linear]).weight = nn.Parameter(weight.flatten(1))
     return model
