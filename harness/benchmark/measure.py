@@ -216,12 +216,10 @@ def measure(
             seconds[i], clock = seconds[i] + _now(run) - clock, _now(run)
             bar.update(len(y))
     done = sum(len(about["hit"]) for batches in found for about in batches)
-    seconds = [max(times) for times in zip(*distributed.all_gather(seconds), strict=True)]
+    *own, making = (max(times) for times in zip(*distributed.all_gather(seconds), strict=True))
     cells = [
-        _make_cell(
-            run, name, severity, model, distributed.merge_batches(about), (seconds[i], seconds[-1])
-        )
-        for i, (model, about) in enumerate(zip(models, found, strict=True))
+        _make_cell(run, name, severity, model, distributed.merge_batches(batches), (spent, making))
+        for model, batches, spent in zip(models, found, own, strict=True)
     ]
     bar.update(sum(cell["n"] for cell in cells) - done)  # by the other processes
     return cells
@@ -237,6 +235,10 @@ def _make_cell(
     right, least_likely = values.pop("hit"), values.pop("least_likely")
     if not values["nan"].any():
         del values["nan"]
+    summary: dict[str, Any] = {key: _summarize(found) for key, found in values.items()}
+    if len(margins := values.get("margin", torch.empty(0))):  # those that CW2 reaches
+        deciles = margins.double().quantile(torch.linspace(0, 1, 11, dtype=torch.float64))
+        summary["margin_deciles"] = [round(value, 3) for value in deciles.tolist()]
     if name == "clean":
         of_all = torch.zeros(len(run.loader), dtype=torch.int64)
         of_all[run.chosen] = least_likely
@@ -244,8 +246,7 @@ def _make_cell(
     return {
         "model": model.digest, "label": model.label, "perturbation": name,
         "severity": severity, "n": len(right), "correct": int(right.sum()), "hits": pack(right),
-        **{key: _summarize(found) for key, found in values.items()}, **_margins(values),
-        "seconds": round(seconds[0], 3), "seconds_making": round(seconds[1], 3),
+        **summary, "seconds": round(seconds[0], 3), "seconds_making": round(seconds[1], 3),
         **run.decided_by(name), **run.setup,
     }  # fmt: skip
 
@@ -265,22 +266,14 @@ def _summarize(values: Tensor) -> int | float | None:
     return round(median, 6) if math.isfinite(median) else None
 
 
-def _margins(values: dict[str, Tensor]) -> dict[str, list[float]]:
-    """Return the deciles of the margins that CW2 reaches, if it was run."""
-    if "margin" not in values or not len(values["margin"]):
-        return {}
-    deciles = values["margin"].double().quantile(torch.linspace(0, 1, 11, dtype=torch.float64))
-    return {"margin_deciles": [round(value, 3) for value in deciles.tolist()]}
-
-
 def refuse_other_runs(run: Evaluation, path: Path, cells: list[Cell]) -> None:
     """Raise `UserError` if a finished cell is of another run than this one."""
     digests = {model.digest for model in run.models}
     for cell in cells:
-        if cell["perturbation"] not in run.config.registry:
+        name = cell["perturbation"]
+        if name not in run.config.registry:
             continue  # of an --attack or --epsilon that this run does not have
-        wanted = {"attack": None} | run.decided_by(cell["perturbation"])
-        wanted["n"] = len(run.images_of(cell["perturbation"]))
+        wanted = {"attack": None} | run.decided_by(name) | {"n": len(run.images_of(name))}
         if cell.get("data") == run.data.fingerprint:  # which earlier versions stored
             wanted["data"] = run.data.fingerprint
         if wanted["frost"] is None:  # read from --imagenet-c: earlier versions stored the textures
