@@ -48,8 +48,8 @@ def plot_robustness(results: Results, path: Path) -> None:
     """
     places: dict[str, float] = {}
     known = {n for row in results.rows for n, s in row.scores.items() if n not in row.void}
-    tables = [TABLES.get(title, []) for title in measured_tables(results)]
-    for gap, names in enumerate([name for name in table if name in known] for table in tables):
+    for gap, title in enumerate(measured_tables(results)):
+        names = [name for name in TABLES.get(title, []) if name in known]
         places |= {name: len(places) + i + 0.7 * gap for i, name in enumerate(names)}
     figure = _figure(13, 4.5)
     axes = figure.subplots()
@@ -58,14 +58,13 @@ def plot_robustness(results: Results, path: Path) -> None:
     for i, row in enumerate(results.rows):
         left = (i - (len(results.rows) - 1) / 2) * width
         scores = {n: s for n, s in row.scores.items() if n in places}
-        bars = [(places[n] + left, s) for n, s in scores.items() if not math.isnan(s.robustness)]
-        x = [place for place, _ in bars]
-        y = [s.robustness for _, s in bars]
-        low = [max(0.0, s.robustness - s.r_low) for _, s in bars]
-        high = [max(0.0, s.r_high - s.robustness) for _, s in bars]
-        axes.bar(x, y, width, color=colors[row.model], label=_legend(row.model),
-                 yerr=(low, high), error_kw={"lw": 0.6, "ecolor": "#444444"})  # fmt: skip
-        zeros = [place for place, s in bars if not s.accuracy]
+        bars = {places[n] + left: s for n, s in scores.items() if not math.isnan(s.robustness)}
+        low = [max(0.0, s.robustness - s.r_low) for s in bars.values()]
+        high = [max(0.0, s.r_high - s.robustness) for s in bars.values()]
+        axes.bar(list(bars), [s.robustness for s in bars.values()], width, color=colors[row.model],
+                 label=_legend(row.model), yerr=(low, high),
+                 error_kw={"lw": 0.6, "ecolor": "#444444"})  # fmt: skip
+        zeros = [place for place, s in bars.items() if not s.accuracy]
         axes.plot(zeros, [0] * len(zeros), ls="", marker="o", ms=4, color=colors[row.model],
                   clip_on=False, zorder=3)  # fmt: skip
     axes.axhline(1, color="#444444", lw=0.8, ls=":")
