@@ -121,9 +121,14 @@ def aggregate(
         if name != baseline:
             compared = _differences(outcomes[name], outcomes[baseline], void)
         own = _compare(measured[name], measured[baseline], compared)
+        means = {
+            title: fmean(own[key].robustness for key in keys)
+            for title, keys in _groups(void).items()
+            if keys and own.keys() >= set(keys)
+        }
         rows.append(
             ModelScores(
-                name, own, _means(own, void), relative_mce(accuracies[name], accuracies[baseline]),
+                name, own, means, relative_mce(accuracies[name], accuracies[baseline]),
                 _describe_cw2(by_name), _findings(by_name),
                 {title: d for title, d in compared.items() if title not in own}, void,
                 corrupted_accuracy(accuracies[name]), mce(accuracies[name]), extra[name],
@@ -229,14 +234,6 @@ def sign(name: str, own: float, base: float) -> str:
     """Return + or - or nothing: a table's number against the baseline's, both as printed."""
     own, base = (round(value, 1 if name == "clean" else 2) for value in (own, base))
     return "+" if own > base else "-" if own < base else ""
-
-
-def _means(scores: Mapping[str, Score], void: frozenset[str]) -> dict[str, float]:
-    return {
-        title: fmean(scores[name].robustness for name in names)
-        for title, names in _groups(void).items()
-        if names and scores.keys() >= set(names)
-    }
 
 
 def _findings(cells: Mapping[str, Cell]) -> dict[str, list[str]]:
