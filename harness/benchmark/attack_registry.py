@@ -27,12 +27,9 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType({
     "pgd_0.04": Attack(pgd, {"epsilon": 0.04, "steps": 10}, "PGD"),
     "pgd_ll_0.04": Attack(pgd_ll, {"epsilon": 0.04, "steps": 10}, "PGD LL"),
     "cw2": Attack(cw2, {"confidence": 50.0, "steps": 40}, "CW2", random=False),
-    **{
-        f"mi_fgsm_{e}": Attack(
-            mi_fgsm, {"epsilon": e, "steps": 10}, f"MI FGSM {e}", "black-box", False
-        )
-        for e in (0.04, 0.08)
-    },
+    **{f"mi_fgsm_{e}":
+       Attack(mi_fgsm, {"epsilon": e, "steps": 10}, f"MI FGSM {e}", "black-box", random=False)
+       for e in (0.04, 0.08)},
 })  # fmt: skip
 
 
