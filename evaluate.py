@@ -134,23 +134,22 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
 
 def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
     """Return a warning if the checkpoint's training may have seen these test images, else ""."""
-    held_out = checkpoint["settings"].get("test_fingerprint")
-    same = data.test_fingerprint == held_out or data.fingerprint == checkpoint["fingerprint"]
+    settings = checkpoint["settings"]
+    held_out, seen = settings.get("test_fingerprint"), settings.get("seen_before", "")
     side, trained = data.test.images.shape[-1], checkpoint["size"]
-    seen = checkpoint["settings"].get("seen_before", "")
-    if same and side == trained:
-        return f"{subject.label}: {seen}" if seen else ""
     if side != trained:
         return (
             f"{subject.label} was trained at {trained} px, and the images have {side}: so it is not"
             " known whether it was trained on them"
         )
+    if data.test_fingerprint == held_out or data.fingerprint == checkpoint["fingerprint"]:
+        return f"{subject.label}: {seen}" if seen else ""
     if held_out is None and not data.fingerprint:
         return (
             f"{subject.label} may have seen test images: an earlier version of train.py wrote it,"
             " and the training images of --data are not in --cache-dir to compare"
         )
-    if data.held_out and data.test_files == checkpoint["settings"].get("test_files"):
+    if data.held_out and data.test_files == settings.get("test_files"):
         return (
             f"{subject.label} was trained with another preprocessing, or on another folder with the"
             f" same file names{seen and f'; {seen}'}"
@@ -178,11 +177,10 @@ def check_corruptions(config: EvalConfig, side: int) -> None:
 def run_warnings(run: Evaluation) -> list[str]:
     """List what the user should know of the perturbations and the surrogate."""
     config, warnings = run.config, []
-    if config.imagenet_c:
-        there = [name for name in config.perturbations if config.find_corruption(name)]
-        made = [n for n in config.perturbations if n in ALL_CORRUPTIONS and n not in there]
-        if made:
-            warnings.append(f"computed here, and not read from --imagenet-c: {', '.join(made)}")
+    computed = (name for name in config.perturbations if not config.find_corruption(name))
+    made = [name for name in computed if name in ALL_CORRUPTIONS]
+    if config.imagenet_c and made:
+        warnings.append(f"computed here, and not read from --imagenet-c: {', '.join(made)}")
     boxes = {config.registry[name].box for name in config.perturbations}
     if run.surrogate is None and "black-box" in boxes:
         warnings.append("the black-box attacks are left out: they need --surrogate")
@@ -272,11 +270,12 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     largest = float(tested.max() / tested.sum())
     notes += chance_notes(results, run.data.classes, largest)
     results = results._replace(notes=[escape_unprintable(note) for note in notes])
-    head = {"format": 1, "command": shlex.join(sys.argv), "classes": run.data.classes,
-            "weights": models, **run.facts, **run.setup}  # fmt: skip
-    content = {**head, **tables.to_plain(results)}
-    # R alone, as before the rows had intervals: these are in each model's "supplement".
-    content["supplementary"] = [[row[0], *row[1::2]] for row in tables.supplementary_cells(results)]
+    content = {
+        "format": 1, "command": shlex.join(sys.argv), "classes": run.data.classes,
+        "weights": models, **run.facts, **run.setup, **tables.to_plain(results),
+        # R alone, as before the rows had intervals: these are in each model's "supplement".
+        "supplementary": [[row[0], *row[1::2]] for row in tables.supplementary_cells(results)],
+    }  # fmt: skip
     text = tables.to_text(results)
     atomic_write(out / "results.json", json.dumps(content, indent=1) + "\n")
     atomic_write(out / "results.csv", tables.to_csv(results))
@@ -286,10 +285,9 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     del compared[results.baseline]
     if any(COLUMNS.keys() & differences.keys() for differences in compared.values()):
         plots.plot_differences(compared, results.baseline, out / "differences.png")
-    measured = tables.measured_tables(results)
     if any((COLUMNS.keys() & row.scores.keys()) - row.void for row in results.rows):
         plots.plot_robustness(results, out / "robustness.png")
-    if next(iter(registry.TABLES)) in measured:
+    if next(iter(registry.TABLES)) in tables.measured_tables(results):
         plots.plot_severities(results, out / "severities.png")
     if run.config.dump_images:
         plots.plot_images(contact_sheets(run), out / "images.png")
