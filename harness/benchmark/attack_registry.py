@@ -38,11 +38,7 @@ def load_attack(name: str, spec: str, seed: int) -> Attack:
 
     It gets the model in eval mode with frozen weights, copies of the images (B, 3, S, S) float32 in
     [0, 1], and of the class indices (B,) int64. torch's generator is seeded before every batch.
-
-    Args:
-        name: its name in the report.
-        spec: `module:callable`.
-        seed: of torch's generator.
+    `name` is its name in the report, and `spec` is `module:callable`.
 
     Raises:
         UserError: it cannot be imported, or does not take three arguments. The attack raises it

@@ -50,14 +50,8 @@ def pgd_longer(
 ) -> Tensor:
     """Attack by PGD in a fifth of the steps, then in all steps those images that are still right.
 
-    An image counts as fooled if either run fools it.
-
-    Args:
-        model: in eval mode.
-        x, y, epsilon, steps, start: as in `attacks.pgd`; `steps` is a multiple of 5.
-
-    Returns:
-        x_adv like x.
+    An image counts as fooled if either run fools it. The model is in eval mode, `steps` is a
+    multiple of 5, and the rest is as in `attacks.pgd`. Returns x_adv like x.
     """
     x_adv = pgd(model, x, y, epsilon=epsilon, steps=steps // 5, start=start)
     left = compute_logits(model, x_adv).argmax(1) == y

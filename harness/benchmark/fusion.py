@@ -21,9 +21,7 @@ def fuse_for_inference(model: nn.Module, x: Tensor) -> nn.Module:
     A change is kept if it runs, and on x changes logits by at most 1e-4 (absolute and relative) and
     input gradients by 10 % of their norm. A result that differs from `model` is frozen.
 
-    Args:
-        model: in eval mode.
-        x: some images (B, 3, S, S) in [0, 1], of the size that it will be used with.
+    `x` holds images (B, 3, S, S) in [0, 1], of the size that the model will be used with.
     """
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
         logits, gradient, other = compute_logits(model, x), _gradient(model, x), 1 - x

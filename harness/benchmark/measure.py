@@ -88,15 +88,9 @@ class Evaluation:
 
 
 def choose_images(labels: Tensor, limit: int | None, seed: int) -> Tensor:
-    """Draw `limit` images, equally many of each class if possible.
+    """Draw `limit` of the images with these class indices (N,); None, or N or more, takes all.
 
-    Args:
-        labels: class indices (N,).
-        limit: how many; None, or N or more, takes all.
-        seed: of the draw.
-
-    Returns:
-        Sorted indices int64 (min(limit, N),).
+    Returns sorted indices int64 (min(limit, N),), equally many of each class if possible.
     """
     if limit is None or limit >= len(labels):
         return torch.arange(len(labels))
@@ -128,16 +122,11 @@ def clean_batches(run: Evaluation, name: str, severity: int | None) -> Iterator[
 def perturb(
     run: Evaluation, name: str, severity: int | None, model: Subject | None, batch: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Corrupt or attack a batch.
+    """Corrupt or attack a batch: indices (B,), images (B, 3, S, S) float32 in [0, 1], classes (B,).
 
     Every draw is a function of (seed, name, severity, image index), so that no result depends on
-    the batch, up to rounding. Only the draws of an --attack do.
-
-    Args:
-        run: the evaluation.
-        name, severity: of the perturbation.
-        model: the tested one. Only a white-box attack needs it.
-        batch: indices (B,), images (B, 3, S, S) float32 in [0, 1], class indices (B,).
+    the batch, up to rounding. Only the draws of an --attack do. Only a white-box attack needs the
+    tested model.
 
     Returns:
         Images like x, and results by name, (B,); CW2's except "right" are of the right images only.
@@ -185,16 +174,9 @@ def _perturb_cw2(
 def measure(
     run: Evaluation, name: str, severity: int | None, models: list[Subject], bar: Any
 ) -> list[Cell]:
-    """Measure a cell of each of these models.
+    """Measure a cell of each of these models, and count the images in a progress bar.
 
-    Args:
-        run: the evaluation.
-        name, severity: of the perturbation.
-        models: those that lack the cell.
-        bar: a progress bar that counts images.
-
-    Returns:
-        The records, in the order of `models`.
+    Returns the records, in the order of `models`.
     """
     white_box = run.config.registry[name].box == "white-box"
     found: list[list[dict[str, Tensor]]] = [[] for _ in models]  # of each batch, image by image

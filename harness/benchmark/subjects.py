@@ -64,16 +64,8 @@ def restrict(
 ) -> nn.Module:
     """Restrict a model to the outputs of the classes. They are found by their names.
 
-    Args:
-        name: how the user calls the model.
-        model: the model.
-        outputs: names of its N outputs.
-        classes: of the test images.
-        given: whether --imagenet-classes gives the names. If not, outputs that are as many as the
-            classes but have other names are assumed to be in the order of `classes`.
-
-    Returns:
-        The model, or a `Restricted` one.
+    `given` says whether --imagenet-classes names the outputs. If not, outputs that are as many as
+    the classes but have other names are assumed to be in the order of `classes`.
 
     Raises:
         UserError: a class is not the name of one output.
@@ -102,15 +94,9 @@ def _read_outputs(path: Path) -> list[str]:
 
 
 def expected_images(config: EvalConfig, checkpoints: dict[str, Any]) -> dict[str, tuple[int, Crop]]:
-    """List the size and the preprocessing that each model expects, if it is known.
+    """List the side in pixels and the preprocessing that each model expects, if they are known.
 
-    Args:
-        config: names the models.
-        checkpoints: the loaded ones, by their name on the command line.
-
-    Returns:
-        (side of the square, preprocessing) by the names on the command line. Checkpoints of earlier
-        versions expect squashed images.
+    Models are named as on the command line. Checkpoints of earlier versions expect squashed images.
     """
     expected: dict[str, tuple[int, Crop]] = {}
     for spec in config.specs:
@@ -138,15 +124,9 @@ def resampling_warnings(config: EvalConfig) -> list[str]:
 def load_subjects(
     config: EvalConfig, classes: list[str], files: dict[str, Any]
 ) -> dict[str, Subject]:
-    """Load every model that the command line names.
+    """Load every model in eval mode, by its name on the command line.
 
-    Args:
-        config: names the models and the device.
-        classes: of the test images.
-        files: what `load_weights` returns of each file, by its name on the command line.
-
-    Returns:
-        The models in eval mode, by their names on the command line.
+    `classes` are those of the test images, and `files` is what `load_weights` returns of each file.
 
     Raises:
         UserError: a model does not exist, or was trained on other classes.
@@ -211,17 +191,10 @@ def _load_module(
 def inspect_subject(
     subject: Subject, x: Tensor, y: Tensor, num_classes: int, *, attacked: bool
 ) -> list[str]:
-    """Check a model on a few images.
+    """Check a model on images (B, 3, S, S) in [0, 1] with class indices (B,).
 
-    Args:
-        subject: the model.
-        x: images (B, 3, S, S) in [0, 1].
-        y: class indices (B,).
-        num_classes: N.
-        attacked: whether an attack will use the model's gradient.
-
-    Returns:
-        Warnings about a model on which attacks may fail.
+    `attacked` says whether an attack will use the model's gradient. Returns warnings about a model
+    on which attacks may fail.
 
     Raises:
         UserError: it ignores eval(), its logits are wrong or random, or attacks get no gradient.

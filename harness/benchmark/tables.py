@@ -136,9 +136,7 @@ def table_caption(results: Results, title: str) -> str:
 def answer(model: str, baseline: str, differences: Mapping[str, Difference | None]) -> str:
     """Say in plain words how a model differs from the baseline.
 
-    Args:
-        model, baseline: their names.
-        differences: of clean accuracy ("clean") and of R by perturbation; None where unpaired.
+    The differences are of clean accuracy ("clean") and of R by perturbation; None where unpaired.
     """
     clean = differences.get("clean")
     others = [d for name, d in differences.items() if name != "clean" and d]
