@@ -14,8 +14,8 @@ modes, parameters, their .grad and running statistics unchanged. Do not attack o
 threads at once. Do not attack a sharded model by CW2, or by PGD with restarts: the number of their
 forward passes depends on the images, and every process must make all of them. Except for PGD's
 random starts, an image's result does not depend on the rest of the batch, up to the model's
-rounding. Costs are per image: F forward passes, B backward passes to the input. Bad input raises
-ValueError or TypeError with the value, the rule and the fix.
+rounding. Costs are per image: F forward passes, B backward passes to the input. Bad images, labels
+and ranges raise ValueError or TypeError with the value, the rule and the fix.
 
 What the paper leaves open, the reading taken here, and the option for another one:
  1. PGD's step is 2.5 epsilon / steps, here 0.01 (Madry et al.). Otherwise: `step_size`.

@@ -15,7 +15,7 @@ Shapes: images x are (B, ...), floating point, in [0, 1]; labels y are distribut
 (B, N); a target is class indices (B,) or distributions (B, N); lam and epsilon are a float or (B,),
 in [0, 1]. A model is an nn.Module that returns logits (B, N), an object with `.logits`, or a tuple
 or list that begins with logits; or a function that calls no DDP and no BatchNorm in training mode.
-Bad input raises ValueError or TypeError with value, rule and fix. On a GPU each check, such as that
+Bad values raise ValueError or TypeError with value, rule and fix. On a GPU each check, such as that
 of the pixels, stops after it has passed once. Keep images in float32: bfloat16 rounds the attack.
 """
 

@@ -28,6 +28,7 @@ from harness.benchmark.metrics import Results, aggregate, read_outcomes, score_d
 from harness.benchmark.paired import Array, Difference
 from harness.benchmark.registry import COLUMNS, GROUPS, PERTURBATIONS, TABLES
 from harness.benchmark.store import Cell, read_cells
+from harness.files import atomic_write
 from harness.reproduction import comparison
 from harness.reproduction.paper import methods_of_table
 from harness.reproduction.report import paper_differences
@@ -272,7 +273,7 @@ def make_tables(folder: Path, arch: str) -> None:
         *(_two_surrogates(cells, other) if other else []),
         tables.to_markdown(measured.score(*together, *alone)).rstrip(),
     ]
-    (folder / "tables.md").write_text("\n\n".join(blocks) + "\n")
+    atomic_write(folder / "tables.md", "\n\n".join(blocks) + "\n")
 
 
 def main() -> None:

@@ -102,10 +102,11 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--amplitudes", type=float, nargs="+", default=[0.0, 0.02, 0.03, 0.04, 0.05]
-    )
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=3)
+        "--amplitudes", type=float, nargs="+", default=[0.0, 0.02, 0.03, 0.04, 0.05],
+        help="of the gratings (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="(default: all)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
     args = parser.parse_args()
     table = [["amplitude", "method", "clean", "no grating", "no shape", "follows the shape",
               "follows the grating", *MEASURED]]  # fmt: skip

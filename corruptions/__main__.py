@@ -100,7 +100,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "validation, too",
     )  # fmt: skip
     parser.add_argument(
-        "--png", action="store_true", help="write lossless PNG files instead of ImageNet-C's JPEG"
+        "--png",
+        action="store_true",
+        help="write the tree as lossless PNG files instead of ImageNet-C's JPEG",
     )
     parser.add_argument("--device", type=_device, default="cpu", help="torch device (default: cpu)")
     parser.add_argument(
@@ -134,12 +136,12 @@ def main(argv: list[str] | None = None) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message += "; free some space, and run the same command again: what was written is kept"
         _fail(message)
-    except RuntimeError as error:  # torch's texts may have many lines
-        _fail(str(error).partition("\n")[0] or type(error).__name__)
+    except (MemoryError, RuntimeError) as error:  # torch's texts may have many lines
+        line = str(error).partition("\n")[0] or type(error).__name__
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        _fail("out of memory: lower --size" if full or "DefaultCPUAllocator" in line else line)
     except ValueError as error:
         _fail(str(error))
-    except MemoryError:
-        _fail("out of memory: lower --size")
     except KeyboardInterrupt:
         print("\nstopped; what was written is kept: run the same command again", file=sys.stderr)
         sys.exit(130)

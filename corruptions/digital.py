@@ -102,7 +102,7 @@ def _undo_affine(x: Tensor, y: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
     height, width = y.shape[0], x.shape[0]
     arm = min(height, width) // 3
     corner_x, corner_y = width // 2 - arm, height // 2 - arm
-    first, second, third = moves[:, :, :, None, None].unbind(1)
+    first, second, third = moves.to(x.dtype)[:, :, :, None, None].unbind(1)
     xx, yx = ((second - third) / (2 * arm)).unbind(1)  # extra move per step to the right
     xy, yy = ((first - second) / (2 * arm)).unbind(1)  # extra move per step down
     xx, yy = xx + 1, yy + 1

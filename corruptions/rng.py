@@ -87,7 +87,7 @@ class Stream:
         return words.bitwise_right_shift_(8).bitwise_and_(2**24 - 1).float().mul_(2.0**-24)
 
     def normal(self, *shape: int) -> Tensor:
-        """Draw float32 standard normals as quantiles of a 24-bit uniform, within +-5.4."""
+        """Draw float32 standard normals as quantiles of a 24-bit uniform, within +-5.42."""
         centered = self.uniform(*shape).mul_(2.0).sub_(1.0 - 2.0**-24)  # exact, symmetric, not +-1
         return torch.erfinv(centered, out=centered).mul_(math.sqrt(2.0))
 

@@ -113,7 +113,7 @@ class Corrupt(nn.Module):
         name, severity, profile, options: as for `corrupt`.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type or value.
+        TypeError, ValueError, FileNotFoundError: as `corrupt`.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Corrupt(nn.Module):
             The same kind of image, with the same shape and dtype.
 
         Raises:
-            TypeError, ValueError: an argument has a wrong type, shape or value.
+            TypeError, ValueError, FileNotFoundError: as `corrupt`.
         """
         pixels = _to_tensor(image)
         if seed is None:

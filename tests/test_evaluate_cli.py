@@ -412,10 +412,13 @@ class Buffers(torch.nn.Module):
 def test_equal_weights_of_other_names_are_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = torch.zeros(3), torch.ones(3)
     made = {"a.pt": Buffers(scale=one, shift=two), "b.pt": Buffers(shift=one, scale=two)}
+    made["odd\nname.pt"] = Buffers(scale=one)
     monkeypatch.setattr(subjects, "_load_module", lambda _, spec, *__: made[spec])
-    chosen = config.parse_eval_config([*made, "--device", "cpu"])
+    models = ["a.pt", "b.pt", "--surrogate", "odd\nname.pt"]
+    chosen = config.parse_eval_config([*models, "--device", "cpu"])
     found = subjects.load_subjects(chosen, CLASSES, {spec: {} for spec in made})
     assert found["a.pt"].digest != found["b.pt"].digest
+    assert found["odd\nname.pt"].label == "odd\\nname.pt"  # warnings with it are one line
 
 
 def test_the_findings_of_the_checks_are_printed_without_the_attacks(

@@ -495,6 +495,8 @@ def test_the_times_of_a_training_follow_from_its_log() -> None:
     settings = {"batch_size": 16, "whole_batches": False, "method": "mtlat"}
     log = [{"images_per_second": 16.0}, {"images_per_second": 16.0}]
     assert report.Trained(log, settings).minutes(67) == pytest.approx(16 / 60)
+    suspended = [{"images_per_second": 0.0}]  # rounded, of less than 0.05
+    assert report.Trained(suspended, settings).minutes(67) == pytest.approx(8 * 2 * 8 / 0.05 / 60)
 
 
 def test_the_minutes_of_an_evaluation_count_the_making_of_images_once(tmp_path: Path) -> None:

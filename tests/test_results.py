@@ -139,7 +139,10 @@ def test_some_perturbations_on_one_surrogate_are_enough(tmp_path: Path) -> None:
     names = {"clean", "mi_fgsm_0.04", "mi_fgsm_0.08"}
     few = [c for c in cells if c["label"] in labels and c["perturbation"] in names]
     append_cells(tmp_path / "cells.jsonl", few)
+    (tmp_path / "tables.md").write_text("old")
+    (tmp_path / "link").hardlink_to(tmp_path / "tables.md")
     make_tables.make_tables(tmp_path, "resnet18")
+    assert (tmp_path / "link").read_text() == "old"  # replaced as a whole
     text = (tmp_path / "tables.md").read_text()
     assert "nan" not in text and "mean of" not in text.split("over the seeds |")[1]
     assert "**Trainings of one method with several seeds; 95 %" in text  # of one surrogate

@@ -60,8 +60,9 @@ class EvalConfig:
     data: str | None = option(None, "as in train.py, or a test set alone: val/CLASS/*.jpg,"
         " test/CLASS/*.jpg or CLASS/*.jpg (default: what the first checkpoint was trained on)",
         group="images", flags=("--data-dir",), metavar="SET")
-    size: int | None = option(None, "side of the square that images are resized to (default:"
-        " that of the first model that has one)", type=number(int, MIN_SIDE, MAX_SIDE))
+    size: int | None = option(None, "side of the square that images are resized to (default: that"
+        " of the first model that has one, otherwise as in train.py)",
+        type=number(int, MIN_SIDE, MAX_SIDE))
     preprocess: str | None = option(None, "squash or center-crop, as in train.py (default: as the"
         " images of --imagenet-c; otherwise the models' own)", choices=tuple(CROPS))
     cache_dir: str = option(str(default_cache_dir()), "where decoded images and CIFAR are kept",

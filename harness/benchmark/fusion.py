@@ -71,9 +71,10 @@ def _fuse_pooling(model: nn.Module, x: Tensor) -> nn.Module:
             hook.remove()
     for (pool, shape), (linear, _) in pairwise(called):
         if isinstance(pool, nn.AdaptiveAvgPool2d) and isinstance(linear, nn.Linear):
-            single = torch.eye(shape[2] * shape[3]).to(linear.weight).view(-1, 1, *shape[2:])
-            share = pool(single).flatten(1)  # of each pixel, in each value that the pooling makes
-            if share.shape[0] < share.shape[1]:
+            pixels = shape[2] * shape[3]
+            if pixels < pool(torch.empty(1, 1, *shape[2:])).numel():  # before eye's pixels² values
+                single = torch.eye(pixels).to(linear.weight).view(-1, 1, *shape[2:])
+                share = pool(single).flatten(1)  # of each pixel, in each value of the pooling
                 model = copy.deepcopy(model)
                 model.set_submodule(names[pool], nn.Identity())
                 shape_in = len(linear.weight), -1, share.shape[1]

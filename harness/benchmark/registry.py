@@ -110,7 +110,8 @@ def choose_perturbations(only: list[str], skip: list[str]) -> list[str]:
         only: names and groups to measure; empty for all but the validation corruptions, on which
             hyper-parameters may be tuned. "clean" measures clean accuracy alone. A white-box
             attack brings the attack checks with it, and CW2 the supplement.
-        skip: names and groups to leave out; the checks and the supplement go with their attacks.
+        skip: names and groups to leave out; the checks go with the last white-box attack, and the
+            supplement with CW2.
 
     Raises:
         UserError: an unknown name, or nothing is left.

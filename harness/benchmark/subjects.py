@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.benchmark.checks import broken_gradients
 from harness.benchmark.config import EvalConfig
 from harness.benchmark.fusion import fuse_for_inference
-from harness.errors import UserError, first_line, is_explained
+from harness.errors import UserError, escape_unprintable, first_line, is_explained
 from harness.images.preprocess import CROPS, Crop
 from harness.models import (
     LIBRARIES,
@@ -146,7 +146,7 @@ def load_subjects(
                 digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             else:  # of get_extra_state()
                 digest.update(pickle.dumps(value))
-        label = config.labels.get(spec, spec)
+        label = config.labels.get(spec, escape_unprintable(spec))
         subjects[spec] = Subject(label, module, digest.hexdigest()[:16])
     return subjects
 

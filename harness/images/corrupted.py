@@ -132,7 +132,7 @@ def _map_array(place: Path, data: Dataset) -> tuple[Any, list[int]]:
 
 def _load_array(path: Path) -> Any:
     try:
-        return np.load(path, mmap_mode="r")
+        return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise UserError(
             f"--imagenet-c: {path} is missing; the layout is NAME.npy and {LABELS}"

@@ -71,7 +71,8 @@ class Trained(NamedTuple):
     def minutes(self, images: int) -> float:
         """Return the time spent on the steps, for a training set of that many images."""
         _, seen = self.epoch(images)
-        return float(sum(seen / row["images_per_second"] for row in self.log) / 60)
+        # A rate of 0.0 was below 0.05: a run that was suspended for hours.
+        return float(sum(seen / max(row["images_per_second"], 0.05) for row in self.log) / 60)
 
 
 class Evaluated(NamedTuple):

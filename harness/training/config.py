@@ -137,9 +137,11 @@ class TrainConfig:
         " (on CUDA)")
     resume: str | None = option(None, "continue from this checkpoint; auto: from last.pt of"
         " --output-dir, or from best.pt if that is missing, or from the start if both are, with"
-        " the options in the folder's args.json if it has one",
+        " the options in the folder's args.json if it has one, apart from --device, --download"
+        " and --print-freq",
         metavar="PATH", may_change=True)
-    output_dir: str = option(None, "for log and checkpoints (default: runs/ARCH-METHOD)",
+    output_dir: str = option(None, "for log and checkpoints (default: runs/ARCH-METHOD, or the"
+        " folder of --resume PATH)",
         metavar="DIR", may_change=True)
     print_freq: int = option(10, "steps between two reports of the losses", flags=("-p",),
         type=number(int, 1), metavar="STEPS", may_change=True)

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from harness.checkpoints import load_weights
+from harness.errors import escape_unprintable
 from harness.images.datasets import Dataset
 from harness.training.config import TrainConfig
 from harness.training.methods import METHODS
@@ -43,7 +44,7 @@ def header(config: TrainConfig, data: Dataset) -> str:
         f" {config.output_dir}\n"
         f"{config.data}: {count} training and {len(data.test.labels)} test images of"
         f" {config.size}x{config.size}, fingerprint {data.fingerprint[:16]}\n"
-        f"{len(data.classes)} classes: {' '.join(data.classes)}\n"
+        f"{len(data.classes)} classes: {' '.join(map(escape_unprintable, data.classes))}\n"
         f"{steps} steps per epoch, each draws {method.minibatches} x {size} images:"
         f" {steps * method.minibatches * size} per epoch"
     )

@@ -257,6 +257,9 @@ def test_an_error_of_torch_is_its_first_line(
     for text, said in (("out of memory\n at line 1", "error: out of memory"), ("", "RuntimeError")):
         monkeypatch.setattr(__main__, "apply", Mock(side_effect=RuntimeError(text)))
         refused(command, said, capsys)
+    for full in (RuntimeError("[enforce fail] DefaultCPUAllocator: no"), torch.OutOfMemoryError()):
+        monkeypatch.setattr(__main__, "apply", Mock(side_effect=full))
+        refused(command, "error: out of memory: lower --size", capsys)
 
 
 def test_images_above_pillows_limit_are_refused_by_name(

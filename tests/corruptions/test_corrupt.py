@@ -17,6 +17,7 @@ from corruptions import (
     CORRUPTIONS,
     MIN_SIDE,
     VALIDATION_CORRUPTIONS,
+    Stream,
     apply,
     corrupt,
     digital,
@@ -70,6 +71,17 @@ def test_registry_is_complete_ordered_and_read_only() -> None:
 
 
 # ------------------------------------------------------------------ the contract
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_fields_may_be_float64_like_those_of_the_original(name: str) -> None:
+    entry, images = ALL_CORRUPTIONS[name], pictures()
+    options = {"images": images} if name == "shot_noise" else {}
+    stream = Stream(0, name, 3, torch.arange(3))
+    fields = entry.draw(stream, 3, (32, 32), 32, **options)  # type: ignore[misc]
+    wide = [field.double() if field.is_floating_point() else field for field in fields]
+    one, other = (entry.function(images, 3, *f, profile=32).float() for f in (fields, wide))
+    assert (one - other).abs().mean() < 0.05
 
 
 @given(names, severities, seeds, sides, sides, st.integers(0, 4))

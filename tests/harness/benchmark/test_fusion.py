@@ -2,6 +2,7 @@
 
 import copy
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -109,3 +110,15 @@ def test_features_of_other_images_are_not_frozen_where_no_gradient_tells() -> No
     fused = fuse_for_inference(model, torch.rand(4, 3, 8, 8))
     other = torch.rand(4, 3, 8, 8)
     assert_close(fused(other), model(other))
+
+
+def test_a_pooling_that_repeats_no_pixel_is_left_without_a_matrix_of_its_pixels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 222 x 222 pixels, as of a small network at 224, it would take 10 GB."""
+    monkeypatch.setattr(torch, "eye", Mock(side_effect=MemoryError))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    ).eval()
+    x = torch.rand(2, 3, 9, 9)
+    assert_close(fuse_for_inference(model, x)(x), model(x))

@@ -3,10 +3,11 @@
 import csv
 import io
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from harness.training.log import log_csv, log_line
+from harness.training.log import header, log_csv, log_line
 
 ROW: dict[str, Any] = {
     "epoch": 3, "lr": 0.002, "loss1": 1.23456, "loss2": None, "clean_accuracy": 0.4567,
@@ -30,3 +31,10 @@ def test_csv_has_a_row_per_epoch() -> None:
     read = csv.DictReader(io.StringIO(log_csv(rows)))
     expected = [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
     assert list(read) == expected
+
+
+def test_a_class_cannot_break_the_header() -> None:
+    data = Mock(classes=["a\x1b[31m", "b\nc"], fingerprint="0" * 16)
+    data.train.labels = data.test.labels = [0, 1]
+    said = header(Mock(method="mtlat", minibatch_size=1), data)
+    assert "2 classes: a\\x1b[31m b\\nc\n" in said
