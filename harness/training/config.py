@@ -203,7 +203,12 @@ def parse_train_config(
         values = _resumed(values, given, _read_settings(begun), begun)
     else:
         values = _with_defaults(values) | {"output_dir": folder}
-    _refuse_overwriting(values["output_dir"], values["resume"] if checkpoint else None)
+    last = _latest(values["output_dir"])
+    if last.exists() and not (checkpoint and last.samefile(path)):
+        raise UserError(
+            f"{values['output_dir']} holds an earlier run: continue it with --resume {last}, or"
+            " choose another --output-dir"
+        )
     values["device"] = resolve_device(values["device"])
     check_name(values["arch"])
     _check_combinations(values, given)
@@ -295,13 +300,10 @@ def _resumed(
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Fill in the defaults that depend on the dataset."""
-    recipe = _recipe_of(values["data"])
-    filled = {name: recipe[name] for name in ("epochs", "batch_size", "lr") if values[name] is None}
-    values = values | filled
-    if values["milestones"] is None:
-        values["milestones"] = _default_milestones(values["data"], values["epochs"])
-    values["mix_at"] = values["mix_at"] or [INPUT]
-    return values | {"size": values["size"] or SIZES.get(values["data"], 224)}
+    data = values["data"]
+    defaults = {**_recipe_of(data), "mix_at": [INPUT], "size": SIZES.get(data, 224)}
+    defaults["milestones"] = _default_milestones(data, values["epochs"] or defaults["epochs"])
+    return {name: defaults.get(name) if v is None else v for name, v in values.items()}
 
 
 def _recipe_of(data: str) -> dict[str, Any]:
@@ -337,13 +339,3 @@ def _latest(folder: str) -> Path:
     """
     last, best = Path(folder, "last.pt"), Path(folder, "best.pt")
     return best if best.exists() and not last.exists() else last
-
-
-def _refuse_overwriting(output_dir: str, resumed: str | None) -> None:
-    """Raise `UserError` if the output folder holds another run than the resumed checkpoint's."""
-    last = _latest(output_dir)
-    if last.exists() and not (resumed and last.samefile(resumed)):
-        raise UserError(
-            f"{output_dir} holds an earlier run: continue it with --resume {last}, or choose"
-            " another --output-dir"
-        )
