@@ -15,7 +15,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from harness.benchmark.metrics import ModelScores, sign, table_value
+from harness.benchmark.metrics import ModelScores, score_differences, sign, table_value
 from harness.benchmark.paired import Difference, combine_seeds, decide, subtract, uncorrected
 from harness.benchmark.tables import MISSING, answer, markdown_rows, to_plain
 from harness.reproduction.paper import ATTACKS_TITLE, BASELINE, HEADINGS, MEANS, PAPER_ROWS, Printed
@@ -75,19 +75,30 @@ def compare(table: int, arch: str, measured: Mapping[str, Sequence[ModelScores]]
     """
     known = {row.arch for row in PAPER_ROWS if row.table == table}
     paper_arch = arch if arch in known else "resnet50"
-    base = measured[BASELINE]
+    base = [_numbers(row) for row in measured[BASELINE]]
     mixed = len({row.void for seeds in measured.values() for row in seeds}) > 1
     names = [name for name in HEADINGS if not (mixed and name == ATTACKS_TITLE)]
     compared = []
     for method, seeds in measured.items():
         void = frozenset().union(*(row.void for row in seeds))
         theirs = _paper_scores(table, paper_arch, method, void)
-        entries = {
-            name: _entry(name, seeds, base, theirs.get(name))
-            for name in (names if table < 3 else ["clean"])
-            if None not in [_number(row, name) for row in (*seeds, *base)]
-        }
-        entries = _decide(entries, void)
+        ours = [_numbers(row) for row in seeds]
+        paired = [{**score_differences(row), **row.mean_differences} for row in seeds]
+        wanted = names if table < 3 else ["clean"]
+        shown = [n for n in wanted if all(n in row for row in (*ours, *base))]
+        by_seed = {n: [d[n] for d in paired] if all(n in d for d in paired) else [] for n in shown}
+        combined = {n: combine_seeds(d) if d else None for n, d in by_seed.items()}
+        entries = {}
+        for name, difference in decide(combined, MEANS).items():
+            values = [row[name] for row in ours]
+            mean, other = fmean(values), fmean(row[name] for row in base)
+            spread = stdev(values) if len(values) > 1 and not math.isnan(mean) else math.nan
+            value, paper_sign = theirs.get(name, (None, None))
+            entries[name] = Entry(
+                values, mean, spread, sign(name, mean, other),
+                any(name in row.findings for row in seeds), by_seed[name], difference,
+                value, paper_sign, _verdict(difference, paper_sign, name in void),
+            )  # fmt: skip
         compared.append(Compared(table, arch, paper_arch, method, entries, void))
     return compared
 
@@ -104,42 +115,9 @@ def _paper_scores(table: int, arch: str, method: str, void: frozenset[str]) -> d
     return scores
 
 
-def _decide(entries: dict[str, Entry], void: frozenset[str]) -> dict[str, Entry]:
-    """Average the differences over the seeds, correct their p-values, and add the verdicts."""
-    combined = {n: combine_seeds(e.by_seed) if e.by_seed else None for n, e in entries.items()}
-    return {
-        name: entries[name]._replace(
-            difference=difference,
-            verdict=_verdict(difference, entries[name].paper_sign, name in void),
-        )
-        for name, difference in decide(combined, MEANS).items()
-    }
-
-
-def _number(row: ModelScores, name: str) -> float | None:
-    if name in MEANS:
-        return row.means.get(name)
-    return table_value(name, row.scores[name]) if name in row.scores else None
-
-
-def _entry(
-    name: str, seeds: Sequence[ModelScores], base: Sequence[ModelScores], theirs: Printed | None
-) -> Entry:
-    values, others = (
-        [x for row in rows if (x := _number(row, name)) is not None] for rows in (seeds, base)
-    )
-    found = [
-        row.mean_differences.get(name) if name in MEANS else row.scores[name].difference
-        for row in seeds
-    ]
-    by_seed = [difference for difference in found if difference]
-    value, paper_sign = theirs or (None, None)
-    mean = fmean(values)
-    return Entry(
-        values, mean, stdev(values) if len(values) > 1 and not math.isnan(mean) else math.nan,
-        sign(name, mean, fmean(others)), any(name in row.findings for row in seeds),
-        by_seed if len(by_seed) == len(seeds) else [], None, value, paper_sign, "",
-    )  # fmt: skip
+def _numbers(row: ModelScores) -> dict[str, float]:
+    """Return our numbers by the names of `HEADINGS`, as tables show them."""
+    return {**{name: table_value(name, s) for name, s in row.scores.items()}, **row.means}
 
 
 def _verdict(difference: Difference | None, paper_sign: str | None, void: bool = False) -> str:
