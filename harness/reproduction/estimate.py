@@ -85,7 +85,13 @@ class Meter:
         """Estimate the time of that many epochs of train.py."""
         key = config.arch, config.method, config.batch_size
         if key not in self.known:
-            self.known[key] = self._epoch(config)
+            size, train, test = config.minibatch_size, self.data.train, self.data.test
+            few = self.data._replace(
+                train=_first(train, STEPS * size), test=_first(test, config.batch_size)
+            )
+            per_step, per_image = self.time_epoch(config, few)
+            steps = len(train.labels) // size
+            self.known[key] = steps * per_step + len(test.labels) * per_image
         return epochs * self.known[key]
 
     def evaluation(
@@ -117,15 +123,6 @@ class Meter:
                     each += self._corrupt(name, severity)
                 seconds += images * each
         return seconds
-
-    def _epoch(self, config: TrainConfig) -> float:
-        size = config.minibatch_size
-        train, test = self.data.train, self.data.test
-        few = self.data._replace(
-            train=_first(train, STEPS * size), test=_first(test, config.batch_size)
-        )
-        per_step, per_image = self.time_epoch(config, few)
-        return len(train.labels) // size * per_step + len(test.labels) * per_image
 
     def _batch(self) -> Tensor:
         return self.data.test.images[:IMAGES].to(self.device).float().div_(255)
