@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 
@@ -22,17 +22,10 @@ NUMBER = re.compile(r"[-+±%!.,:/()\s\d]*( to [-+\d.]+\)?)?|not run")
 
 
 class Part(NamedTuple):
-    """A piece of a table cell with the CSS classes that color it."""
+    """A column's heading or a piece of a cell, with the CSS classes that align or color it."""
 
     text: str
     css: str = ""
-
-
-class Column(NamedTuple):
-    """A table's column: its heading, and the CSS class that aligns it."""
-
-    heading: str
-    css: str
 
 
 @dataclass
@@ -46,7 +39,6 @@ class Figure:
 
     path: Path
     caption: str
-    kind: ClassVar[str] = "figure"
 
     def __post_init__(self) -> None:
         data = self.path.read_bytes()
@@ -69,13 +61,12 @@ class Table:
     rows: list[list[str]]
     notes: Sequence[str] = ()
     fold: bool = False  # whether the page shows it only when the reader asks
-    kind: ClassVar[str] = "table"
 
     def __post_init__(self) -> None:
         header, *rows = self.rows
         contents = zip(header, *rows, strict=True)
-        self.columns = [Column(heading, _column_class(cells)) for heading, *cells in contents]
-        self.body = [[[Part(name)], *map(_split_signs, cells)] for name, *cells in rows]
+        self.columns = [Part(heading, _column_class(cells)) for heading, *cells in contents]
+        self.body = [(name, [*map(_split_signs, cells)]) for name, *cells in rows]
 
 
 @dataclass
@@ -83,7 +74,6 @@ class Text:
     """Plain text; an empty line begins a new paragraph."""
 
     text: str
-    kind: ClassVar[str] = "text"
 
     @property
     def paragraphs(self) -> list[str]:
@@ -96,7 +86,6 @@ class Code:
     """Commands or output, shown unchanged."""
 
     text: str
-    kind: ClassVar[str] = "code"
 
 
 Block = Figure | Table | Text | Code
