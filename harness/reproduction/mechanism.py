@@ -5,8 +5,9 @@ another class's say what it does use: is the prediction the shape's class, or th
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,13 +50,12 @@ def draw_cues(size: int, amplitude: float = AMPLITUDE, seed: int = 0) -> dict[st
     Returns:
         Images uint8 (N, 3, size, size) by "both", "shape", "grating" and "exchanged".
     """
-    changes: dict[str, dict[str, Any]] = {
-        "both": {}, "shape": {"amplitude": 0.0}, "grating": {"shapes": False},
-        "exchanged": {"shift": SHIFT},
-    }  # fmt: skip
+    draw = partial(draw_shapes, INDICES["test"], size, seed)
     return {
-        name: draw_shapes(INDICES["test"], size, seed, **{"amplitude": amplitude, **change})[0]
-        for name, change in changes.items()
+        "both": draw(amplitude=amplitude)[0],
+        "shape": draw(amplitude=0.0)[0],
+        "grating": draw(amplitude=amplitude, shapes=False)[0],
+        "exchanged": draw(amplitude=amplitude, shift=SHIFT)[0],
     }
 
 
