@@ -21,8 +21,6 @@ from harness.training.config import TrainConfig
 STEPS = 2  # of a training that are timed, after as many untimed ones
 IMAGES = 32  # on which passes and corruptions are timed
 
-CellKey = tuple[str, str, int | None]  # label, perturbation, severity
-
 
 class _Counter(nn.Module):
     """A linear model that counts the images that it sees with a gradient to follow."""
@@ -96,7 +94,7 @@ class Meter:
 
     def evaluation(
         self, models: Mapping[str, str], surrogate: str, names: list[str], limit: int | None,
-        done: Collection[CellKey],
+        done: Collection[tuple[str, str, int | None]],
     ) -> float:  # fmt: skip
         """Estimate the time of the cells of evaluate.py that are not done.
 
@@ -105,7 +103,7 @@ class Meter:
             surrogate: its architecture.
             names: the perturbations.
             limit: as --limit; 0 or None: all test images.
-            done: the finished cells.
+            done: the finished cells: label, perturbation and severity.
         """
         total = len(self.data.test.labels)
         count, seconds = min(limit or total, total), 0.0

@@ -172,8 +172,7 @@ def make_plan(config: ReproduceConfig) -> Iterator[TrainTask | EvalTask]:
         yield surrogate
     for seed in range(config.seeds):
         for arch in config.archs:
-            first = arch == config.archs[0]
-            tables = config.tables if first else [t for t in config.tables if t == 1]
+            tables = [t for t in config.tables if t == 1 or arch == config.archs[0]]
             chosen = {method for table in tables for method in _methods(config, table)}
             for method in METHODS:
                 if method in chosen:
