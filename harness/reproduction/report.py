@@ -223,10 +223,8 @@ def _make_sections(
     if found_orders := orders(rows):
         beside.append(Table("Methods in the order of the paper", orders_table(found_orders)))
     curves: list[Block] = []
-    for arch in config.archs:
+    for arch in dict.fromkeys(one.arch for one in first):
         folders = {m: path for one in first if one.arch == arch for m, path in one.models.items()}
-        if not folders:  # Tables 2 and 3 have one architecture
-            continue
         path = out / f"curves-{file_name(arch)}.png"
         plots.plot_curves({m: trained[folder].log for m, folder in folders.items()}, path)
         curves.append(Figure(path, f"{arch}, seed 0: losses and clean accuracy by epoch"))
