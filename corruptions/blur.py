@@ -80,7 +80,7 @@ def draw_glass_blur(stream: Stream, severity: int, size: Size, profile: int) -> 
     """Draw `offsets`: int32 (B, passes, 2, H - 2 d, W - 2 d) in [-d, d).
 
     Element [b, p, :, i, j] is the (row, column) offset of the source of pixel (d + 1 + i,
-    d + 1 + j).
+    d + 1 + j). d is the offset in `GLASS_BLUR`.
     """
     _, jump, passes = GLASS_BLUR[profile][severity - 1]
     height, width = size

@@ -51,6 +51,8 @@ def frost_source(frost_dir: FrostDir = None) -> str:
 def frost_textures(frost_dir: FrostDir, size: Size, profile: int, device: torch.device) -> Textures:
     """Load or generate the five textures, scaled for the profile and larger than `size`.
 
+    They are kept on `device`.
+
     Raises:
         FileNotFoundError: a photograph is missing.
         ValueError: a photograph cannot be read.
@@ -141,7 +143,11 @@ class _Look(NamedTuple):
     crystals: int
     longest: float  # longest stem in px
     branches: int  # per side of a stem
-    lean: tuple[float, float, float] = (0, 0, 0)  # degrees, to mix R, G, B and a second field
+    lean: tuple[float, float, float] = (
+        0,
+        0,
+        0,
+    )  # angles in degrees that mix R, G, B with a second field
 
 
 _LOOKS = {

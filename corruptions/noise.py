@@ -112,7 +112,7 @@ def draw_impulse_noise(stream: Stream, severity: int, size: Size, profile: int) 
 def impulse_noise(
     images: Tensor, severity: int, flip: Tensor, salt: Tensor, *, profile: int = 224
 ) -> Tensor:
-    """Set values where `flip` is at most the share: 255 where `salt` is at most 0.5, else 0."""
+    """Set values where `flip` is at most the share: to 255 where `salt` <= 0.5, otherwise to 0."""
     share = IMPULSE_NOISE[profile][severity - 1]
     pixels = images.float()
     changed = torch.le(flip, share, out=torch.empty_like(pixels))  # see `draw_shot_noise`

@@ -90,7 +90,7 @@ FROST = {
 def draw_frost(
     stream: Stream, severity: int, size: Size, profile: int, *, frost_dir: FrostDir = None
 ) -> Fields:
-    """Draw `which` texture, and `top` and `left` of the crop in px: int64 (B,).
+    """Draw `which` of the five textures, and `top` and `left` of the crop in px: int64 (B,).
 
     As in the original, the last row and column of a texture are never used. `frost_dir` is as for
     `frost_source`.

@@ -147,8 +147,8 @@ def _describe(error: Exception, how_to_resume: str) -> str:
         message = f"{error.filename or 'disk'}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message += f"; free some space: what was finished is kept, {how_to_resume}"
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            message += "; change its permissions, or name another folder (see --help)"
+        if error.filename and error.errno in (errno.EACCES, errno.EPERM):
+            message += "; change its permissions, or name another place (see --help)"
         return message
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return f"--compile: {first_line(error)}; leave the flag out"

@@ -405,6 +405,18 @@ def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(go, tmp_path, monkeyp
     assert not list((tmp_path / "out").glob(".*.unfinished"))
 
 
+@pytest.mark.parametrize("error", [13, 1, 30])  # EACCES, EPERM, EROFS
+def test_a_place_without_permission_may_be_changed(
+    error: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write() -> None:
+        raise OSError(error, "No", "cache")
+
+    with pytest.raises(SystemExit):
+        errors.run_script(write)
+    assert ("; change its permissions" in capsys.readouterr().err) == (error != 30)
+
+
 @pytest.mark.slow
 def test_the_plain_command_as_a_process(tmp_path):
     """Run the command of the README with small images, one epoch and a small network."""

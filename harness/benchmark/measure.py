@@ -88,9 +88,9 @@ class Evaluation:
 
 
 def choose_images(labels: Tensor, limit: int | None, seed: int) -> Tensor:
-    """Draw `limit` of the images with these class indices (N,); None, or N or more, takes all.
+    """Draw `limit` of the images with these class indices (N,), equally many of each if possible.
 
-    Returns sorted indices int64 (min(limit, N),), equally many of each class if possible.
+    A limit of None, or of N or more, takes all. Returns sorted indices, int64 (min(limit, N),).
     """
     if limit is None or limit >= len(labels):
         return torch.arange(len(labels))
@@ -129,7 +129,8 @@ def perturb(
     tested model.
 
     Returns:
-        Images like x, and results by name, (B,); CW2's except "right" are of the right images only.
+        Images like those of the batch, and results by name, (B,); CW2's except "right" are of the
+        right images only.
     """
     indices, x, y = batch
     entry = run.config.registry[name]

@@ -55,7 +55,11 @@ def unpack(text: str, n: int) -> Array:
 
 
 def robustness_interval(a: Array, c: Array) -> tuple[float, float]:
-    """Compute the 95 % interval of R = mean(a) / mean(c); NaN where that does not exist."""
+    """Compute the 95 % interval of R = mean(a) / mean(c); NaN where that does not exist.
+
+    Where few images are right or lost it is widened as in `compare_robustness`, and begins at 0 or
+    above.
+    """
     if not c.any():
         return math.nan, math.nan
     more = [1 / c.mean()] * 2 if _few(a, c) else []
@@ -72,28 +76,36 @@ def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | N
 
     Returns:
         R of the first minus R of the second; None if either clean accuracy is 0. Where few images
-        are right or lost, one more image that the first model alone gets right, and one that the
-        second does, widen the interval, since a count of 0 is not certain; and p is at least that
-        of a sign test, in which equal R give the models counts as their clean accuracies.
+        are right or lost, or few differ, the interval is as wide as with two more images, one that
+        only the first model gets right and one that only the second does, and p follows from it.
+        For whole outcomes of which few are right or lost, p is the larger of the delta method's and
+        a sign test's. That test expects the models' counts in the ratio of their clean accuracies,
+        as if their right, or lost, images did not overlap.
     """
     if not (c.any() and d.any()):
         return None
     value = round(float(a.mean() / c.mean() - b.mean() / d.mean()), 12)  # 0 where R is equal
     influence = _influence(a, c) - _influence(b, d)
-    if _few(a, c) or _few(b, d):
-        found = _normal(value, influence, (1 / c.mean(), 1 / d.mean()))
-        first, second = (a, b) if min(a.sum(), b.sum()) < FEW else (c - a, d - b)  # right or lost
-        counted = _sign_test(first, second, share=c.sum() / (c.sum() + d.sum()))
-        return found._replace(p=max(found.p, counted))
-    return _normal(value, influence)
+    plain = _normal(value, influence)
+    few = _few(a, c) or _few(b, d)
+    if not few and min(np.abs(a - b).sum(), np.abs(c - a - d + b).sum()) >= FEW:
+        return plain
+    found = _normal(value, influence, (1 / c.mean(), 1 / d.mean()))
+    if not (few and _whole(a, c, b, d)):
+        return found
+    first, second = (a, b) if min(a.sum(), b.sum()) < FEW else (c - a, d - b)  # right or lost
+    counted = _sign_test(first, second, share=c.sum() / (c.sum() + d.sum()))
+    return found._replace(p=max(plain.p, counted))
 
 
 def compare_accuracy(c: Array, d: Array) -> Difference:
-    """Compare the accuracies of two models on the same images; of one severity by McNemar's p."""
-    more = (1.0, 1.0) if len(c) > 1 and np.abs(c - d).sum() < FEW else ()
+    """Compare the accuracies of two models on the same images; of one severity by McNemar's p.
+
+    Where few images differ, the interval is widened as in `compare_robustness`.
+    """
+    more = (1.0, 1.0) if np.abs(c - d).sum() < FEW else ()
     found = _normal(float(c.mean() - d.mean()), c - d - (c - d).mean(), more)
-    whole = not (np.mod(c, 1).any() or np.mod(d, 1).any())
-    return found._replace(p=_sign_test(c, d)) if whole else found
+    return found._replace(p=_sign_test(c, d)) if _whole(c, d) else found
 
 
 def combine_seeds(differences: Sequence[Difference]) -> Difference:
@@ -105,9 +117,10 @@ def combine_seeds(differences: Sequence[Difference]) -> Difference:
     that the interval is too wide unless the seeds differ much. Simulation with three seeds, whose
     images' influences correlate by 0.2 (about as in `results/tiny50`): p-values below 0.002 came up
     0.2, 1.2, 2.7, 5 and 9 times as often as they should where the variance between trainings was 0,
-    1, 2, 4 and 10 times that of one seed's images; with two seeds 0.3, 2.6, 6, 13 and 23 times. The
-    limits of `compare_robustness` for few images do not hold here: with five images in each of
-    three seeds p can be half of a sign test's.
+    1, 2, 4 and 10 times that of one seed's images; with two seeds 0.3, 2.6, 6, 13 and 23 times.
+
+    Few images have no treatment of their own here: with five in each of three seeds p can be half
+    of a sign test's, and where no image differs the interval has no width.
     """
     if len(differences) == 1:
         return differences[0]
@@ -128,7 +141,8 @@ def combine_seeds(differences: Sequence[Difference]) -> Difference:
 def subtract(first: Difference | None, second: Difference, *, accuracy: bool = False) -> Difference:
     """Compare two models by their differences to a third one; None is the third one itself.
 
-    With `accuracy`, they are differences of accuracies, whose p is McNemar's.
+    With `accuracy`, they are differences of accuracies, whose p is McNemar's. Without it, few
+    images have no treatment of their own here.
     """
     if first is None:
         value, low, high, p, influence, *_ = second
@@ -182,13 +196,14 @@ def _normal(
 ) -> Difference:  # fmt: skip
     """Make a difference with a t interval; from a single image nothing is known.
 
-    `more` are influences of imagined images (Bonett and Price, 2012), which widen it.
+    `more` are the influences of imagined images, which add to the standard error. (Bonett and Price
+    also add them to n, and to the estimate.)
     """
     error = _standard_error(influence) if error is None else error
     if len(influence) < 2 and error == 0:
         return Difference(value, math.nan, math.nan, math.nan, influence)
-    wider = math.hypot(error, *(each / len(influence) for each in more))
-    half = float(stats.t.ppf(0.975, freedom)) * wider
+    error = math.hypot(error, *(each / len(influence) for each in more))
+    half = float(stats.t.ppf(0.975, freedom)) * error
     if error:
         p = 2 * float(stats.t.sf(abs(value) / error, freedom))
     else:  # as in a sign test in which all images agree
@@ -200,6 +215,11 @@ def _sign_test(first: Array, second: Array, share: float = 0.5) -> float:
     """Compute the exact two-sided p-value of a sign test: McNemar's, where outcomes are 0 or 1."""
     more, less = int((first > second).sum()), int((first < second).sum())
     return float(stats.binomtest(more, more + less, share).pvalue) if more + less else 1.0
+
+
+def _whole(*outcomes: Array) -> bool:
+    """Return whether all outcomes are 0 or 1, those of one severity."""
+    return not any(np.mod(each, 1).any() for each in outcomes)
 
 
 def _few(a: Array, c: Array) -> bool:

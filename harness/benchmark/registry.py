@@ -27,7 +27,7 @@ class Perturbation(NamedTuple):
 
     @property
     def box(self) -> str:
-        """Whether an attack is white-box, or black-box, on the surrogate; empty without one."""
+        """White-box (by the model's own gradient), black-box (by the surrogate's), or empty."""
         return self.attack.box if self.attack else ""
 
 

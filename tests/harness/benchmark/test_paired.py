@@ -244,13 +244,15 @@ def test_degenerate_cases_have_no_interval_or_an_undecided_one():
     assert paired.compare_robustness(zero, zero, some, one) is None  # never right when clean
     assert paired.compare_robustness(some, one, zero, zero) is None
     equal = paired.compare_robustness(some, one, some, one)
-    assert equal[:4] == (0, 0, 0, 1) and not paired.holm([equal])[0].decided
+    assert (equal.value, equal.p) == (0, 1) and equal.low == -equal.high < 0
+    assert not paired.holm([equal])[0].decided
     single = paired.compare_robustness(one[:1], one[:1], zero[:1], one[:1])
     assert single.value == 1 and math.isnan(single.low) and math.isnan(single.p)
     assert not paired.holm([single])[0].decided
     assert all(map(math.isnan, paired.robustness_interval(zero, zero)))
     assert all(map(math.isnan, paired.robustness_interval(one[:1], one[:1])))
-    assert paired.compare_accuracy(one[:1], zero[:1]).value == 1
+    alone = paired.compare_accuracy(one[:1], zero[:1])
+    assert alone.value == 1 and math.isnan(alone.low) and math.isnan(alone.high)
     for n in (2, 3, 5, 50):  # no fewer images decide than in a sign test
         opposed = paired.compare_robustness(zero[:n], one[:n], one[:n], one[:n])
         assert opposed.value == -1 and opposed.p >= 2 ** (1 - n)
@@ -273,7 +275,7 @@ def test_a_few_outcomes_of_either_model_widen_the_interval():
     for one, other in ((a, b), (b, a)):
         found = paired.compare_robustness(one, c, other, c)
         half = widened(error, 1 / 200, 1 / 200)
-        assert found.high - found.value == found.value - found.low == pytest.approx(half)
+        assert (found.value - found.low, found.high - found.value) == pytest.approx((half, half))
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -365,3 +367,39 @@ def test_no_differing_image_is_no_certainty():
     assert paired.compare_accuracy(a, a)[1:3] == pytest.approx((-0.00277, 0.00277), abs=1e-5)
     assert paired.compare_robustness(c * 0, c, c * 0, c).high == pytest.approx(0.00277, abs=1e-5)
     assert paired.robustness_interval(c, c)[0] == pytest.approx(1 - 0.00277, abs=1e-5)
+
+
+def test_few_differing_images_decide_no_difference_of_robustness():
+    """Both lose the same 30 images, and the first is right for 50 images more when clean."""
+    c, d = ((np.arange(2500) < right) * 1.0 for right in (1250, 1200))
+    lost = np.arange(2500) < 30
+    found = paired.compare_robustness(c * ~lost, c, d * ~lost, d)
+    assert found.low < 0 < found.value and found.p > 0.05
+
+
+def test_few_outcomes_of_several_severities_are_decided_as_the_interval_says():
+    """Each of 15 images is right at one of five severities."""
+    one, a = np.ones(1000), 0.2 * (np.arange(1000) < 15)
+    for found in (
+        paired.compare_robustness(a, one, 0 * one, one),
+        paired.compare_robustness(one, one, one - a, one), paired.compare_accuracy(a, 0 * one),
+    ):  # fmt: skip
+        assert found.low < 0 < found.value and found.p > 0.05
+
+
+@pytest.mark.parametrize("count", [9, 10])
+def test_fewer_than_ten_images_are_few(count):
+    c, some = np.ones(1000), (np.arange(1000) < count) * 1.0
+    spread = np.std(some, ddof=1) / math.sqrt(1000)
+    half = widened(spread, *[0.001, 0.001] * (count < 10))
+    for outcomes in (some, c - some):
+        _, high = paired.robustness_interval(outcomes, c)
+        assert high - outcomes.mean() == pytest.approx(half)
+    found = paired.compare_accuracy(c, c - some)
+    assert found.high - found.value == pytest.approx(half)
+
+
+def test_images_that_differ_both_ways_are_not_few():
+    c, d = (np.arange(1000) < 20) * 1.0, (np.arange(1000) >= 980) * 1.0
+    found = paired.compare_accuracy(c, d)
+    assert found.high == pytest.approx(widened(np.std(c - d, ddof=1) / math.sqrt(1000)))
