@@ -403,3 +403,16 @@ def test_images_that_differ_both_ways_are_not_few():
     c, d = (np.arange(1000) < 20) * 1.0, (np.arange(1000) >= 980) * 1.0
     found = paired.compare_accuracy(c, d)
     assert found.high == pytest.approx(widened(np.std(c - d, ddof=1) / math.sqrt(1000)))
+
+
+def test_two_images_are_few_too():
+    low, high = paired.robustness_interval(np.ones(2), np.ones(2))
+    assert low < 1 < high
+
+
+def test_equally_few_right_images_do_not_mean_equal_robustness():
+    """Four are right by each model alone, of which the second has half the clean accuracy."""
+    n = np.arange(1000)
+    c, d, a, b = (x * 1.0 for x in (n < 1000, n < 500, n < 4, (4 <= n) & (n < 8)))
+    found = paired.compare_robustness(a, c, b, d)
+    assert found.p == pytest.approx(stats.binomtest(4, 8, 2 / 3).pvalue) and found.p < 1
