@@ -384,3 +384,10 @@ def test_the_orders_of_a_table_are_those_of_its_own_rows() -> None:
     rows = [row for table in (1, 2) for row in with_differences(table, "resnet50")]
     names = [order.name for order in comparison.orders(rows)]
     assert names == ["All corruptions", paper.ATTACKS_TITLE]  # and none of Table 3
+
+
+def test_table_3_compares_clean_accuracies_alone() -> None:
+    """The networks of the paper's Table 3 may have been evaluated for another table, too."""
+    measured = {method: [make_row(70.0, {"fog": 0.5})] for method in ("standard", "tlat")}
+    for row in comparison.compare(3, "resnet50", measured):
+        assert list(row.entries) == ["clean"]
