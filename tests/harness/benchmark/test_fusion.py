@@ -122,3 +122,13 @@ def test_a_pooling_that_repeats_no_pixel_is_left_without_a_matrix_of_its_pixels(
     ).eval()
     x = torch.rand(2, 3, 9, 9)
     assert_close(fuse_for_inference(model, x)(x), model(x))
+
+
+def test_a_model_without_a_gradient_is_fused_too() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 8, 8)
+    model = Special("no_grad").eval()
+    model.head.register_forward_hook(lambda *given: given[2].detach())
+    fused = fuse_for_inference(model, x)
+    assert fused is not model
+    assert_close(fused(x), model(x))
