@@ -225,3 +225,14 @@ def test_of_a_very_narrow_image_only_the_center_is_resized(
     difference = np.asarray(center_crop(image, 32, 28)).astype(int) - np.asarray(expected)
     assert abs(difference).max() <= 8  # half a pixel of the ramp and of the step
     assert np.asarray(expected).std() > 40
+
+
+@pytest.mark.parametrize(("largest", "shown"), [(0, 0), (1, None), (255, None), (256, 1)])
+def test_values_of_16_bits_are_known_by_those_above_8_bits(largest: int, shown: int | None) -> None:
+    """Smaller ones may be of either range, unless all are black."""
+    image = Image.fromarray(np.full((4, 4), largest, np.uint16))
+    if shown is None:
+        with pytest.raises(ValueError):
+            upright_rgb(image)
+    else:
+        assert np.asarray(upright_rgb(image)).tolist() == [[[shown] * 3] * 4] * 4
