@@ -561,6 +561,16 @@ def test_an_epoch_is_timed_for_each_step_and_each_image(
     assert reproduce.time_epoch(settings, train.load_data(settings)) == (2.0, 5.0)
 
 
+def test_of_two_calls_the_second_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, costs = [0.0], iter((100.0, 7.0))
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def work() -> None:
+        clock[0] += next(costs)
+
+    assert estimate.time_second_call(work) == 7
+
+
 def test_a_pass_is_timed_for_each_image(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "time_second_call", lambda work: 12.0)
     args = plan.parse_reproduce_config(argv(images))
