@@ -112,6 +112,17 @@ def test_the_paper_scale_is_the_papers_experiment() -> None:
     assert "--surrogate" not in clean.argv and "clean" in clean.argv
 
 
+def test_the_small_scale_trains_small_networks_on_small_images() -> None:
+    tasks = planned("--scale", "small", "--data", "x")
+    surrogate, *runs = [parse_train_config(t.argv)[0] for t in tasks if isinstance(t, TrainTask)]
+    assert (surrogate.arch, surrogate.lr) == ("vgg11_bn", 1e-4)
+    assert [run.method for run in runs] == list(METHODS)
+    assert {(run.arch, run.lr) for run in runs} == {("resnet18", 1e-3)}
+    for run in (surrogate, *runs):
+        assert (run.epochs, run.batch_size, run.size) == (30, 64, 64)
+        assert run.whole_batches
+
+
 def test_flags_override_the_recipe_but_not_the_surrogates_rate() -> None:
     options = "--lr 0.5 --epochs 7 --surrogate-epochs 3 --seeds 2 --tables 2 --limit 9"
     options += " --archs resnet18 resnet18 --train-flags=--whole-batches"
