@@ -132,3 +132,24 @@ def test_a_model_without_a_gradient_is_fused_too() -> None:
     fused = fuse_for_inference(model, x)
     assert fused is not model
     assert_close(fused(x), model(x))
+
+
+class Scaling(nn.Module):
+    """Return the input, and pass on `scale` times the gradient."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * x + (1 - self.scale) * x.detach()
+
+
+@pytest.mark.parametrize(("scale", "kept"), [(1.095, True), (1.105, False)])
+def test_a_change_of_the_gradients_by_more_than_ten_percent_is_left_out(
+    scale: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(fusion, "fuse", lambda model: nn.Sequential(Scaling(scale), model))
+    fused = fuse_for_inference(Flattening().eval(), torch.rand(2, 3, 8, 8))
+    assert any(isinstance(layer, Scaling) for layer in fused.modules()) == kept
