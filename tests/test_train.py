@@ -215,6 +215,12 @@ def test_the_defaults_for_the_embedded_images_are_the_demonstrations(tmp_path, m
     assert (other.arch, other.output_dir) == ("resnet50", "runs/resnet50-mtlat")
 
 
+def test_the_largest_seeds_are_those_of_32_bits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, _ = parse_train_config(["--seed", "4294967295", "--data-seed", "4294967295"])
+    assert args.seed == args.data_seed == 2**32 - 1
+
+
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_the_cosine_and_the_warm_up_are_torchs(tmp_path, monkeypatch, warmup):
     monkeypatch.chdir(tmp_path)
