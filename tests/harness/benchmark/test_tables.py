@@ -684,3 +684,10 @@ def test_a_baseline_that_loses_nothing_has_no_relative_mce_whatever_the_rounding
     own = {"clean": 29 / 30} | dict.fromkeys(mce.ALEXNET_ERRORS, 28 / 30)
     assert base["clean"] != base["fog"]
     assert math.isnan(mce.relative_mce(own, base))
+
+
+def test_each_line_of_csv_has_a_cell_for_each_column() -> None:
+    """Without outcomes of the images no difference is known."""
+    for lines in (CELLS, paired(CELLS)):
+        header, *rows = csv.reader(io.StringIO(tables.to_csv(make(lines))))
+        assert rows and {len(row) for row in rows} == {len(header)}
