@@ -222,6 +222,11 @@ def test_a_folder_is_decoded_at_the_papers_224_pixels_unless_asked(folder, tmp_p
     assert sets.train.images.shape[1:] == sets.test.images.shape[1:] == (3, 224, 224)
 
 
+def test_an_image_may_be_one_pixel(folder, tmp_path):
+    found = load(folder, tmp_path, size=1)
+    assert found.test.images.shape[1:] == (3, 1, 1)
+
+
 def test_train_and_val(tmp_path):
     root = tmp_path / "split"
     for part in ("train", "val"):
