@@ -125,3 +125,19 @@ def test_drawn_frost_has_the_photographs_levels_and_stays_as_it_is(number, photo
     means = texture[1].unflatten(0, (4, -1)).unflatten(2, (4, -1)).mean((1, 3)).flatten()
     drawn = torch.tensor([float(word) for word in DRAWN[number].split()]).double()
     torch.testing.assert_close(means, drawn, rtol=0, atol=0.6)
+
+
+# The darkest and the lightest values of R, G and B of these photographs.
+EXTREMES = {
+    1: "20 190 100 215 118 225",
+    2: "100 252 102 254 107 255",
+    4: "40 245 50 252 58 255",
+    5: "20 252 30 254 38 255",
+}
+
+
+@pytest.mark.parametrize(("number", "photograph"), list(enumerate((1, 2, 2, 4, 5))))
+def test_drawn_frost_is_as_dark_and_as_light_as_the_photographs(number, photograph):
+    texture = frost._pictures("procedural")[number].flatten(1)
+    found = torch.stack(texture.aminmax(dim=1), 1).flatten().tolist()
+    assert found == [int(word) for word in EXTREMES[photograph].split()]
