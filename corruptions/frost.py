@@ -143,11 +143,7 @@ class _Look(NamedTuple):
     crystals: int
     longest: float  # longest stem in px
     branches: int  # per side of a stem
-    lean: tuple[float, float, float] = (
-        0,
-        0,
-        0,
-    )  # angles in degrees that mix R, G, B with a second field
+    lean: tuple[float, float, float] = (0, 0, 0)  # degrees that mix R, G, B with a second field
 
 
 _LOOKS = {

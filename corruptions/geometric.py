@@ -4,9 +4,10 @@ Section 4.1 of Laugros, Caplier and Ospici (2020) gives the ranges below. The fi
 benchmark code of that year gives the sampling: uniform, integers with both ends included,
 independent signs. Lengths are in px at a side of 224 and scale with the shorter side.
 
-`corruptions.calibrate` finds the ranges of another model by the paper's rule, a loss of 5 points of
-accuracy at the low end and of 30 at the high end. Severities 1 to 5 are
-five evenly spaced amounts from end to end. Severity None draws an amount for each image uniformly.
+The paper chose each range so that a standard ResNet-50 loses 5 points of accuracy at the low end
+and 30 at the high end. `corruptions.calibrate` does the same for another model. Severities 1 to 5
+are five evenly spaced amounts from end to end. Severity None draws an amount for each image
+uniformly.
 
 `draw_NAME` has an option `bounds`, which replaces the range. `NAME` ignores `severity` and
 `profile`. `corruptions.registry` has the other conventions.

@@ -246,8 +246,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             trained[i].grad = torch.zeros_like(trained[i])
             users[i] = 0
         all_reduce_sum([users, *(p.grad for p in trained if p.grad is not None)])
-        for i in lacking:  # usually none: reading a number would wait for the device
-            if users[i] == 0:
+        counts = users.tolist() if lacking else []  # reading them waits for the device
+        for i in lacking:
+            if not counts[i]:
                 trained[i].grad = None
 
 

@@ -376,9 +376,9 @@ def test_rounding_beyond_the_limits_is_allowed() -> None:
     outside = torch.where(inside > 0.5, inside + 9e-4, inside - 9e-4)
     inside8 = inside.mul(255).round().to(torch.uint8)
     assert torch.equal(corrupt(outside, "fog", 3), corrupt(inside8, "fog", 3).float().div(255))
-    for beyond in (-0.002, 1.002):
+    for beyond in (torch.full_like(inside, -0.002), torch.full_like(inside, 1.002), outside + 0.01):
         with pytest.raises(ValueError, match="must lie in"):
-            corrupt(torch.full_like(inside, beyond), "fog", 3)
+            corrupt(beyond, "fog", 3)
 
 
 def test_the_type_of_a_name_does_not_decide() -> None:
