@@ -143,8 +143,8 @@ def targeted_fgsm(
     # the batch's statistics, without updating the running ones. Otherwise: set eval mode for it.
     with frozen(model), torch.enable_grad():
         for _ in range(steps):
-            copy = x_adv.clone().requires_grad_()  # the model may change it without a gradient
-            gradient = grad_of(attack_loss(model(copy), target), copy)  # with L's sign
+            copy = x_adv.clone().requires_grad_()  # in case the model changes it under no_grad
+            gradient = grad_of(attack_loss(model(copy), target), copy)  # its sign is that of L's
             x_adv = (x_adv - step * gradient.sign()).clamp(x - epsilon, x + epsilon)
     # Reading 7: the result may leave [0, 1] by epsilon, as Eq. 5 is printed.
     return x_adv.clamp(0, 1) if clip else x_adv
@@ -220,11 +220,11 @@ _checked: set[str] = set()  # kinds of values that were right once, see `check_v
 
 
 def attack_loss(logits: Any, y: Tensor) -> Tensor:
-    """Compute a scalar whose gradient is that of the batch's summed L times a positive number.
+    """Compute a scalar whose gradient is a positive number times that of the batch's summed L.
 
     Where p_y rounds to 1, L's gradient vanishes in float32. That of the log-odds against y does
-    not, and a weight of 1 - p_y makes it L's again, up to the number. Weights matter in training
-    mode, where BatchNorm lets every image change all logits. They are divided by the largest, and
+    not; times 1 - p_y, it is equal to L's. These weights matter in training mode, where BatchNorm
+    lets every image change all logits. They are divided by the largest (hence the number), and
     clamped, so that no backward pass underflows. Images with soft labels take L itself.
     """
     logits = logits_of(logits, y)

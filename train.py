@@ -171,7 +171,7 @@ def train(config: TrainConfig, training: Training, seen_before: str) -> None:
     }  # fmt: skip
     if distributed.rank() == 0:
         if log and not (out / "last.pt").exists():  # resumed from best.pt, or in a new folder
-            save(config, training, settings)  # first: args.json alone would begin again
+            save(config, training, settings)  # first: with args.json alone, --resume starts again
         atomic_write(out / "args.json", json.dumps(settings, indent=2) + "\n")
         if log:
             atomic_write(out / "log.csv", log_csv(log))  # in case it was lost
@@ -228,7 +228,7 @@ def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list
             group["lr"] = config.learning_rate(epoch + (step - 1) / steps)
         optimizer.zero_grad()
         share = len(draws.target) / config.minibatch_size  # of the images, in this process
-        # Of --method mtlat these are the losses of mtlat.algorithm1, with --mix-at as it says.
+        # With --method mtlat, mtlat.algorithm1's losses; with --mix-at, see training/manifold.py.
         losses = losses_at(layer, method, model, pairs, draws, config.attack_steps)
         for term in range(method.terms):
             with autocast(device, config.amp):
@@ -248,7 +248,7 @@ def train_one_epoch(config: TrainConfig, training: Training, epoch: int) -> list
 
 
 def update_weights(config: TrainConfig, training: Training) -> None:
-    """Take the optimizer's step, with the gradients of all processes, and average the weights."""
+    """Take the optimizer's step with the gradients of all processes, and update --ema's average."""
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     distributed.sum_gradients(model.parameters())
     if config.clip_grad is not None:
