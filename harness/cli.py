@@ -11,6 +11,7 @@ config = Config(**values)                   # after the caller has filled in dep
 import argparse
 import dataclasses
 import math
+import textwrap
 from typing import Any, NoReturn
 
 from harness.errors import UserError
@@ -26,6 +27,9 @@ class Parser(argparse.ArgumentParser):
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Any:

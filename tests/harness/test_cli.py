@@ -45,6 +45,15 @@ def test_help_shows_each_option_under_the_last_heading_before_it(config: type) -
             assert groups[field.name].title == heading, field.name
 
 
+@pytest.mark.parametrize("config", [TrainConfig, EvalConfig, ReproduceConfig])
+def test_help_breaks_no_word_at_a_hyphen(config: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = build_parser(config)
+    for columns in (70, 80, 90, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        words = [line.split()[-1] for line in parser.format_help().splitlines() if line]
+        assert [word for word in words if word.endswith("-") and word != "-"] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "accepted", "refused"),
     [
