@@ -180,7 +180,10 @@ def _describe(config: ReproduceConfig, found: Sequence[Evaluated], data: Dataset
     archs = ", ".join(dict.fromkeys(one.arch for one in found))
     tested = min(config.limit or len(data.test.labels), len(data.test.labels))
     return (
-        f"{archs} on {len(data.classes)} classes of {config.data}:"
+        "Robustness R is the accuracy under a perturbation divided by clean accuracy. Differences"
+        " are paired by image, and decided if they are significant at 5 % after Holm's correction."
+        " The names are abbreviated as in the paper: Obstru is occlusion."
+        f"\n\n{archs} on {len(data.classes)} classes of {config.data}:"
         f" {len(data.train.labels)} training and {tested} test images of"
         f" {side}x{side}, {_count(config.epochs, 'epoch')}, {_count(config.seeds, 'seed')}."
         f"{illustration} The paper trains ResNet-50 and ResNeXt-50 for 90 epochs on 100 classes of"
@@ -261,7 +264,7 @@ def _answer_figures(
             papers = paper_differences(rows)
             plots.plot_differences(compared, BASELINE, path, papers, shown[table[0].arch])
             caption = f"{table[0].arch}: R minus the R of the standard training, with paired 95 %"
-            caption += " intervals" + ("; diamonds: the paper's M-TLAT" if papers else "")
+            caption += " intervals" + ("; diamonds: the paper's differences" if papers else "")
             yield Figure(path, caption)
 
 
