@@ -9,7 +9,7 @@ result of the same shape: uint8, or float32 in [0, 255] up to rounding. The fiel
 numbers. Where NAME takes any, `draw_NAME(stream, severity, size, profile)` draws them for B images
 of `size` (H, W), in NAME's order, and its docstring has their names, dtypes and shapes
 (`draw_shot_noise` takes `images=`, too). `corrupt` checks the arguments, draws, adds 1/4096 and
-truncates. So about one in 4,096 of the values that are no integers is a level higher than the
+truncates. So about one in 4,096 of the values that are not integers is a level higher than the
 original's. `corruptions.apply` says why.
 """
 

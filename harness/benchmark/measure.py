@@ -1,4 +1,4 @@
-"""How a cell is measured: one or several models under one perturbation at one severity.
+"""Measure models under one perturbation at one severity: a cell for each model.
 
 Images are corrupted and attacked by the batch. What does not depend on the model is computed once
 for all models.

@@ -1,4 +1,4 @@
-"""Preprocessing: how an image of any shape becomes a square, and which way an evaluation takes.
+"""Preprocessing: how an image of any shape becomes a square, in training and in evaluation.
 
 "squash" resizes the whole image to the square, as the paper does. "center-crop" resizes its shorter
 side, and cuts out the center, as ImageNet-C was made.
