@@ -7,9 +7,9 @@ image i moves R by 1/n of its influence (a_i - R c_i) / mean(c). A difference of
 difference of their influences, and its variance is the sample variance of these divided by n.
 
 Sources: delta method: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993. Two imagined
-images (see `FEW`): Bonett and Price, British Journal of Mathematical and
-Statistical Psychology 2012. McNemar, Psychometrika 1947. Welch and Satterthwaite: Satterthwaite,
-Biometrics 1946. Holm, Scandinavian Journal of Statistics 1979.
+images (see `FEW`): Bonett and Price, British Journal of Mathematical and Statistical Psychology
+2012. McNemar, Psychometrika 1947. Welch and Satterthwaite: Satterthwaite, Biometrics 1946. Holm,
+Scandinavian Journal of Statistics 1979.
 """
 
 import base64
