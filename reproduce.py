@@ -62,7 +62,9 @@ def reproduce(config: ReproduceConfig) -> None:
             print(f"finished: {task.folder}")
         else:
             run_task(task)
-    found = [read_evaluation(task) for task in evaluations]
+            if isinstance(task, TrainTask):
+                read_progress(task, data)  # the images may have changed meanwhile
+    found = [read_evaluation(task, data) for task in evaluations]
     commands, folders = [command(task, ROOT) for task in tasks], [t.folder for t in trainings]
     write_report(config, commands, folders, found, data)
 
@@ -76,7 +78,7 @@ def read_progress(task: TrainTask, data: Dataset) -> Progress:
     if checkpoint and checkpoint["fingerprint"] != data.fingerprint:
         raise UserError(
             f"{task.folder} was trained on other images than those of --data {config.data}:"
-            " choose another --output-dir"
+            " choose another --output-dir, or delete that folder"
         )
     if checkpoint and (changed := schedule_change(config, checkpoint)):
         raise UserError(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -306,6 +307,26 @@ def test_runs_of_other_settings_or_images_are_refused_in_a_line(images: Path) ->
     assert "Beside the paper" in html and "What M-TLAT changes" not in html  # which has no figure
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [("tiny-convnet-mtlat-seed0", "trained"), ("evaluation-tiny-convnet-seed0", "measured")],
+)
+def test_images_that_change_during_the_run_get_into_no_report(
+    images: Path, monkeypatch: pytest.MonkeyPatch, changed: str, said: str
+) -> None:
+    def run_task(task: TrainTask | EvalTask) -> None:
+        if task.folder.name == changed:
+            for path in (images / "class0").iterdir():
+                Image.new("RGB", (16, 16), "white").save(path)
+        in_process(task)
+
+    monkeypatch.setattr(reproduce, "run_task", run_task)
+    with pytest.raises(UserError, match=f"{changed} was {said} on other images than"):
+        reproduce.main(argv(images))
+    assert CALLS[-1] == changed
+    assert not (images.parent / "out" / "report.html").exists()
+
+
 def test_one_process_alone_reproduces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.distributed, "world_size", lambda: 2)
     with pytest.raises(UserError, match="start it without torchrun"):
@@ -513,14 +534,17 @@ def test_the_times_of_a_training_follow_from_its_log() -> None:
 def test_the_minutes_of_an_evaluation_count_the_making_of_images_once(tmp_path: Path) -> None:
     digests = {"standard-seed0": "a", "mtlat-seed0": "b"}
     notes = ["standard-seed0 is not significantly above chance"]
-    (tmp_path / "results.json").write_text(json.dumps({"weights": digests, "notes": notes}))
+    written = {"data": "images", "weights": digests, "notes": notes}
+    (tmp_path / "results.json").write_text(json.dumps(written))
     cell = {"perturbation": "clean", "severity": None, "correct": 1, "n": 2, "total": 2}
     store.append_cells(tmp_path / "cells.jsonl", [
         {**cell, "model": digest, "seconds_making": 30.0, "seconds": seconds}
         for digest, seconds in {"a": 60.0, "b": 90.0}.items()
     ])  # fmt: skip
     models = {"standard": Path("standard-seed0"), "mtlat": Path("mtlat-seed0")}
-    found = report.read_evaluation(EvalTask(tmp_path, [], "tiny", 0, [1], models))
+    task, data = EvalTask(tmp_path, [], "tiny", 0, [1], models), SimpleNamespace()
+    data.test_fingerprint = "images"
+    found = report.read_evaluation(task, data)  # type: ignore[arg-type]
     assert found.minutes == pytest.approx((30 + 60 + 90) / 60)
     assert found.results.notes == notes
 

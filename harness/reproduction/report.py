@@ -21,6 +21,7 @@ from harness.benchmark.tables import (
     to_plain,
 )
 from harness.checkpoints import load_checkpoint
+from harness.errors import UserError
 from harness.files import atomic_write, file_name
 from harness.images import embedded
 from harness.images.datasets import Dataset
@@ -88,9 +89,14 @@ class Evaluated(NamedTuple):
     minutes: float
 
 
-def read_evaluation(task: EvalTask) -> Evaluated:
-    """Read the results of evaluate.py."""
+def read_evaluation(task: EvalTask, data: Dataset) -> Evaluated:
+    """Read the results of evaluate.py. Raise `UserError` unless it tested the images of `data`."""
     written = json.loads((task.folder / "results.json").read_text())
+    if written["data"] != data.test_fingerprint:
+        raise UserError(
+            f"{task.folder} was measured on other images than the run began with: restore them and"
+            " delete that folder, or choose another --output-dir"
+        )
     digests = {method: written["weights"][path.name] for method, path in task.models.items()}
     cells = read_cells(task.folder / "cells.jsonl")
     # Its notes also tell of the images and the models, such as one that guesses.
