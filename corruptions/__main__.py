@@ -20,7 +20,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -294,20 +294,31 @@ def check_settings(args: argparse.Namespace, targets: list[Path]) -> None:
     if args.out.resolve().is_relative_to(args.source.resolve()):
         raise ValueError(f"--out {args.out} is in the source; name a folder beside {args.source}")
     note = args.out / "settings.json"
-    if note.exists():
-        try:
-            found = json.loads(note.read_text())
-            same = {"images": settings["images"], **found} == settings  # older trees have none
-        except (ValueError, TypeError):
-            raise ValueError(f"{note} is damaged; choose another --out") from None
-        if not same:
-            raise ValueError(
-                f"{args.out} was begun with {found}; use these settings or another --out"
-            )
-    else:
+    if not note.exists():
         args.out.mkdir(parents=True, exist_ok=True)
-        with _replacing(note) as unfinished:
+        with suppress(FileExistsError), _replacing(note) as unfinished:
             unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+            _link(unfinished, note)
+    try:
+        found = json.loads(note.read_text())
+        same = {"images": settings["images"], **found} == settings  # older trees have none
+    except (ValueError, TypeError):
+        raise ValueError(f"{note} is damaged; choose another --out") from None
+    if not same:
+        raise ValueError(f"{args.out} was begun with {found}; use these settings or another --out")
+
+
+def _link(unfinished: Path, path: Path) -> None:
+    """Give a file a second name. Unlike a rename, this raises FileExistsError if the name is taken.
+
+    Does nothing where the file system has no hard links.
+    """
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:  # another command that began at the same time
+        raise
+    except OSError:
+        pass
 
 
 def save(image: Tensor, path: Path, *, png: bool) -> None:

@@ -205,6 +205,30 @@ def test_a_tree_of_other_files_is_not_continued(
     refused(inside, "is in the source", capsys)
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
+def test_of_two_that_begin_a_tree_at_once_one_decides_the_settings(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], links: bool,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    command = [str(source), "--out", str(out), "--size", "32", *ONLY]
+    if links:
+        replacing = __main__._replacing
+
+        def late(path: Path) -> Any:  # the other command begins and ends before this one writes
+            monkeypatch.setattr(__main__, "_replacing", replacing)
+            __main__.main([*command, "--seed", "7"])
+            return replacing(path)
+
+        monkeypatch.setattr(__main__, "_replacing", late)
+        refused(command, "was begun with {", capsys)
+        assert not list(out.rglob("*.tmp"))
+    else:
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError(95, "Operation not supported")))
+    __main__.main([*command, "--seed", "7"])
+    assert json.loads((out / "settings.json").read_text())["seed"] == 7
+
+
 def test_a_class_folder_without_images_is_refused(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
