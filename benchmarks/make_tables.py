@@ -28,6 +28,7 @@ from harness.benchmark.metrics import Results, aggregate, read_outcomes, score_d
 from harness.benchmark.paired import Array, Difference
 from harness.benchmark.registry import COLUMNS, GROUPS, PERTURBATIONS, TABLES
 from harness.benchmark.store import Cell, read_cells
+from harness.errors import UserError, run_script
 from harness.files import atomic_write
 from harness.reproduction import comparison
 from harness.reproduction.paper import methods_of_table
@@ -257,6 +258,13 @@ def _two_surrogates(cells: list[Cell], other: list[Cell]) -> Iterator[str]:
 def make_tables(folder: Path, arch: str) -> None:
     """Write the tables and the figure of a folder, whose networks have this architecture."""
     cells, other = read_cells(folder / "cells.jsonl"), read_cells(folder / "surrogate-2.jsonl")
+    chosen = [(c["data"][:16], c["limit"], c["seed"]) for c in [*cells, *other]]
+    images = ["{}, --limit {}, --seed {}".format(*facts) for facts in dict.fromkeys(chosen)]
+    if len(images) > 1:
+        raise UserError(
+            f"{folder} has cells of different images, which cannot be compared image by image:"
+            f" {' and '.join(images)}"
+        )
     own = {(c["label"], c["perturbation"]): c for c in other if c["label"].endswith("-1")}
     kept = [cell for cell in cells if (cell["label"], cell["perturbation"]) not in own]
     measured = Measured([*kept, *own.values()])
@@ -264,7 +272,7 @@ def make_tables(folder: Path, arch: str) -> None:
     found = ({label.removeprefix(f"{m}-") for label in labels} for m in PAIR)
     seeds = sorted(int(seed) for seed in set.intersection(*found) if seed.isdecimal())
     if not seeds:
-        raise SystemExit(f"error: {folder}/cells.jsonl has no seed with both of {', '.join(PAIR)}")
+        raise UserError(f"{folder}/cells.jsonl has no seed with both of {', '.join(PAIR)}")
     together = [f"{method}-{seed}" for method in PAIR for seed in seeds]
     alone = [label for label in labels if label not in together]
     blocks = [
@@ -288,4 +296,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

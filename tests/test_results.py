@@ -16,6 +16,7 @@ import evaluate
 from harness.benchmark import plots
 from harness.benchmark.registry import COLUMNS
 from harness.benchmark.store import append_cells, read_cells
+from harness.errors import UserError
 
 RESULTS = Path(evaluate.__file__).parent / "results"
 # M-TLAT of 6 epochs against `standard` of 12, and two t tests.
@@ -147,6 +148,16 @@ def test_some_perturbations_on_one_surrogate_are_enough(tmp_path: Path) -> None:
     assert "nan" not in text and "mean of" not in text.split("over the seeds |")[1]
     assert "**Trainings of one method with several seeds; 95 %" in text  # of one surrogate
     assert text.split("over the seeds |", 1)[1].count("MI FGSM 0.08") > 1
+
+
+@pytest.mark.parametrize("file", ["cells.jsonl", "surrogate-2.jsonl"])
+def test_networks_measured_on_different_images_are_not_compared(tmp_path: Path, file: str) -> None:
+    for name in ("cells.jsonl", "surrogate-2.jsonl"):
+        shutil.copy(RESULTS / "tiny20" / name, tmp_path)
+    append_cells(tmp_path / file, [{**read_cells(tmp_path / file)[-1], "limit": 50}])
+    with pytest.raises(UserError, match=r"of different images, .* None.* 515c.* 50, --seed"):
+        make_tables.make_tables(tmp_path, "resnet18")
+    assert not (tmp_path / "tables.md").exists()
 
 
 def test_unfinished_perturbations_are_left_out(tmp_path: Path) -> None:
