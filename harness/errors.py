@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NoReturn
 from urllib.error import URLError
@@ -109,7 +109,8 @@ def run_script(
         sys.unraisablehook = report
     signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun stops all processes when one fails
     if code and distributed.is_first_error():
-        print(("error: " if code == 2 else "\n") + escape_unprintable(message), file=sys.stderr)
+        with suppress(OSError):  # stderr may be a file on the full disk
+            print(("error: " if code == 2 else "\n") + escape_unprintable(message), file=sys.stderr)
     signal.signal(signal.SIGTERM, previous)
     sys.exit(code)
 

@@ -81,6 +81,19 @@ def test_too_little_memory_is_said_in_a_line(
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize(
+    "cause, code", [(OSError(errno.ENOSPC, "full"), 2), (KeyboardInterrupt(signal.SIGTERM), 143)]
+)
+def test_the_exit_code_is_the_same_where_the_message_finds_the_disk_full(
+    monkeypatch: pytest.MonkeyPatch, cause: BaseException, code: int
+) -> None:
+    full = Mock(write=Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(sys, "stderr", full)
+    with pytest.raises(SystemExit) as end:
+        run_script(Mock(side_effect=cause))
+    assert end.value.code == code and full.write.called
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_in_a_destructor_ends_the_script(
     number: int, capsys: pytest.CaptureFixture[str]
