@@ -240,9 +240,10 @@ def create_model(
             head = _differing(build_model(arch, len(names) + 1).state_dict(), own) & own.keys()
         for key in sorted(misfits - head):
             here, there = (tuple(d[key].shape) if key in d else "missing" for d in (state, own))
+            fix = "; let --arch build Normalize in front, too" * ("0.mean" in misfits - own.keys())
             raise UserError(
                 f"{weights} does not fit --arch {arch} with {len(names)} classes: its {key} is"
-                f" {here}, and must be {there}"
+                f" {here}, and must be {there}{fix}"
             )
         network.load_state_dict({**state, **{key: own[key] for key in head}})
         if new_head:

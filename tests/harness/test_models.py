@@ -24,6 +24,7 @@ from harness.benchmark.subjects import expected_images, resampling_warnings
 from harness.checkpoints import adapt_state, load_checkpoint
 from harness.errors import UserError
 from harness.training.checks import check_trainable
+from mtlat import Normalize
 from tests.support.libraries import library
 from tests.support.tiny import Wrapped, convnet, image_folder, states_equal
 
@@ -205,6 +206,22 @@ def test_full_memory_is_not_taken_for_a_faulty_network() -> None:
     assert models.check_logits("m", later, x, 3).shape == (2, 3)
     with pytest.raises(torch.OutOfMemoryError):
         check_trainable("m", later, x, 3, "mtlat")
+
+
+def in_front(num_classes: int) -> nn.Module:
+    return nn.Sequential(Normalize(HALF, HALF), convnet(num_classes))
+
+
+def test_weights_saved_with_normalize_need_a_function_that_builds_it(tmp_path: Path) -> None:
+    saved, path = in_front(3), str(tmp_path / "saved.pt")
+    torch.save({f"model.{k}": v for k, v in saved.state_dict().items()}, path)
+    with pytest.raises(UserError, match=r"; let --arch build Normalize in front, too$"):
+        models.create_model("tests.support.tiny:convnet", list("abc"), path)
+    loaded, normalize = models.create_model(f"{__name__}:in_front", list("abc"), path)
+    assert normalize is None and states_equal(loaded.state_dict(), saved.state_dict())
+    torch.save(saved[1].state_dict(), path)
+    with pytest.raises(UserError, match=r"its 0.bias is .*, and must be missing$"):
+        models.create_model(f"{__name__}:in_front", list("abc"), path)
 
 
 def test_a_network_called_model_keeps_its_names() -> None:
