@@ -7,9 +7,8 @@ from typing import Any
 
 import hypothesis
 import pytest
-import torch
 
-from tests.support.tiny import image_folder
+# torch is imported by what runs in a process that tests: under `-n`, the first one runs no test.
 
 # The default profile is `dev`; HYPOTHESIS_PROFILE or --hypothesis-profile selects another one.
 # There is no deadline, because the first call of torch takes seconds.
@@ -20,8 +19,6 @@ for name, examples in {"dev": 20, "ci": 100, "thorough": 1000}.items():
 # A shell makes its background processes ignore SIGINT, and a CI job may be one. Some tests
 # send SIGINT, so restore its default handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# The tensors are small: a second thread does not help, and on shared cores it slows the tests down.
-torch.set_num_threads(1)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
@@ -33,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip slow tests unless -m names them, and skip GPU tests if there is no GPU."""
+    import torch
+
     for item in items:
         if "slow" in item.keywords and "slow" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
@@ -42,17 +41,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="session")
 def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Run the tests in an empty folder, so that none depends on runs/ of the current folder."""
+    """Run the tests in one thread, and in an empty folder, not beside runs/ of earlier scripts.
+
+    The tensors are small: a second thread does not help, and slows the tests down on shared cores.
+    """
+    import torch
+
+    torch.set_num_threads(1)
     os.chdir(tmp_path_factory.mktemp("current"))
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    from tests.support.tiny import image_folder
+
     return image_folder(tmp_path / "set")
 
 
@@ -62,7 +71,7 @@ def go(folder: Path, tmp_path: Path):
 
     There are 27 training images, 3 test images and two steps per epoch.
     """
-    import train  # here and below, because under `-n` the first process runs no test
+    import train
     from harness.checkpoints import load_checkpoint
 
     def run(*flags: str, out: str = "out", method: str = "mtlat") -> dict:
