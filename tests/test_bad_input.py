@@ -20,20 +20,29 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("world"))
 
 
+def files(world: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in world.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def left(world: Path) -> dict[Path, bytes]:
+    """Return the files of the world as the last test left them."""
+    return files(world)
+
+
 @pytest.fixture
-def unchanged(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unchanged(
+    world: Path, left: dict[Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """Run the test in the world folder, and check its files afterwards.
 
     No file may change. New files may appear only in the cache, except for lock files.
     """
-
-    def files() -> dict[Path, bytes]:
-        return {p: p.read_bytes() for p in world.rglob("*") if p.is_file()}
-
     monkeypatch.chdir(world)
-    before = files()
     yield
-    after = files()
+    before, after = left.copy(), files(world)
+    left.clear()
+    left.update(after)
     assert {path: after.get(path) for path in before} == before
     assert all(path.name == ".lock" or path.parts[-2] == "cache" for path in after.keys() - before)
 

@@ -20,11 +20,13 @@ from PIL import Image
 import reproduce
 from corruptions.__main__ import main as corruptions_main
 from harness.devices import environment_info
-from harness.errors import UserError, is_explained
+from harness.errors import UserError, is_explained, run_script
 from harness.images.loader import map_images
 
 ROOT = Path(reproduce.__file__).parent
 ODD = "text.usetex: True\nimage.origin: lower\nsavefig.dpi: 300\nfont.family: serif\n"
+KEYS = ("text.usetex", "image.origin", "savefig.dpi", "font.family", "text.parse_math")
+SHEET = ("--only", "fog", "--size", "32")
 NO_BACKEND = {"MPLBACKEND": "module://no_such_backend"}
 
 
@@ -44,35 +46,48 @@ def run(code: str, cwd: Path, **variables: str) -> tuple[int, str, str]:
     return process.returncode, out.strip(), err
 
 
-def test_figures_ignore_the_settings_of_a_notebook_and_of_a_matplotlibrc(tmp_path: Path) -> None:
-    (tmp_path / "matplotlibrc").write_text(ODD)
-    keys = ("text.usetex", "image.origin", "savefig.dpi", "font.family", "text.parse_math")
-    code = f"from harness.benchmark.plots import rcParams; print([rcParams[k] for k in {keys}])"
-    _, out, err = run(code, tmp_path, **NO_BACKEND)
-    assert out == "[False, 'upper', 'figure', ['serif'], False]", err
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Draw a sheet and then load the figures of the scripts, with the odd settings.
 
-
-def test_a_sheet_ignores_them_and_leaves_those_of_its_caller(tmp_path: Path) -> None:
-    Image.fromarray(np.arange(3072, dtype=np.uint8).reshape(32, 32, 3)).save(tmp_path / "a.png")
-    argv = ["a.png", "--only", "fog", "--size", "32", "--out", "odd.png"]
-    (tmp_path / "matplotlibrc").write_text(ODD)
-    code = f"from corruptions.__main__ import main; main({argv})"
-    assert run(code, tmp_path, **NO_BACKEND)[0] == 0
-    argv[0], argv[-1] = str(tmp_path / "a.png"), str(tmp_path / "plain.png")
-    with rc_context({"figure.dpi": 77}):
-        corruptions_main(argv)
-        assert rcParams["figure.dpi"] == 77
-    assert (tmp_path / "odd.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
-
-
-def test_an_ignored_sigchld_hides_no_exit_code(tmp_path: Path) -> None:
-    code = """if True:
-        import signal, subprocess, sys
-        from harness.errors import run_script
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        run_script(lambda: sys.exit(subprocess.call([sys.executable, "-c", "exit(3)"])))
+    Returns the folder, and the settings that the figures have.
     """
-    assert run(code, tmp_path)[0] == 3
+    folder = tmp_path_factory.mktemp("odd")
+    pixels = np.arange(3072, dtype=np.uint8).reshape(32, 32, 3)
+    Image.fromarray(pixels).save(folder / "a.png")
+    (folder / "matplotlibrc").write_text(ODD)
+    code = f"""if True:
+        from corruptions.__main__ import main
+        main({[*SHEET, "a.png", "--out", "odd.png"]})
+        from harness.benchmark.plots import rcParams
+        print([rcParams[key] for key in {KEYS}])
+    """
+    ended, out, err = run(code, folder, **NO_BACKEND)
+    assert ended == 0, err
+    return folder, out.splitlines()[-1]
+
+
+def test_figures_ignore_the_settings_of_a_notebook_and_of_a_matplotlibrc(
+    odd: tuple[Path, str],
+) -> None:
+    assert odd[1] == "[False, 'upper', 'figure', ['serif'], False]"
+
+
+def test_a_sheet_ignores_them_and_leaves_those_of_its_caller(odd: tuple[Path, str]) -> None:
+    folder, _ = odd
+    with rc_context({"figure.dpi": 77}):
+        corruptions_main([*SHEET, str(folder / "a.png"), "--out", str(folder / "plain.png")])
+        assert rcParams["figure.dpi"] == 77
+    assert (folder / "odd.png").read_bytes() == (folder / "plain.png").read_bytes()
+
+
+def test_an_ignored_sigchld_hides_no_exit_code() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit, match=r"^3$"):
+            run_script(lambda: sys.exit(subprocess.call([sys.executable, "-c", "exit(3)"])))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
