@@ -2,12 +2,15 @@
 
 import ast
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+import evaluate
 import mtlat
+import train
 from tests.support.tiny import image_folder
 
 ROOT = Path(mtlat.__file__).parent
@@ -100,7 +103,9 @@ def make(num_classes):
 """
 
 
-def test_a_network_may_import_modules_of_the_users_own(tmp_path: Path) -> None:
+def test_a_network_may_import_modules_of_the_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = NAMES.split()
     for name in names:
         (tmp_path / f"{name}.py").write_text("VALUE = 0\n")
@@ -108,20 +113,19 @@ def test_a_network_may_import_modules_of_the_users_own(tmp_path: Path) -> None:
     total = " + ".join(f"{name}.VALUE" for name in names)
     (tmp_path / "mynet.py").write_text(NETWORK.format(imports=imports, total=total))
     image_folder(tmp_path / "images", side=16)
+    # The script's folder comes first, as in `python SCRIPT`, and no folder of the tests.
+    own = {"", str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")}
+    monkeypatch.setattr(sys, "path", [str(ROOT), *(p for p in sys.path if p not in own)])
+    monkeypatch.chdir(tmp_path)
     common = ["--data", "images", "--cache-dir", "cache", "--device", "cpu"]
     trained = "runs/mynet-make-mtlat/last.pt"
-    program = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}]  # as python SCRIPT does
-import evaluate, train
-common = {common}
-train.main(["--arch", "mynet:make", *common, "--size", "16", "--epochs", "1", "-b", "6"])
-evaluate.main([{trained!r}, *common, "--only", "fog"])
-evaluate.main(["mynet:make", *common, "--size", "16", "--only", "clean", "--output-dir", "own"])
-"""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    try:
+        train.main(["--arch", "mynet:make", *common, "--size", "16", "--epochs", "1", "-b", "6"])
+        evaluate.main([trained, *common, "--only", "fog"])
+        alone = ["--size", "16", "--only", "clean", "--output-dir", "own"]
+        evaluate.main(["mynet:make", *common, *alone])
+    finally:
+        for name in (*names, "mynet"):
+            sys.modules.pop(name, None)
     settings = json.loads((tmp_path / "runs" / "mynet-make-mtlat" / "args.json").read_text())
     assert settings["arch"] == "mynet:make"
