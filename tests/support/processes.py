@@ -21,10 +21,12 @@ SERVER = multiprocessing.get_context("forkserver")
 def start_server() -> None:
     """Start the fork server. It imports everything once, so that its processes start quickly.
 
+    That includes what this file and the files of the tests import, whose functions they call.
+
     Before Python 3.13 it ignores this process's sys.path, so that the folders are in its
     environment while it starts.
     """
-    SERVER.set_forkserver_preload(["train", "evaluate"])
+    SERVER.set_forkserver_preload(["train", "evaluate", "hypothesis", __name__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]))
         multiprocessing.forkserver.ensure_running()
