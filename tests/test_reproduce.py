@@ -180,6 +180,7 @@ def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
     ]  # fmt: skip
     evaluation = "evaluation-tiny-convnet-seed0"
     assert [*trained, evaluation] == CALLS
+    assert (out / evaluation / "differences.png").stat().st_size > 0
     results = json.loads((out / evaluation / "results.json").read_text())
     for row, theirs in zip(tables(images)["rows"], results["rows"], strict=True):
         assert row["paper_arch"] == "resnet50" and theirs["model"].endswith(

@@ -192,7 +192,7 @@ def open_bench(
         _ROOTS.append(factory.mktemp("bench"))
         sys.path.insert(0, str(_ROOTS[0]))
         Bench(_ROOTS[0])
-    for name in ("plot_robustness", "plot_severities", "plot_images"):
+    for name in ("plot_differences", "plot_robustness", "plot_severities", "plot_images"):
         monkeypatch.setattr(plots, name, lambda *_: None)
     monkeypatch.setattr(registry, "SAMPLE", 6)
     bench = object.__new__(Bench)
