@@ -302,7 +302,7 @@ def check_settings(args: argparse.Namespace, targets: list[Path]) -> None:
     try:
         found = json.loads(note.read_text())
         same = {"images": settings["images"], **found} == settings  # older trees have none
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{note} is damaged; choose another --out") from None
     if not same:
         raise ValueError(f"{args.out} was begun with {found}; use these settings or another --out")

@@ -58,7 +58,7 @@ def tree_crop(tree: Path) -> Crop:
         size = json.loads((tree / "settings.json").read_bytes())["size"]
     except FileNotFoundError:
         size = _first_side(tree)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{tree / 'settings.json'} is damaged: write the tree again") from None
     return CROPS["center-crop" if size == 224 else "squash"]
 

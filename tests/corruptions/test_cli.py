@@ -150,8 +150,9 @@ def test_tree_goes_on_where_it_stopped(
     __main__.main(command)
     settings.write_text("{}")
     refused(command, "was begun with", capsys)
-    settings.write_text("{")
-    refused(command, f"{settings} is damaged", capsys)
+    for damage in ("{", "[" * 100_000):
+        settings.write_text(damage)
+        refused(command, f"{settings} is damaged", capsys)
 
 
 def test_a_failed_write_leaves_no_file_and_full_memory_is_a_line(

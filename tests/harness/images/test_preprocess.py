@@ -64,9 +64,10 @@ def test_one_preprocessing_is_chosen_or_the_mismatch_is_refused(tmp_path: Path) 
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (side, side)).save(path)
         assert choose_crop(None, own, {}) == crop
-    (own / "settings.json").write_text("[]")
-    with pytest.raises(UserError, match=r"settings.json is damaged"):
-        choose_crop(None, own, {})
+    for content in ("[]", "[" * 100_000):
+        (own / "settings.json").write_text(content)
+        with pytest.raises(UserError, match=r"settings.json is damaged"):
+            choose_crop(None, own, {})
 
 
 def test_crops_are_cached_apart(tmp_path: Path) -> None:
