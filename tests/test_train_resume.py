@@ -195,6 +195,7 @@ def test_a_run_whose_first_epoch_was_interrupted_keeps_its_settings(go, tmp_path
     (out / "last.pt").unlink()
     (out / "best.pt").unlink()
     for content, message in (("{", "is damaged: remove it"), ("[1]", "is damaged: remove it"),
+                             ("[" * 100_000, "is damaged: remove it"),
                              ("{}", "args.json has no setting alpha")):  # fmt: skip
         (out / "args.json").write_text(content)
         with pytest.raises(UserError, match=message):
