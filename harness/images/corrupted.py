@@ -8,6 +8,7 @@ test images in order, at severity 1, then at severity 2, and so on
 from collections.abc import Callable, Iterable, Iterator
 from os.path import splitext
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,7 @@ def _load_array(path: Path) -> Any:
         raise UserError(
             f"--imagenet-c: {path} is missing; the layout is NAME.npy and {LABELS}"
         ) from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, SyntaxError, TokenError) as error:
         raise UserError(f"--imagenet-c: {path} is not an array ({error}); fetch it again") from None
 
 

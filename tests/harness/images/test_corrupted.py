@@ -109,7 +109,8 @@ def test_arrays_of_other_test_images_are_refused(published: Path) -> None:
     with pytest.raises(UserError, match=r"is uint8 \(50, 32.*60 labels .* uint8 \(60, 32, 32, 3\)"):
         open_corrupted(place, 1, test, [0], 32)
     np.savez(published / "other.npz", np.zeros((60, 32, 32, 3), np.uint8))
-    for content in (b"hello", (published / "other.npz").read_bytes()):
+    damaged = [place.read_bytes().replace(*change) for change in ((b"}", b"{"), (b"(50", b"(05"))]
+    for content in (b"hello", (published / "other.npz").read_bytes(), *damaged):
         place.write_bytes(content)
         with pytest.raises(UserError, match=r"fog.npy is not an array"):
             open_corrupted(place, 1, test, [0], 32)
