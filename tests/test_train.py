@@ -1,6 +1,7 @@
 """Test train.py: methods against NumPy, settings, options and weights."""
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import fields, replace
@@ -173,6 +174,12 @@ def test_the_best_checkpoint_is_the_first_of_the_highest_accuracy(go, tmp_path, 
     assert best["log"] == last["log"][:2]
 
 
+def test_the_seed_draws_the_initial_weights(go):
+    still = "--arch tiny:linear --epochs 1 --lr 1e-12".split()
+    first, second = (go(*still, "--seed", seed, out=seed)["model"] for seed in "01")
+    assert not torch.allclose(first["2.weight"], second["2.weight"], atol=1e-3)
+
+
 def test_a_minibatch_may_be_the_whole_training_set(go):
     assert len(go("-b", "54")["log"]) == 2
     with pytest.raises(UserError, match="minibatches of 28, and there are 27 training images"):
@@ -239,6 +246,19 @@ def test_the_cosine_and_the_warm_up_are_torchs(tmp_path, monkeypatch, warmup):
     rates = [step.learning_rate(epoch) for epoch in (0, 3, 5.9, 6, 11.9)]
     first = 0.004 if warmup else 0.4
     assert rates == pytest.approx([first, 0.4, 0.4, 0.04, 0.04])
+
+
+def test_each_step_has_the_learning_rate_of_its_place_in_the_schedule(go, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+
+    def recorded(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    go("--arch", "tiny:linear", "--schedule", "cosine", "--lr", "0.01")
+    expected = [0.01 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
+    assert rates == pytest.approx(expected)
 
 
 def test_the_gradient_is_clipped_after_it_is_summed(go, monkeypatch):

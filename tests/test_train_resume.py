@@ -249,11 +249,13 @@ def test_what_another_run_has_written_before_the_lock_is_continued(go, tmp_path,
         monkeypatch.setattr(train, "lock_folder", lock_folder)
         go(*resumed)
         trained.append((folder / "last.pt").read_bytes())
+        (folder / "log.csv").unlink()  # a lost log is written again
         return lock_folder(folder)
 
     monkeypatch.setattr(train, "lock_folder", lock_late)
     go(*resumed)
     assert (tmp_path / "out" / "last.pt").read_bytes() == trained[0]
+    assert len(read_log(tmp_path / "out")) == 2
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes(go, tmp_path):

@@ -18,11 +18,13 @@ import torchvision
 from PIL import Image
 from torch.testing import assert_close
 
+import train
 from corruptions.transform import list_classes, walk_images
 from harness.errors import UserError
 from harness.files import lock_folder
 from harness.images import cache, datasets, embedded, folders
 from harness.images.loader import BatchLoader, ImageSet, map_images, prefetch
+from harness.training.config import parse_train_config
 from mtlat import EPSILON_MAX
 from tests.support.tiny import image_folder, states_equal
 
@@ -301,6 +303,8 @@ def test_the_cache_is_used_while_nothing_changes(folder, tmp_path, monkeypatch):
     decode = cache.decode
     monkeypatch.setattr(cache, "decode", lambda *args: calls.append(args) or decode(*args))
     assert states_equal(content(load(folder, tmp_path)), first)
+    monkeypatch.chdir(folder.parent)
+    load(Path(folder.name), tmp_path)
     assert not calls
     os.utime(folder / "class0" / "0.png", (1, 1))
     load(folder, tmp_path)
@@ -588,12 +592,15 @@ def test_cifar(tmp_path, monkeypatch):
 
 def test_a_failed_download_of_cifar_names_the_network(tmp_path, monkeypatch):
     def offline(root, train, download):
+        assert download
         raise URLError("no network")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
     said = r"--download: cannot download cifar10 \(no network\): check the network, or put the file"
-    with pytest.raises(UserError, match=said):
-        datasets.load_dataset("cifar10", cache_dir=tmp_path, download=True)
+    places = "--cache-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")
+    config, _ = parse_train_config(["--data", "cifar10", "--download", *places])
+    with pytest.raises(UserError, match=f"{said} into {tmp_path}"):
+        train.load_data(config)
 
 
 def test_the_loader_gives_every_image_once_in_the_unit_range():
