@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +162,8 @@ def test_foreign_json(tmp_path: Path, content: Any) -> None:
         store.read_cells(path)
     (tmp_path / "x.u8").write_bytes(b"")
     assert cache._read_cache(tmp_path / "x.u8", path, "x") is None
+    (tmp_path / "cells.json").write_text(json.dumps(content))
+    assert cache.cached_checksum(SimpleNamespace(pixels_path=lambda: path)) is None
 
 
 @FOLDER

@@ -229,6 +229,30 @@ def test_a_bad_file_leaves_no_part(folder: Path, tmp_path: Path, decoded: Decode
     assert not list((tmp_path / "cache").glob("*.note"))
 
 
+def test_a_folder_that_changes_while_it_is_read_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = cache.decode
+
+    def change(path: Path, *settings: Any) -> Any:
+        os.utime(path, (1, 1))
+        return decode(path, *settings)
+
+    monkeypatch.setattr(cache, "decode", change)
+    with pytest.raises(UserError, match="changed while it was read; start again"):
+        load(folder, tmp_path / "cache")
+    assert files(tmp_path / "cache") == {""}
+
+
+def test_a_disk_that_does_not_keep_what_is_written_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = cache.atomic_write
+    monkeypatch.setattr(cache, "atomic_write", lambda path, content: write(path, content[:9]))
+    with pytest.raises(UserError, match="differs from what was written: is the disk full or"):
+        load(folder, tmp_path / "cache")
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_decoded(
     folder: Path, tmp_path: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
 ) -> None:

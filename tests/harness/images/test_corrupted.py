@@ -89,9 +89,9 @@ def test_arrays_of_other_test_images_are_refused(published: Path) -> None:
     swapped = np.tile(np.roll(right[:COUNT], 1), 5)
     late = np.concatenate([right[: 4 * COUNT], swapped[4 * COUNT :]])  # wrong at severity 5 alone
     short = right.reshape(5, COUNT)[:, :-1].flatten()
-    for wrong in (
-        swapped, late, short, right[: 4 * COUNT], right // 2, np.sort(right), right[::-1], right[0]
-    ):  # fmt: skip
+    indices = np.tile(np.arange(COUNT), 5)
+    for wrong in (swapped, late, short, right[: 4 * COUNT], right // 2, np.sort(right),
+                  right[::-1], right[0], indices):  # fmt: skip
         np.save(labels, wrong)
         np.save(place, np.zeros((wrong.size, 32, 32, 3), np.uint8))
         with pytest.raises(UserError, match=r"labels.npy .* 5 times the labels of the .* cifar10"):
