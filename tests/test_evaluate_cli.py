@@ -390,6 +390,16 @@ def test_equal_layers_and_weights_of_other_code_are_another_model(bench: Bench) 
     up, down = bench.run(*fixed, models="tinynets:up tinynets:down")
     assert up["model"] != down["model"] and up["correct"] > 20 > 10 > down["correct"]
 
+    def digest(arch: str, state: dict[str, torch.Tensor]) -> str:
+        torch.save(state, path := str(bench.root / "net.pt"))
+        chosen = config.parse_eval_config([path, "--arch", arch, "--device", "cpu"])
+        return subjects.load_subjects(chosen, CLASSES, {path: {"model": state}})[path].digest
+
+    state = bench.networks()[0].state_dict()
+    assert digest("tinynets:up", state) == up["model"] != digest("tinynets:down", state)
+    state = torchvision.models.squeezenet1_1(num_classes=3).state_dict()
+    assert digest("squeezenet1_1", state) == digest("torchvision:squeezenet1_1", state)
+
 
 def test_a_model_is_the_same_in_the_next_process(bench: Bench) -> None:
     """Its weights may be random, and its repr may name the address of a function."""
@@ -436,7 +446,7 @@ def test_the_findings_of_the_checks_are_printed_without_the_attacks(
 
 def test_outputs_are_named_by_wnid_by_line_or_by_the_weights(tmp_path: Path) -> None:
     path = tmp_path / "synsets.txt"
-    path.write_text("n01440764 tench, Tinca tinca\nn01443537\ntiger shark\n")
+    path.write_text("n01440764 tench, Tinca tinca\nn01443537\ntiger shark\n", "utf-8-sig")
     assert subjects._read_outputs(path) == ["n01440764", "n01443537", "tiger shark"]
     known = find_weights("resnet18", "DEFAULT").outputs
     network, restrict = torch.nn.Identity(), partial(subjects.restrict, given=False)
@@ -597,6 +607,8 @@ def test_logits_that_sum_to_1_are_not_taken_for_probabilities() -> None:
     assert warnings(lambda z: 9 * (z - z.mean(1, keepdim=True)) + 1 / 3) == []
     (warning,) = warnings(lambda z: z.softmax(1))
     assert "probabilities" in warning
+    reordered = subjects.Subject("m", subjects.Restricted(linear(3), [2, 0, 1], 3).eval(), "")
+    assert subjects.inspect_subject(reordered, x, y, 3, attacked=True) == []
 
 
 def test_checkpoints_that_may_have_seen_the_test_images_are_marked(

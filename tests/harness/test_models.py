@@ -232,6 +232,8 @@ def test_a_network_called_model_keeps_its_names() -> None:
     assert adapt_state(lightning, own).keys() == own.keys()
     other = {"model.weight": torch.ones(1), "criterion.weight": torch.ones(1)}
     assert adapt_state(other, {"weight": torch.ones(1)}) == other
+    counted = {"bn.num_batches_tracked": torch.tensor(5), "n_averaged": torch.tensor(2)}
+    assert adapt_state(counted, dict.fromkeys(counted, torch.tensor(0))) == counted
 
 
 def test_wrappers_are_removed_unless_the_network_has_their_names() -> None:
