@@ -265,9 +265,8 @@ def make_tables(folder: Path, arch: str) -> None:
             f"{folder} has cells of different images, which cannot be compared image by image:"
             f" {' and '.join(images)}"
         )
-    own = {(c["label"], c["perturbation"]): c for c in other if c["label"].endswith("-1")}
-    kept = [cell for cell in cells if (cell["label"], cell["perturbation"]) not in own]
-    measured = Measured([*kept, *own.values()])
+    own = [c for c in other if c["label"].endswith("-1")]
+    measured = Measured([*cells, *own])  # of equal cells the last counts
     labels = measured.digests
     found = ({label.removeprefix(f"{m}-") for label in labels} for m in PAIR)
     seeds = sorted(int(seed) for seed in set.intersection(*found) if seed.isdecimal())
