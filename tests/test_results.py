@@ -128,7 +128,8 @@ def test_accuracies_over_the_seeds_have_the_stated_intervals() -> None:
 
 def test_a_single_seed_has_no_t_test(tmp_path: Path) -> None:
     cells = read_cells(RESULTS / "tiny20" / "cells.jsonl")
-    append_cells(tmp_path / "cells.jsonl", [c for c in cells if c["label"] in SINGLE])
+    kept = (*SINGLE, "standard-1")  # of seed 1 there is no M-TLAT yet
+    append_cells(tmp_path / "cells.jsonl", [c for c in cells if c["label"] in kept])
     make_tables.make_tables(tmp_path, "resnet18")
     text = (tmp_path / "tables.md").read_text()
     assert "A t test" not in text and "over the seeds |" not in text and "Trainings of" not in text

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -368,6 +369,30 @@ def test_an_error_is_printed_once_and_where_the_store_is_gone(monkeypatch):
     assert [distributed.is_first_error() for _ in range(3)] == [True, False, False]
     monkeypatch.setattr(distributed, "_job", distributed._Job(1, 2, Gone()))
     assert distributed.is_first_error()
+
+
+def test_full_memory_in_an_exchange_is_not_blamed_on_another_process(monkeypatch):
+    monkeypatch.setattr(distributed, "_job", distributed._Job(0, 2))
+    closed = RuntimeError("[pair.cpp:1] Connection closed by peer. Is it up?")
+    for error, shown in ((closed, distributed.PeerLostError("Connection closed by peer")),
+                         (full := torch.OutOfMemoryError("no memory"), full)):  # fmt: skip
+        monkeypatch.setattr(dist, "all_gather_object", Mock(side_effect=error))
+        with pytest.raises(type(shown), match=f"^{shown}$"):
+            distributed.all_gather(1)
+
+
+def test_a_process_waits_for_the_first_one_of_its_own_machine(monkeypatch):
+    """Check ranks 2 and 3 of four, on the second of two machines."""
+    said, found = set(), []
+    store = SimpleNamespace(
+        set=lambda key, _: said.add(key), check=lambda keys: found.append({*keys} <= said) or True
+    )
+    for rank, local_rank in ((2, 0), (3, 1)):
+        monkeypatch.setattr(distributed, "_job", distributed._Job(rank, 4, store))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        found.clear()
+        with distributed.local_rank_zero_first():
+            assert found == [True] * local_rank
 
 
 def turn(seconds: float) -> tuple[float, float, float]:
