@@ -185,6 +185,7 @@ EVALUATE_CASES = [
     ("state.pt", "state.pt is a plain state dict: name its architecture with --arch"),
     ("state.pt --arch tiny:linear", "state.pt does not fit --arch tiny:linear with 3"),
     ("list.pt", "list.pt is neither a checkpoint of train.py nor a state dict: save model.state"),
+    ("--cache-dir both --output-dir both", "both: choose another for one"),
     ("--output-dir evaluation --seed 1", "another run (seed: 0, now 1): choose another"),
     ("--output-dir cells-digit", "cells.jsonl: line 2 is damaged; delete it"),
     ("--output-dir cells-half", "line 1 is damaged"),

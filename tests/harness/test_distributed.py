@@ -269,7 +269,9 @@ def test_a_share_is_rows_in_order_in_pairs_and_about_equal(world, more):
     assert min(map(len, parts)) >= 2 and max(map(len, parts)) - min(map(len, parts)) <= 3
 
 
-def test_one_process_takes_all():
+def test_one_process_takes_all(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of a job that this process is not in
+    assert distributed.local_rank() == 0
     assert [range(n)[distributed.shard_rows(n)] for n in (1, 2, 7)] == [
         range(1),
         range(2),
@@ -393,6 +395,15 @@ def test_a_process_waits_for_the_first_one_of_its_own_machine(monkeypatch):
         found.clear()
         with distributed.local_rank_zero_first():
             assert found == [True] * local_rank
+
+
+def test_an_ignored_ctrl_c_stays_ignored_while_a_process_waits():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with distributed._deadly_signals():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def turn(seconds: float) -> tuple[float, float, float]:

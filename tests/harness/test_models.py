@@ -26,7 +26,7 @@ from harness.errors import UserError
 from harness.training.checks import check_trainable
 from mtlat import Normalize
 from tests.support.libraries import library
-from tests.support.tiny import Wrapped, convnet, image_folder, states_equal
+from tests.support.tiny import Wrapped, convnet, image_folder, normed, states_equal
 
 TIMM = "timm:test_resnet"  # 0.5 million weights; timm names weights of it
 HALF = [0.5, 0.5, 0.5]  # its mean and standard deviation
@@ -73,6 +73,12 @@ def test_weights_of_timm_bring_their_images_and_classes(timm: Any, folder: Path)
     assert (published.size, published.crop, published.resampling) == (160, (168, 160), "bilinear")
     model, normalize = models.create_model(TIMM, None, "DEFAULT")
     assert normalize == (HALF, HALF) and model(torch.rand(2, 3, 32, 32)).shape == (2, 1000)
+    models._timm_config.cache_clear()
+    random = []
+    for _ in range(2):  # what timm's configuration says is known at the second time
+        torch.manual_seed(0)
+        random.append(models.create_model(TIMM, list("abc"))[0].state_dict())
+    assert states_equal(*random)
     tuned, _ = models.create_model(TIMM, list("abc"), "DEFAULT")
     assert tuned(torch.rand(2, 3, 32, 32)).shape == (2, 3)
     config = parse_eval_config([TIMM, "timm:test_vit2", "timm:resnet10t", "--weights", "DEFAULT"])
@@ -170,6 +176,8 @@ def test_logits_are_found_in_objects_tuples_and_lists() -> None:
             models.check_logits("m", model, x, 5)
     with pytest.raises(UserError, match=r"^m fails on .*: the model returns dict; give logits"):
         models.check_logits("m", Wrapped(network, lambda z: {"out": z}), x, 3)
+    models.check_logits("m", training := normed(3), x, 3)
+    assert states_equal(training[0].state_dict(), normed(3)[0].state_dict())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -2,6 +2,7 @@
 
 import base64
 import itertools
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from harness.benchmark import plots
 from harness.reproduction.page import Code, Figure, Section, Table, Text, render_page
 from mtlat import Draws
 from tests.support.figures import collect_figures
-from tests.support.tiny import convnet
+from tests.support.tiny import convnet, linear
 
 HOSTILE = '<script>alert("1")</script> & \' "><img src=x onerror=go()> &amp; </style>'
 ALLOWED = (
@@ -156,7 +157,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_the_picture_of_a_step_shows_a_step(tmp_path: Path, drawn: list[Any]) -> None:
     classes = ["$alpha$", "b", "c" * 60, "<d>", "e"]
-    x = torch.rand(8, 3, 12, 12)
+    x = 0.1 + 0.8 * torch.rand(8, 3, 12, 12)
     y = torch.arange(8) % 5
     model = convnet(5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -181,11 +182,18 @@ def test_the_picture_of_a_step_shows_a_step(tmp_path: Path, drawn: list[Any]) ->
     for k, title, bar in zip(named, (panels[0], panels[1]), bars.texts, strict=False):
         assert classes[k][:15] in title.get_title() and classes[k][:15] in bar.get_text()
         assert not title.title.get_parse_math() and not bar.get_parse_math()
-    model.eval()
+    model = linear(5)  # in eval mode a new convnet hardly looks at the images
     for name, seed in {"a": 3, "b": 3, "c": 4}.items():
         plots.plot_step(model, x, y, classes, tmp_path / name, seed)
     a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
     assert a == b != c
+    *panels, _ = drawn[1].axes
+    pictures = [torch.tensor(panels[k].images[0].get_array()) for k in (2, 4)]
+    shares = 100 * model(torch.stack(pictures).permute(0, 3, 1, 2)).softmax(1)
+    said = [float(share) for share in re.findall(r"([\d.]+) %", panels[4].get_title())]
+    assert said[0] < said[1]  # the probability of the target, which is neither image's class
+    others = [k for k in range(5) if k not in named]
+    assert any(said == pytest.approx(shares[:, k].tolist(), abs=0.02) for k in others)
     with pytest.raises(ValueError, match="3 images"):
         plots.plot_step(model, x[:3], y[:3], classes, tmp_path / "none.png")
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 import train
 from harness.checkpoints import check_savable
 from harness.errors import UserError
+from harness.training.checks import check_trainable
+from tests.support import world
 from tests.support.tiny import Wrapped, image_folder, linear
 
 
@@ -130,3 +132,7 @@ def test_folders_that_would_wait_for_each_other_or_become_classes_are_refused(
 def test_an_empty_resume_is_refused(argv: list[str]) -> None:
     with pytest.raises(UserError, match="--resume is empty"):
         train.main([*argv, "--resume", ""])
+
+
+def test_a_method_without_an_attack_needs_no_gradient_of_the_images() -> None:
+    check_trainable("m", world.probe(3), torch.rand(4, 3, 16, 16), 3, "standard")
