@@ -46,10 +46,11 @@ class _Parser(argparse.ArgumentParser):
         _fail(f"{message} (see --help)")
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # of file names
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+    with suppress(OSError):  # stderr may be a file on the full disk
+        print(("error: " if code == 2 else "\n") + line, file=sys.stderr)
+    sys.exit(code)
 
 
 def _whole(low: int, high: float = math.inf) -> Callable[[str], int]:
@@ -143,8 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        print("\nstopped; what was written is kept: run the same command again", file=sys.stderr)
-        sys.exit(130)
+        _fail("stopped; what was written is kept: run the same command again", 130)
 
 
 def load(path: str | Path, size: int) -> Tensor:

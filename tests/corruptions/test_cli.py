@@ -1,5 +1,6 @@
 """Test the command line of `corruptions`: the contact sheet and the folder of corrupted images."""
 
+import errno
 import json
 import os
 import sys
@@ -46,6 +47,20 @@ def test_sheet_has_a_tile_for_every_setting(source: Path, tmp_path: Path) -> Non
     for row in range(3):
         assert np.abs(tiles[row, 0] - tiles[0, 0]).mean() < 4  # the clean image comes first
         assert np.abs(tiles[row, 5] - tiles[row, 0]).mean() > 10
+
+
+@pytest.mark.parametrize(
+    ("cause", "code"), [(OSError(errno.ENOSPC, "full"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_the_exit_code_is_the_same_where_the_message_finds_the_disk_full(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: BaseException, code: int
+) -> None:
+    monkeypatch.setattr(__main__, "write_tree", Mock(side_effect=cause))
+    full = Mock(write=Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr("sys.stderr", full)
+    with pytest.raises(SystemExit) as end:
+        __main__.main([str(source), "--out", str(tmp_path / "out")])
+    assert end.value.code == code and full.write.called
 
 
 def test_closed_streams_do_not_end_the_work(
