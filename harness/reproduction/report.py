@@ -270,7 +270,7 @@ def _answer_figures(
             papers = paper_differences(rows)
             plots.plot_differences(compared, BASELINE, path, papers, shown[table[0].arch])
             caption = f"{table[0].arch}: R minus the R of the standard training, with paired 95 %"
-            caption += " intervals" + ("; diamonds: the paper's differences" if papers else "")
+            caption += " intervals" + ("; diamonds: M-TLAT's in the paper" if papers else "")
             yield Figure(path, caption)
 
 
