@@ -263,7 +263,7 @@ def make_tables(folder: Path, arch: str) -> None:
     if len(images) > 1:
         raise UserError(
             f"{folder} has cells of different images, which cannot be compared image by image:"
-            f" {' and '.join(images)}"
+            f" {' and '.join(images)}; keep those of one"
         )
     own = [c for c in other if c["label"].endswith("-1")]
     measured = Measured([*cells, *own])  # of equal cells the last counts
