@@ -57,8 +57,8 @@ def load_data(
 ) -> tuple[Dataset, Crop]:
     """Load the test images of --data, or those of the set that the first checkpoint was trained on.
 
-    Of a folder that has only CLASS/*, the ten percent are tested that the training of a checkpoint
-    held out, and all images if there is none. Also returns the preprocessing of the images.
+    Of a folder that has only CLASS/*, the test images are the ten percent that the training of a
+    checkpoint held out, or, without a checkpoint, all. Also returns the images' preprocessing.
     """
     known: list[dict[str, Any]] = [content["settings"] for content in checkpoints.values()]
     holding = [settings for settings in known if settings.get("held_out", True)]

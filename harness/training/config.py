@@ -99,7 +99,7 @@ class TrainConfig:
         f" a run, even a finished one {_recipe('epochs')}", group="optimization",
         type=number(int, 1), may_change=True)
     batch_size: int = option(None, "images in the losses of a step, over all processes; two losses"
-        " take half each, 128 + 128 of 256, see --whole-batches; a mix counts once"
+        " take half each, 128 + 128 of 256, see --whole-batches; a mixed image counts once"
         f" {_recipe('batch_size')}", flags=("-b",), type=number(int, 1))
     whole_batches: bool = option(False, "give each of two losses a whole batch, 256 + 256, so that"
         " all methods make equally many updates: the other reading of the paper")
