@@ -23,7 +23,7 @@ import train
 from attacks import cw2_result, mi_fgsm, pgd, pgd_ll
 from corruptions import ALL_CORRUPTIONS, Stream, corrupt
 from harness import distributed
-from harness.benchmark import measure, paired, registry, store, subjects
+from harness.benchmark import measure, paired, plots, registry, store, subjects
 from harness.benchmark.attack_registry import ATTACKS
 from harness.benchmark.checks import CHECKS
 from harness.errors import UserError
@@ -230,6 +230,19 @@ def test_the_distance_of_cw2_is_infinite_where_it_reaches_nothing(
     assert 0.5 < line["reached"] / line["right"] < 1
     distances = torch.where(result.reached, result.l2, torch.inf)
     assert line["l2"] == pytest.approx(distances.median().item(), abs=1e-5)
+
+
+def test_void_scores_alone_give_no_figure(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = registry.PERTURBATIONS["cw2"]
+    assert entry.attack is not None
+    never = entry._replace(
+        attack=entry.attack._replace(keywords={"confidence": 1e6, "steps": 2, "rounds": 1})
+    )
+    monkeypatch.setitem(registry.PERTURBATIONS, "cw2", never)
+    monkeypatch.setattr(plots, "plot_robustness", lambda *_: pytest.fail("drawn without scores"))
+    options = ["--only", "cw2", "--skip", "checks", "supplement", "--dump-images", "0"]
+    line = by_cell(bench.run(*options, models="standard"), "standard")["cw2", None]
+    assert line["reached"] == 0
 
 
 def test_the_supplement_is_the_smallest_adversarial_step(bench: Bench) -> None:

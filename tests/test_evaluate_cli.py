@@ -185,7 +185,11 @@ def test_official_files_give_what_was_written(
     (bench.root / "c" / "settings.json").write_text('{"size": 16}')
     options = ["--only", "shot_noise", "fog", "--limit", "15", "-b", "4", "--dump-images", "1"]
     made = bench.run(*options, out="made")
+    sheets: list[Any] = []
+    monkeypatch.setattr(plots, "plot_images", lambda drawn, _: sheets.append(drawn))
     official = bench.run(*options, "--imagenet-c", str(bench.root / "c"), out="read")
+    (((clean, fog),),) = sheets  # the images of a tree are not read again
+    assert clean.title.startswith("clean: ") and fog.title == "Fog 3"
     for ours, theirs in zip(made, official, strict=True):
         none, source = ours.pop("imagenet_c"), theirs.pop("imagenet_c") or ""
         assert ours == theirs and none is None
@@ -324,6 +328,9 @@ def test_a_plain_state_dict_is_evaluated_with_its_architecture(bench: Bench) -> 
     shift = ["--mean", "0.9", "0.5", "0", "--std", "1", "2", "1"]
     assert run("--arch", "tinynets:net", *shift, out="shifted")["hits"] != known["hits"]
     assert plain["label"] == "plain"
+    options = ["--arch", "tinynets:net", *data_of]  # for the first model alone
+    evaluate.main([str(path), *bench.argv(*options, out="both", models="mtlat")])
+    assert [x["label"] for x in bench.lines("both")] == ["plain", "mtlat"]
     torch.save({f"_orig_mod.module.{k}": v for k, v in state.items()}, path)
     assert run("--arch", "tinynets:net", out="compiled")["hits"] == known["hits"]
     with pytest.raises(UserError, match=r"plain.pth is a plain state dict: name its .* --arch"):
@@ -353,6 +360,8 @@ def test_a_model_of_more_classes_is_restricted_to_those_of_the_images(
     assert same_scores(one, other)
     said = "tinynets:Many has 5 outputs; only those of the 3 classes count"
     assert said in capsys.readouterr().err and said in bench.results("many")["notes"]
+    clean = ["--only", "clean"]
+    assert bench.run(*options, *clean, *known, models="standard tinynets:Many", out="beside")
     # Weights alone, and a surrogate.
     torch.save(bench.networks()[0].state_dict(), bench.root / "three.pt")
     with pytest.raises(UserError, match=r"with 5 classes: its 2.bias is \(3,\)"):
