@@ -57,14 +57,16 @@ def reproduce(config: ReproduceConfig) -> None:
     if config.dry_run:
         list_tasks(config, tasks, progress, data)
         return
-    for task in tasks:
-        if isinstance(task, TrainTask) and is_finished(progress[task.folder]):
+    found = []
+    for task in tasks:  # after each, the images are compared: they may have changed meanwhile
+        if isinstance(task, EvalTask):
+            run_task(task)
+            found.append(read_evaluation(task, data))
+        elif is_finished(progress[task.folder]):
             print(f"finished: {task.folder}")
         else:
             run_task(task)
-            if isinstance(task, TrainTask):
-                read_progress(task, data)  # the images may have changed meanwhile
-    found = [read_evaluation(task, data) for task in evaluations]
+            read_progress(task, data)
     commands, folders = [command(task, ROOT) for task in tasks], [t.folder for t in trainings]
     write_report(config, commands, folders, found, data)
 
