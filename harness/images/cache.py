@@ -107,7 +107,7 @@ def cached_checksum(source: Files) -> int | None:
     """
     try:
         crc: int = json.loads(source.pixels_path().with_suffix(".json").read_bytes())["crc"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return crc
 
@@ -181,8 +181,8 @@ def _read_note(unfinished: Path, note: Path, source: Files) -> tuple[int, list[s
             and checksum_pixels(pixels, source.part) == crc
         ):
             return done, skipped, crc
-    except (OSError, ValueError, TypeError, OverflowError) as error:  # no note, or a damaged one
-        if out_of_memory(error):
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        if out_of_memory(error):  # otherwise there is no note, or a damaged one
             raise
     return 0, [], 0
 

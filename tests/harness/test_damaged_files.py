@@ -162,8 +162,9 @@ def test_foreign_json(tmp_path: Path, content: Any) -> None:
         store.read_cells(path)
     (tmp_path / "x.u8").write_bytes(b"")
     assert cache._read_cache(tmp_path / "x.u8", path, "x") is None
-    (tmp_path / "cells.json").write_text(json.dumps(content))
-    assert cache.cached_checksum(SimpleNamespace(pixels_path=lambda: path)) is None
+    for text in (json.dumps(content), "[" * 100_000):
+        (tmp_path / "cells.json").write_text(text)
+        assert cache.cached_checksum(SimpleNamespace(pixels_path=lambda: path)) is None
 
 
 @FOLDER

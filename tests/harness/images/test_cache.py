@@ -115,7 +115,8 @@ def test_a_small_set_gets_no_note_before_its_end(
 
 
 @pytest.mark.parametrize(
-    "damage", ["pixels", "end", "part", "note", "no note", "count", "number", "type", "version"]
+    "damage",
+    ["pixels", "end", "part", "note", "no note", "count", "number", "type", "version", "depth"],
 )
 def test_a_damaged_part_is_decoded_again(
     folder: Path, tmp_path: Path, decoded: Decoded, damage: str, interrupt: Interrupt
@@ -144,6 +145,8 @@ def test_a_damaged_part_is_decoded_again(
             note.write_text(note.read_text().replace(", 9,", ', "9",'))
         case "version":
             note.write_text(note.read_text().replace(PIL.__version__, "1.0"))
+        case "depth":
+            note.write_text("[" * 100_000)
     decoded.clear()
     assert torch.equal(load(folder, tmp_path / "cache").train.images, whole.train.images)
     assert len(decoded) == len(whole.train.labels) + len(whole.test.labels)
