@@ -395,8 +395,12 @@ def test_fewer_than_ten_images_are_few(count):
     for outcomes in (some, c - some):
         _, high = paired.robustness_interval(outcomes, c)
         assert high - outcomes.mean() == pytest.approx(half)
-    found = paired.compare_accuracy(c, c - some)
-    assert found.high - found.value == pytest.approx(half)
+    b = (np.arange(1000) >= 500) * 1.0
+    for found in (
+        paired.compare_accuracy(c, c - some),
+        paired.compare_robustness(b + some, c, b, c),
+    ):
+        assert found.high - found.value == pytest.approx(half)
 
 
 def test_images_that_differ_both_ways_are_not_few():
