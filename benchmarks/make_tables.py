@@ -28,6 +28,7 @@ from harness.benchmark.metrics import Results, aggregate, read_outcomes, score_d
 from harness.benchmark.paired import Array, Difference
 from harness.benchmark.registry import COLUMNS, GROUPS, PERTURBATIONS, TABLES
 from harness.benchmark.store import Cell, read_cells
+from harness.cli import Parser
 from harness.errors import UserError, run_script
 from harness.files import atomic_write
 from harness.reproduction import comparison
@@ -285,9 +286,7 @@ def make_tables(folder: Path, arch: str) -> None:
 
 def main() -> None:
     """Write the tables of the folder that the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with cells.jsonl")
     parser.add_argument("--arch", default="resnet18", help="of the networks")
     args = parser.parse_args()

@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torchvision.io import write_png
 
 from harness.benchmark.tables import markdown_rows
+from harness.cli import Parser, number
+from harness.errors import run_script
 from harness.images.embedded import INDICES, NAMES, draw_shapes
 from harness.reproduction.mechanism import average, follow_all
 from harness.reproduction.plan import RECIPES, TrainTask, make_plan, parse_reproduce_config
@@ -46,8 +48,9 @@ def write_images(folder: Path, amplitude: float) -> None:
 
 
 def run(script: str, *arguments: str) -> None:
-    """Run one of the scripts."""
-    subprocess.run([sys.executable, str(ROOT / script), *arguments], check=True)
+    """Run one of the scripts. If it fails, exit with its code; it has printed why."""
+    if code := subprocess.run([sys.executable, str(ROOT / script), *arguments]).returncode:
+        sys.exit(code)
 
 
 def plan_trainings(argv: list[str]) -> list[TrainTask]:
@@ -97,16 +100,18 @@ def summarize(amplitude: float, networks: list[dict[str, Any]]) -> Iterator[list
 
 def main() -> None:
     """Train, evaluate, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--amplitudes", type=float, nargs="+", default=[0.0, 0.02, 0.03, 0.04, 0.05],
+        "--amplitudes", type=number(float, 0), nargs="+", default=[0.0, 0.02, 0.03, 0.04, 0.05],
         help="of the gratings (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="(default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)"
+    )
+    parser.add_argument(
+        "--seeds", type=number(int, 1), default=3, help="how many (default: %(default)s)"
+    )
     args = parser.parse_args()
     table = [["amplitude", "method", "clean", "no grating", "no shape", "follows the shape",
               "follows the grating", *MEASURED]]  # fmt: skip
@@ -117,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

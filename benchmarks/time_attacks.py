@@ -3,16 +3,15 @@
     python benchmarks/time_attacks.py --batch 16 --size 64 --repeats 3
     python benchmarks/time_attacks.py --batch 128 --size 224 --arch resnet50 --device cuda
 
-The benchmark uses one thread. On a CPU it reports CPU time, which other processes disturb least. On
-a GPU it reports wall time with synchronization. Runs of our attacks and of torchattacks (3.5.1, see
-requirements-dev.txt) alternate on the same untrained model, images and settings. The benchmark
-reports the medians of the repeats.
+The benchmark uses one thread, and keeps freed memory as the scripts do. On a CPU it reports CPU
+time, which other processes disturb least. On a GPU it reports wall time with synchronization. Runs
+of our attacks and of torchattacks (3.5.1, see requirements-dev.txt) alternate on the same untrained
+model, images and settings. The benchmark reports the medians of the repeats.
 
 The CW attack of torchattacks has one constant and no search, so it is compared with one round of
 ours. It stops when the loss of the batch rises, so the ratio compares times per forward pass.
 """
 
-import argparse
 import importlib
 import importlib.util
 import sys
@@ -23,7 +22,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import torchvision
 from clock import seconds
 from torch import Tensor, nn
 
@@ -31,6 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attacks import cw2, full_precision
 from harness.benchmark.attack_registry import ATTACKS
+from harness.cli import Parser, number
+from harness.devices import resolve_device
+from harness.errors import run_script
+from harness.models import build_model
 
 Run = Callable[[], Tensor]
 
@@ -76,19 +78,21 @@ def passes(work: Run, model: nn.Module, batch: int) -> float:
 
 
 @full_precision()  # for the other package's attacks too
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", default="resnet18", help="torchvision classifier (resnet18)")
-    parser.add_argument("--batch", type=int, default=16, help="number of images (16)")
-    parser.add_argument("--size", type=int, default=64, help="side in pixels (64)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each attack (3)")
-    parser.add_argument("--device", default="cpu", help="torch device (cpu)")
-    args = parser.parse_args()
+    parser.add_argument("--batch", type=number(int, 1), default=16, help="number of images (16)")
+    parser.add_argument("--size", type=number(int, 1), default=64, help="side in pixels (64)")
+    parser.add_argument(
+        "--repeats", type=number(int, 1), default=3, help="timed runs of each attack (3)"
+    )
+    parser.add_argument("--device", type=resolve_device, default="cpu", help="torch device (cpu)")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = torch.device(args.device)
-    model = torchvision.models.get_model(args.arch, num_classes=100).eval().to(device)
+    model = build_model(args.arch, 100).eval().to(device)
     x = torch.rand(args.batch, 3, args.size, args.size).to(device)
     with torch.no_grad():
         y = model(x).argmax(1)
@@ -115,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "run it again")

@@ -4,9 +4,10 @@
     python benchmarks/time_corruptions.py --batch 256 --memory
     python benchmarks/time_corruptions.py --batch 256 --device cuda
 
-The benchmark uses one thread. On a CPU it reports CPU time, which other processes disturb least. On
-a GPU it reports wall time with synchronization. Runs of ours and of the packages alternate for each
-setting. The benchmark takes the median of the repeats, then the mean over the five severities.
+The benchmark uses one thread, and keeps freed memory as the scripts do. On a CPU it reports CPU
+time, which other processes disturb least. On a GPU it reports wall time with synchronization. Runs
+of ours and of the packages alternate for each setting. The benchmark takes the median of the
+repeats, then the mean over the five severities.
 
 The packages take one image at a time. In the original (imagenet-c 0.0.3, see requirements-dev.txt),
 NumPy code replaces the ImageMagick motion blur, so motion blur and snow are not compared with the
@@ -35,6 +36,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from corruptions import CORRUPTIONS, SEVERITIES, corrupt, frost_source  # noqa: E402
+from harness.cli import Parser, number  # noqa: E402
+from harness.devices import resolve_device  # noqa: E402
+from harness.errors import run_script  # noqa: E402
 
 NAMES = [name for name, entry in CORRUPTIONS.items() if entry.family != "paper"]
 
@@ -149,13 +153,15 @@ def print_times(times: dict[str, dict[str, float]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark from the command line."""
     summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=32, help="images per call (32)")
-    parser.add_argument("--size", type=int, default=224, help="side in pixels (224)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs per setting (5)")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="torch device (cpu)")
+    parser.add_argument("--batch", type=number(int, 1), default=32, help="images per call (32)")
+    parser.add_argument("--size", type=number(int, 1), default=224, help="side in pixels (224)")
+    parser.add_argument(
+        "--repeats", type=number(int, 1), default=5, help="timed runs per setting (5)"
+    )
+    parser.add_argument("--device", type=resolve_device, default="cpu", help="torch device (cpu)")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -167,16 +173,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--memory", action="store_true", help="measure peak memory, not times")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "1 thread"
+    device = torch.device(args.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "1 thread"
     print(f"torch {torch.__version__}, {args.device} ({where}), frost: {frost_source()}")
     print(f"batch {args.batch}, {args.size} x {args.size} px")
     if args.memory:
-        print_memory(args.only, args.batch, args.size, args.device)
+        print_memory(args.only, args.batch, args.size, device)
         return
-    packages = load_packages(args.size, args.device)
-    images = pictures(args.batch, args.size, args.device)
+    packages = load_packages(args.size, device)
+    images = pictures(args.batch, args.size, device)
     print_times(measure(images, args.only, args.repeats, packages))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "run it again")

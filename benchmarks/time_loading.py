@@ -36,7 +36,8 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.errors import retain_freed_memory
+from harness.cli import Parser, number
+from harness.errors import run_script
 from harness.images import datasets
 from harness.images.cache import usable_cores
 from harness.images.loader import BatchLoader, map_images
@@ -46,16 +47,16 @@ SIDES = (400, 500)  # (H, W) of ImageNet's median image in px
 
 def make_files(root: Path, count: int) -> None:
     """Write `count` JPEG files of soft shapes and noise, about 110 kB each, in ten classes."""
-    for number in range(count):
-        generator = torch.Generator().manual_seed(number)
+    for index in range(count):
+        generator = torch.Generator().manual_seed(index)
         soft = torch.rand(1, 3, 12, 15, generator=generator)
         picture = interpolate(soft, SIDES, mode="bicubic") + 0.04 * torch.randn(
             1, 3, *SIDES, generator=generator
         )
         pixels = (255 * picture[0].clamp(0, 1)).byte().permute(1, 2, 0)
-        folder = root / f"class{number % 10}"
+        folder = root / f"class{index % 10}"
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.numpy()).save(folder / f"{number}.jpg", quality=90)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.jpg", quality=90)
 
 
 def rate(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -130,19 +131,23 @@ def feed_larger(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark from the command line."""
     summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--images", type=int, default=1000, help="number of files (1000)")
-    add("--size", type=int, default=224, help="side in pixels (224)")
-    add("--batch", type=int, default=128, help="images per minibatch (128)")
-    add("--epochs", type=int, default=3, help="timed epochs of each loader (3)")
-    add("--larger", type=float, metavar="GIB", help="load a dataset of this size instead")
+    add("--images", type=number(int, 1), default=1000, help="number of files (1000)")
+    add("--size", type=number(int, 1), default=224, help="side in pixels (224)")
+    add("--batch", type=number(int, 1), default=128, help="images per minibatch (128)")
+    add("--epochs", type=number(int, 1), default=3, help="timed epochs of each loader (3)")
+    add(
+        "--larger",
+        type=number(float, 0, above=True),
+        metavar="GIB",
+        help="load a dataset of this size instead",
+    )
     args = parser.parse_args(argv)
-    retain_freed_memory()  # as the scripts do
     (feed_larger if args.larger else compare)(args)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "run it again")

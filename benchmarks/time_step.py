@@ -23,14 +23,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torchvision
 from clock import seconds
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.errors import retain_freed_memory
+from harness.cli import Parser, number
+from harness.devices import resolve_device
+from harness.errors import run_script
+from harness.models import build_model
 from harness.training.methods import METHODS, Method
 from mtlat import (
     ALPHA,
@@ -140,19 +142,24 @@ def peak_gib(args: argparse.Namespace, name: str, model: nn.Module) -> float:
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--arch", default="resnet50", help="torchvision classifier (resnet50)")
-    add("--batch", type=int, default=32, help="images per minibatch of each loss (32)")
-    add("--size", type=int, default=64, help="side in pixels (64)")
-    add("--classes", type=int, default=100, help="number of classes (100)")
-    add("--device", default="cpu", help="torch device (cpu)")
+    add("--batch", type=number(int, 1), default=32, help="images per minibatch of each loss (32)")
+    add("--size", type=number(int, 1), default=64, help="side in pixels (64)")
+    add("--classes", type=number(int, 2), default=100, help="number of classes (100)")
+    add("--device", type=resolve_device, default="cpu", help="torch device (cpu)")
     add("--amp", choices=("no", "bf16", "fp16"), default="no", help="autocast dtype (no)")
     add("--channels-last", action="store_true", help="use the channels-last memory format")
     add("--compile", action="store_true", help="compile the model")
-    add("--repeats", type=int, default=10, help="timed steps per method, after two warm-ups (10)")
+    add(
+        "--repeats",
+        type=number(int, 1),
+        default=10,
+        help="timed steps per method, after two warm-ups (10)",
+    )
     add("--only", nargs="+", choices=TRAININGS, default=list(TRAININGS), metavar="NAME",
         help="methods to time besides standard (all)")  # fmt: skip
     return parser
@@ -161,10 +168,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark from the command line."""
     args = build_parser().parse_args(argv)
-    retain_freed_memory()  # as train.py does
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    model = torchvision.models.get_model(args.arch, num_classes=args.classes).to(args.device)
+    model = build_model(args.arch, args.classes).to(args.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     names = list(dict.fromkeys(["standard", *args.only]))
@@ -197,4 +203,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "run it again")

@@ -6,6 +6,8 @@ from types import ModuleType
 import make_tables
 import pytest
 import sweep_gratings
+import time_attacks
+import time_corruptions
 import time_loading
 import time_step
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from harness.errors import UserError
 from tests.faults import run
 
 
@@ -105,6 +108,24 @@ def test_loading_is_timed(flags: str, capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_sweep_trains_every_network_but_the_surrogate(method: str) -> None:
     tasks = sweep_gratings.plan_trainings(["--methods", method, "--output-dir", "out"])
     assert [task.folder.name for task in tasks] == ["cnn4-standard-seed0", f"cnn4-{method}-seed0"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "named"),
+    [
+        (time_step, "--batch 0", "--batch: 0"),
+        (time_step, "--arch resnet", "--arch resnet: "),
+        (time_step, "--device no", "--device no: "),
+        (time_attacks, "--repeats 0", "--repeats: 0"),
+        (time_attacks, "--arch resnet", "--arch resnet: "),
+        (time_corruptions, "--size -1", "--size: -1"),
+        (time_corruptions, "--device no", "--device no: "),
+        (time_loading, "--larger nan", "--larger: nan"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(script: ModuleType, flags: str, named: str) -> None:
+    with pytest.raises(UserError, match=rf"\A[^\n]*{named}[^\n]*\Z"):
+        script.main(flags.split())
 
 
 @pytest.mark.parametrize("script", [make_tables, sweep_gratings, run])
