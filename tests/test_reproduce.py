@@ -515,11 +515,26 @@ def test_estimates_are_the_measured_passes_times_their_number(
     assert meter.evaluation({"x": "a"}, "s", ["mi_fgsm_0.04"], None, set()) == 6 * (1 + 10 * 1e4)
     assert meter.evaluation({"x": "a"}, "s", ["check_pgd_0"], None, set()) == 3 * (1 + 100)
     assert meter.evaluation({"x": "a"}, "s", ["pgd_0.04"], None, {("x", "pgd_0.04", None)}) == 0
-    timed = estimate.Meter(meter.data, "cpu", lambda *_: (2.0, 5.0))
+    assert meter.evaluation({"x": "a"}, "s", ["check_pgd_0"], 2, set()) == 2 * (1 + 100)
+    assert meter.evaluation({"x": "a"}, "s", ["pgd_0.04"], 99, set()) == 6 * (1 + 10 * 100)
+    both, black = {"x": "a", "y": "a"}, "mi_fgsm_0.04"  # whose images are made once for both
+    assert meter.evaluation(both, "s", [black], None, set()) == 6 * (2 + 10 * 1e4)
+    assert meter.evaluation(both, "s", [black], None, {(m, black, None) for m in both}) == 0
+    few: list[tuple[int, int]] = []
+
+    def time_epoch(config: TrainConfig, data: Any) -> tuple[float, float]:
+        few.append((len(data.train.labels), len(data.test.labels)))
+        return 2.0, 5.0
+
+    timed = estimate.Meter(meter.data, "cpu", time_epoch)
     assert timed.training(settings, 3) == 3 * (6 * 2.0 + 6 * 5.0)  # 54 images, 6 steps; 6 test
+    pairs = replace(settings, method="mtlat", batch_size=4, whole_batches=False)  # of two images
+    assert timed.training(pairs, 3) == 3 * (27 * 2.0 + 6 * 5.0)
+    assert few == [(2 * 8, 6), (2 * 2, 4)]  # two steps, and a batch of test images
     meter.known["tiny:linear", "standard", 8] = 7.0
     assert meter.training(settings, 3) == 21.0
-    assert reproduce.format_duration(3 * 3600 + 62.4) == "   3:01:02"
+    for seconds in (61.6, 62.4):
+        assert reproduce.format_duration(3 * 3600 + seconds) == "   3:01:02"
 
 
 def test_the_times_of_a_training_follow_from_its_log() -> None:
@@ -590,11 +605,14 @@ def test_a_limit_above_the_number_of_images_means_all(images: Path) -> None:
 def test_an_epoch_is_timed_for_each_step_and_each_image(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = iter((12.0, 30.0))  # of 6 steps, and of 6 test images
+    times = iter((12.0, 30.0, 26.0, 30.0))  # of 6 steps, and of 6 test images; then of 13 steps
     monkeypatch.setattr(reproduce, "time_second_call", lambda work: next(times))
     args = plan.parse_reproduce_config(argv(images))
     settings, _ = parse_train_config(next(plan.make_plan(args)).argv)
-    assert reproduce.time_epoch(settings, train.load_data(settings)) == (2.0, 5.0)
+    data = train.load_data(settings)
+    assert reproduce.time_epoch(settings, data) == (2.0, 5.0)
+    halves = replace(settings, method="mtlat", whole_batches=False)
+    assert reproduce.time_epoch(halves, data) == (2.0, 5.0)
 
 
 def test_of_two_calls_the_second_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -608,10 +626,24 @@ def test_of_two_calls_the_second_is_timed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_pass_is_timed_for_each_image(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "time_second_call", lambda work: 12.0)
+    timed, corrupted = [], []
+
+    def time_work(work: Any) -> float:
+        timed.append(work())
+        return 12.0
+
+    def corrupt(x: torch.Tensor, *given: Any) -> torch.Tensor:
+        corrupted.append(given)
+        return x
+
+    monkeypatch.setattr(estimate, "time_second_call", time_work)
+    monkeypatch.setattr(estimate, "corrupt", corrupt)
     args = plan.parse_reproduce_config(argv(images))
     settings, _ = parse_train_config(next(plan.make_plan(args)).argv)
     meter = estimate.Meter(train.load_data(settings), "cpu", reproduce.time_epoch)
-    assert meter._forward("tiny:linear") == 12 / 6  # of 6 images
-    assert meter._gradient("tiny:linear") == 12 / (2 * 6)  # two steps
-    assert meter._corrupt("fog", 1) == 12 / 6
+    for _ in range(2):
+        assert meter._forward("tiny:linear") == 12 / 6  # of 6 images
+        assert meter._gradient("tiny:linear") == 12 / (2 * 6)  # two steps
+        assert meter._corrupt("fog", 4) == 12 / 6
+    assert len(timed) == 3 and corrupted == [("fog", 4)]  # each once
+    assert not meter._model("tiny:convnet").training
