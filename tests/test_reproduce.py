@@ -449,12 +449,20 @@ def test_a_child_is_ended_at_once_by_a_signal_that_it_does_not_get(
 def test_a_dry_run_counts_the_cells_of_each_evaluation(
     images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = []
+
     def count(meter: object, models: Any, surrogate: str, names: list[str], *rest: Any) -> float:
+        asked.append((models, surrogate, *rest))
         return 60.0 * len(names)
 
     monkeypatch.setattr(estimate.Meter, "evaluation", count)
     monkeypatch.setattr(estimate.Meter, "training", lambda *_: 1.0)
-    reproduce.main(argv(images, "tlat", "--tables", "all", "--dry-run"))
+    reproduce.main(argv(images, "tlat", "--tables", "all", "--limit", "5", "--dry-run"))
+    rows = [("standard", "tlat", "mtlat"), ("standard", "tlat")]  # by the labels in cells.jsonl
+    assert asked == [
+        ({f"tiny-convnet-{m}-seed0": "tiny:convnet" for m in row}, "tiny:linear", 5, set())
+        for row in rows
+    ]
     *_, full, clean, total = capsys.readouterr().out.splitlines()
     assert full.startswith(f"   0:{len(registry.choose_perturbations([], []))}:00  python ")
     assert clean.startswith("   0:01:00  python ") and "--only clean" in clean
@@ -475,6 +483,17 @@ def test_a_dry_run_writes_nothing_and_knows_what_is_finished(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("   0:00:00") and lines[0].endswith("# finished")
     assert not any(line.endswith("finished") for line in lines[1:])
+
+
+def test_a_dry_run_estimates_the_epochs_that_are_left(
+    images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = reproduce.read_progress
+    monkeypatch.setattr(reproduce, "read_progress", lambda *given: (1, read(*given)[1]))
+    monkeypatch.setattr(estimate.Meter, "training", lambda meter, config, epochs: 60.0 * epochs)
+    reproduce.main(argv(images, "--epochs", "3", "--dry-run"))
+    line, *_ = capsys.readouterr().out.splitlines()
+    assert line.startswith("   0:02:00  python ") and line.endswith("  # 1 of 3 epochs are done")
 
 
 def test_the_passes_are_those_that_the_attacks_say() -> None:
