@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,7 +91,23 @@ def test_the_demo_is_standard_and_mtlat_and_their_surrogate() -> None:
     surrogate, standard = (build_parser(TrainConfig).parse_args(task.argv) for task in tasks[:2])
     assert (surrogate.arch, surrogate.lr, surrogate.epochs) == ("cnn6", 2e-3, 8)
     assert (standard.arch, standard.lr, standard.size) == ("cnn4", 2e-3, 32)
+    assert standard.whole_batches
     assert tasks[-1].argv[-1] == "out/evaluation-cnn4-seed0"
+    assert plan.parse_reproduce_config([]).output_dir == "runs/reproduce/demo"
+
+
+def test_the_networks_of_one_seed_are_evaluated_before_the_next_seed() -> None:
+    archs = "--archs", "cnn4", "resnet18"
+    runs = [n for n in names(planned("--seeds", "2", "--methods", "standard", *archs))
+            if n.startswith("evaluation")]  # fmt: skip
+    assert runs == [f"evaluation-{arch}-seed{n}" for n in (0, 1) for arch in archs[1:]]
+
+
+def test_every_script_gets_the_images_the_cache_and_the_device() -> None:
+    for task in planned("--tables", "1", "3", "--cache-dir", "cache", "--device", "cpu"):
+        given = dict(pairwise(task.argv))
+        found = given["--data"], given["--cache-dir"], given["--device"]
+        assert found == ("shapes", "cache", "cpu")
 
 
 def test_the_paper_scale_is_the_papers_experiment() -> None:
@@ -101,7 +118,8 @@ def test_the_paper_scale_is_the_papers_experiment() -> None:
         *(f"resnext50_32x4d-{method}-seed0" for method in ("standard", "mtlat", "iat")),
         "evaluation-resnext50_32x4d-seed0",
     ]  # fmt: skip
-    settings, _ = parse_train_config(tasks[4].argv)
+    surrogate, settings = (parse_train_config(tasks[n].argv)[0] for n in (0, 4))
+    assert (surrogate.arch, surrogate.lr, surrogate.epochs) == ("vgg16_bn", 1e-4, 90)
     assert (settings.method, settings.lr, settings.milestones) == ("mtlat", 0.002, [30, 60, 80])
     assert (settings.epochs, settings.batch_size, settings.size) == (90, 256, 224)
     assert (settings.classes, settings.amp, settings.channels_last) == (100, "bf16", True)
@@ -109,7 +127,8 @@ def test_the_paper_scale_is_the_papers_experiment() -> None:
     assert list(first.models) == ["standard", "mixup", "tlat", "mtlat", "iat"]
     assert list(clean.models) == ["standard", "tlat", "fgsm", "target-fgsm", "ls"]
     assert list(second.models) == ["standard", "mtlat", "iat"]
-    assert "vgg16_bn" in first.argv[first.argv.index("--surrogate") + 1]
+    last = [f"out/resnet50-{method}-seed0/last.pt" for method in first.models]
+    assert first.argv[:7] == [*last, "--surrogate", "out/vgg16_bn-standard-seed0/last.pt"]
     assert "--surrogate" not in clean.argv and "clean" in clean.argv
 
 
@@ -263,6 +282,7 @@ def test_seeds_train_on_the_same_images_and_are_averaged(images: Path) -> None:
     standard, tlat = (row["entries"]["clean"] for row in tables(images)["rows"])
     assert len(standard["values"]) == len(tlat["values"]) == 2
     assert tlat["mean"] == pytest.approx(sum(tlat["values"]) / 2) and tlat["spread"] is not None
+    assert not [*(images.parent / "out").glob("clean-*/images.png")]
     (order,) = tables(images)["orders"]
     assert order["ours"] == {"standard": standard["mean"], "tlat": tlat["mean"]}
     html = (images.parent / "out" / "report.html").read_text()
