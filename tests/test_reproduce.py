@@ -215,6 +215,7 @@ def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
     assert "M-TLAT against standard: clean accuracy" in said and str(out / "report.html") in said
     markdown = (out / "tables.md").read_text()
     assert "Table 1, tiny:convnet beside the paper's resnet50" in markdown
+    assert all(f"--output-dir {out / name}" in markdown for name in [*trained, evaluation])
     # The 54 training images are 6 whole minibatches of 8, and M-TLAT has two losses.
     assert f"| {trained[1]} | 1 | 6 | 48 |\n| {trained[2]} | 1 | 6 | 96 |" in markdown
     html = (out / "report.html").read_text()
@@ -413,7 +414,9 @@ def test_a_signal_while_a_child_starts_ends_the_child(
 def test_a_child_is_run_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    reproduce.run_task(child(tmp_path, monkeypatch, "print(sys.argv[1:])"))
+    task = child(tmp_path, monkeypatch, "print(sys.argv[1:])")
+    with os.fdopen(os.dup(1), "w") as pipe, contextlib.redirect_stdout(pipe):  # which is buffered
+        reproduce.run_task(task)
     said = capfd.readouterr()
     assert (
         said.out == f"\n$ python {os.path.relpath(tmp_path)}/train.py --lr 0.1\n['--lr', '0.1']\n"
@@ -427,15 +430,18 @@ def test_a_child_is_run_as_printed(
         ("sys.exit(2)", 2, "error: exit code 2 of: python "),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "error: exit code -9 of: python "),
         ("sys.exit(130)", 130, ""),
-        ("os.kill(os.getppid(), signal.SIGINT); time.sleep(0.1); sys.exit(130)", 130, ""),
+        ("sys.exit(143)", 143, ""),
+        ("os.kill(os.getppid(), signal.SIGINT); time.sleep(1); sys.exit(130)", 130, ""),
     ],
 )
 def test_a_childs_end_is_that_of_the_run(
     code: str, ends: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
+    task = child(tmp_path, monkeypatch, code)
+    monkeypatch.setattr(reproduce, "GRACE", 60)
     with pytest.raises(SystemExit) as caught:
-        reproduce.run_task(child(tmp_path, monkeypatch, code))
+        reproduce.run_task(task)
     said = capfd.readouterr().err
     assert (
         caught.value.code == ends and said.startswith(told) and len(said.splitlines()) == bool(told)
