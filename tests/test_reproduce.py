@@ -260,8 +260,16 @@ def test_the_demonstration_says_which_cue_each_network_follows(
     monkeypatch.setattr(mechanism, "INDICES", embedded.INDICES)
     embedded_set = ["--scale", "demo", "--data", "shapes"]
     chosen = ["--methods", "standard", "tlat", "--tables", "3", "--train-flags=--data-seed 5"]
+    draw, asked = mechanism.draw_cues, []
+
+    def draw_cues(size: int, amplitude: float, seed: int) -> dict[str, torch.Tensor]:
+        asked.append((size, amplitude, seed))
+        return draw(size, amplitude, seed)
+
+    monkeypatch.setattr(mechanism, "draw_cues", draw_cues)
     reproduce.main([*argv(images), *embedded_set, *chosen])
-    drawn, out = mechanism.draw_cues(16, seed=5), images.parent / "out"
+    assert asked == [(16, embedded.AMPLITUDE, 5)]
+    drawn, out = draw(16, seed=5), images.parent / "out"
     for name in ("tiny-convnet-standard-seed0", "tiny-convnet-tlat-seed0"):
         model = restore_model(load_checkpoint(out / name / "last.pt"))
         cues = mechanism.average(mechanism.follow_cues(model, drawn))._asdict()

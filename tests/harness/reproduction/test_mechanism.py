@@ -62,6 +62,22 @@ def test_cues_are_measured_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(mechanism, "INDICES", {"test": range(1_000_000, 1_000_020)})
     model = nn.Sequential(nn.Dropout(1.0), Detector()).train()
     assert measure_cues(model) == measure_cues(Detector())
+    clipped = nn.Sequential(nn.Hardtanh(0.0, 1.0), Detector())  # changes no pixel in [0, 1]
+    assert measure_cues(clipped) == measure_cues(Detector())
+
+
+def test_a_training_is_followed_by_its_last_weights_on_gratings_as_strong_as_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mechanism, "INDICES", {"test": range(1_000_000, 1_000_020)})
+    monkeypatch.setattr(mechanism, "load_checkpoint", {Path("run/last.pt"): Detector()}.get)
+    monkeypatch.setattr(mechanism, "restore_model", lambda detector: detector)
+    default, none = (
+        mechanism.average(mechanism.follow_all({"a": Path("run")}, 32, **keywords)["a"])
+        for keywords in ({}, {"amplitude": 0.0})
+    )
+    assert default == measure_cues(Detector()) and default.both > 0.9
+    assert none == measure_cues(Detector(), amplitude=0.0) and none.both < 0.5
 
 
 def test_each_set_lacks_what_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +108,8 @@ def test_the_section_has_a_row_and_a_bar_for_each_network_and_says_what_is_decid
     section = mechanism.mechanism_section(found, baselines, tmp_path / "cues.png")
     (table,) = [block for block in section.blocks if isinstance(block, Table)]
     (figure,) = [block for block in section.blocks if isinstance(block, Figure)]
+    assert table.rows[0][1:4] == ["both cues", "no grating", "no shape"]
+    assert table.rows[0][4:] == ["exchanged: as the shape", "exchanged: as the grating"]
     assert table.rows[2] == ["mtlat", "90.0 %", "50.0 %", "60.0 %", "40.0 %", "30.0 %"]
     assert figure.path == tmp_path / "cues.png" and figure.path.exists()
     mtlat, tlat, iat = mechanism.compare_gratings(found, baselines)
