@@ -69,14 +69,16 @@ def test_poisson_tables_are_exact(full_scale: int) -> None:
     assert stats.poisson.sf(slots - 1, full_scale) < 2.0**-40
 
 
+@pytest.mark.parametrize(("profile", "full_scale"), [(224, 25), (64, 100), (32, 250)])
 @pytest.mark.parametrize("pixel", [3, 100, 255])
-def test_photon_counts_are_poisson(pixel: int) -> None:
+def test_photon_counts_are_poisson(pixel: int, profile: int, full_scale: int) -> None:
     images = torch.full((8, 3, 64, 64), pixel, dtype=torch.uint8)
     draw = CORRUPTIONS["shot_noise"].draw
     assert draw is not None
-    (counts,) = draw(Stream(1, "shot_noise", 2, torch.arange(8)), 2, (64, 64), 224, images=images)
+    stream = Stream(1, "shot_noise", 2, torch.arange(8))
+    (counts,) = draw(stream, 2, (64, 64), profile, images=images)
     seen = np.bincount(counts.flatten().numpy())
-    expected = stats.poisson.pmf(np.arange(len(seen)), 25 * pixel / 255) * counts.numel()
+    expected = stats.poisson.pmf(np.arange(len(seen)), full_scale * pixel / 255) * counts.numel()
     common = expected > 10
     rest = [seen[~common].sum()], [counts.numel() - expected[common].sum()]
     chi2 = stats.chisquare(np.append(seen[common], rest[0]), np.append(expected[common], rest[1]))
