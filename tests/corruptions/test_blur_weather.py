@@ -171,6 +171,14 @@ def test_snow_falls_twice_turned_by_half() -> None:
     assert torch.equal(result, result.flip(2, 3))
 
 
+def test_snow_truncates_float64_noise_as_the_original_does() -> None:
+    noise = torch.full((1, 64, 64), -9.0, dtype=torch.float64)
+    noise[:, :32] = (201 / 255 - 1e-9 - 0.1) / 0.3  # flakes in the upper half, just below level 201
+    black = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    result = weather.snow(black, 1, noise, torch.tensor([-90.0]))
+    assert result[0, :, 0].unique().tolist() == pytest.approx([127.5 * (1 - 0.8) + 200])
+
+
 # ------------------------------------------------------------------ frost textures
 
 
@@ -195,6 +203,9 @@ def test_frost_is_the_crop_of_the_picture(tmp_path: Path) -> None:
         crop = pictures[which[i]][:, top[i] : top[i] + 20, left[i] : left[i] + 30]
         expected = (0.6 * images[i] + 0.75 * crop).clamp(max=255)
         torch.testing.assert_close(actual[i], expected)
+    stream = Stream(0, "frost", 5, torch.arange(1000))
+    which, top, left = weather.draw_frost(stream, 5, (20, 30), 224, frost_dir=tmp_path)
+    assert (top - which).max() == 60 - 20 - 1 and left.max() == 50 - 30 - 1
 
 
 def test_frost_source_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
