@@ -54,11 +54,8 @@ def algorithm1(
     """Yield loss1 and loss2 of Algorithm 1, scalars. Train on their sum.
 
     Run the backward pass of loss1 before asking for loss2: then the step keeps the activations of
-    one minibatch at a time.
-
-    Args:
-        pair1, pair2, pair3, pair4: four couples of images and labels, (x, y) each.
-        steps, clip: see `targeted_fgsm`.
+    one minibatch at a time. The pairs are four couples of images and labels, (x, y) each; `steps`
+    and `clip` are as in `targeted_fgsm`.
     """
     (x1, y1), (x2, y2), (x3, y3), (x4, y4) = pair1, pair2, pair3, pair4
     lam1, lam2, epsilon, target = draws  # "Require"
@@ -130,8 +127,7 @@ def targeted_fgsm(
             min(epsilon, 2.5 epsilon / steps), and ends in the epsilon-ball around x.
         clip: clip the result to [0, 1], see Reading 7.
 
-    Returns:
-        The attacked images, detached. Takes `steps` forward passes and input-only backward passes.
+    Returns the attacked images, detached. Costs `steps` forward and input-only backward passes.
     """
     check_images(x)
     if steps < 1:
@@ -154,8 +150,7 @@ def target_labels(y: Tensor, target: Tensor, epsilon: Numbers) -> Tensor:
     """Label attacked images partly as their target, Eq. 4 and 6: (1-epsilon) y + epsilon target."""
     check_labels(y, y)
     check_labels(y, target, num_classes=y.shape[1])
-    if target.ndim == 1:
-        target = F.one_hot(target, y.shape[1]).to(y.dtype)
+    target = F.one_hot(target, y.shape[1]).to(y.dtype) if target.ndim == 1 else target
     epsilon = _per_image("epsilon", epsilon, y)
     return (1 - epsilon) * y + epsilon * target
 
@@ -179,8 +174,7 @@ def mtlat_loss(
         y: class indices (B,) int64, or distributions (B, N), with N = num_classes.
         alpha, epsilon_max, per_batch, generator, steps, clip: see `draw` and `targeted_fgsm`.
 
-    Returns:
-        A scalar. Costs 8/3 of a standard step with `steps` 1, and updates BatchNorm twice.
+    Returns a scalar. Costs 8/3 of a standard step with `steps` 1, and updates BatchNorm twice.
     """
     check_images(x)
     draws = draw(len(x), num_classes, alpha=alpha, epsilon_max=epsilon_max, per_batch=per_batch,
@@ -270,26 +264,32 @@ def log_odds_against(logits: Tensor, y: Tensor) -> Tensor:
 def frozen(model: Model) -> Iterator[None]:
     """Let gradients reach the input alone, and keep running statistics. Not thread-safe."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    changes: list[Any] = [(m, "track_running_stats", False) for m in modules if m.training]
-    own = [m for m, *_ in changes if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
-    changes += [(m, b, None) for m in own for b in ("running_mean", "running_var")]  # moved anyway
-    # Compiled models compute the weights' gradients if these require any, and DDP awaits them.
-    slots = [(m, k, p) for m in modules for k, p in m._parameters.items() if p is not None]
-    changes += [(p, "requires_grad", False) for *_, p in slots]
+    weights = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+    # Compiled models compute the gradients of weights that require any, and DDP awaits them.
+    changes: list[Any] = [(p, "requires_grad", False) for *_, p in weights if p.is_leaf]
+    changes += [(m, "track_running_stats", False) for m in modules if m.training]
+    instance_norms = [m for m in modules if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
+    changes += [(m, "running_mean", None) for m in instance_norms if m.training]  # moved anyway
+    changes += [(m, "running_var", None) for m in instance_norms if m.training]
     changes += [(m, "forward", m.module.__call__) for m in modules if isinstance(m, DDP)]
     # Lightning Fabric's hook raises in a backward pass that Fabric did not start, such as this.
     changes += [(m, "_register_backward_hook", lambda output: output) for m in modules]
-    with ExitStack() as after:
-        new = ((q, p) for m, k, p in slots if isinstance(q := getattr(m, k, None), nn.Parameter))
-        after.callback(lambda: [q.requires_grad_(p.requires_grad) for q, p in new])  # of FSDP2
-        if not modules:
-            after.enter_context(nn.modules.module.register_module_forward_pre_hook(_refuse_hidden))
-        for owner, name, value in changes:
-            if (old := getattr(owner, name, None)) is not None and getattr(owner, "is_leaf", True):
-                held = name in vars(owner) or not callable(old)  # if not, a method of the class
-                after.callback(*((setattr, owner, name, old) if held else (delattr, owner, name)))
-                setattr(owner, name, value)
-        yield
+    try:
+        with ExitStack() as after:  # undoes the changes, the last one first
+            if not modules:
+                hook = nn.modules.module.register_module_forward_pre_hook(_refuse_hidden)
+                after.enter_context(hook)
+            for owner, name, value in changes:
+                if (old := getattr(owner, name, None)) is not None:
+                    hides_method = callable(old) and name not in vars(owner)
+                    undo = (delattr, owner, name) if hides_method else (setattr, owner, name, old)
+                    after.callback(*undo)
+                    setattr(owner, name, value)
+            yield
+    finally:
+        for m, name, old in weights:  # FSDP2 may have put others in their places
+            if isinstance(new := getattr(m, name, None), nn.Parameter):
+                new.requires_grad_(old.requires_grad)
 
 
 def _refuse_hidden(m: nn.Module, _: Any) -> None:

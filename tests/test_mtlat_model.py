@@ -422,6 +422,15 @@ def test_the_attack_leaves_instancenorms_statistics_alone():
     assert not torch.equal(model[1].running_mean, before["1.running_mean"])
 
 
+def test_a_batchnorm_may_be_the_node_of_a_tree():
+    class Node(nn.BatchNorm2d):
+        is_leaf = False  # a name that tensors have, too
+
+    model = nn.Sequential(Node(3), nn.Flatten(), nn.Linear(192, 4))
+    mtlat.targeted_fgsm(model, torch.rand(4, 3, 8, 8), torch.arange(4), 0.1)
+    assert torch.equal(model[0].running_mean, torch.zeros(3))
+
+
 def test_computed_weights_get_the_gradients_of_the_weights():
     """Check weights that are no leaves, as in meta-learning."""
 
