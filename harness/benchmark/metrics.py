@@ -108,10 +108,9 @@ def aggregate(
     """
     by_key = {(cell["model"], cell["perturbation"], cell["severity"]): cell for cell in cells}
     severities = {name: PERTURBATIONS[name].severities for name in ("clean", *COLUMNS)}
-    added = {name: (None,) for name in supplement if name not in COLUMNS}
-    outcomes = {name: read_outcomes(by_key, d, severities | added) for name, d in models.items()}
+    severities |= {name: (None,) for name in supplement if name not in COLUMNS}
+    outcomes = {name: read_outcomes(by_key, d, severities) for name, d in models.items()}
     measured = {n: _scores(by_key, d, outcomes[n], severities) for n, d in models.items()}
-    extra = {n: _scores(by_key, d, outcomes[n], added) for n, d in models.items()}
     accuracies = {n: {k: s.accuracy for k, s in own.items()} for n, own in measured.items()}
     void = _void(by_key, models[baseline])
     rows = []
@@ -120,20 +119,20 @@ def aggregate(
         compared = {}
         if name != baseline:
             compared = _differences(outcomes[name], outcomes[baseline], void)
-        own = _compare(measured[name], measured[baseline], compared)
+        papers = {key: s for key, s in measured[name].items() if key in COLUMNS or key == "clean"}
+        own = _compare(papers, measured[baseline], compared)
         means = {
             title: fmean(own[key].robustness for key in keys)
             for title, keys in _groups(void).items()
             if keys and own.keys() >= set(keys)
         }
-        rows.append(
-            ModelScores(
-                name, own, means, relative_mce(accuracies[name], accuracies[baseline]),
-                _describe_cw2(by_name), _findings(by_name),
-                {title: d for title, d in compared.items() if title not in own}, void,
-                corrupted_accuracy(accuracies[name]), mce(accuracies[name]), extra[name],
-            )
-        )  # fmt: skip
+        rows.append(ModelScores(
+            name, own, means, relative_mce(accuracies[name], accuracies[baseline]),
+            _describe_cw2(by_name), _findings(by_name), void=void,
+            mean_differences={title: d for title, d in compared.items() if title not in own},
+            corrupted_accuracy=corrupted_accuracy(accuracies[name]), mce=mce(accuracies[name]),
+            supplement={key: s for key, s in measured[name].items() if key not in own},
+        ))  # fmt: skip
     total = max((cell["total"] for cell in by_key.values()), default=0)
     labels = {digest: name for name, digest in models.items()}  # a cell's may be an earlier run's
     shown = [{**c, "label": labels[c["model"]]} for c in by_key.values() if c["model"] in labels]
@@ -155,22 +154,25 @@ def read_outcomes(cells: Cells, digest: str, severities: Severities) -> Outcomes
 def _scores(
     cells: Cells, digest: str, outcomes: Outcomes, severities: Severities
 ) -> dict[str, Score]:
+    """Score a model, without signs, where its cells of all severities are there."""
     clean = cells[digest, "clean", None]
     base = clean["correct"] / clean["n"]
     scores: dict[str, Score] = {}
     for name, own in severities.items():
-        found = [cells[key] for s in own if (key := (digest, name, s)) in cells]
-        if len(found) == len(own):
-            shares = tuple(cell["correct"] / cell["n"] for cell in found)
-            accuracy, n = fmean(shares), min(cell["n"] for cell in found)
-            low, high = wilson(accuracy * n, n)
-            ratio = robustness(accuracy, base)
-            interval = robustness(low, base), robustness(high, base)
-            if name == "clean":
-                interval = ratio, ratio  # by definition
-            elif name in outcomes and "clean" in outcomes and 0 < accuracy:
-                interval = paired.robustness_interval(outcomes[name], outcomes["clean"])
-            scores[name] = Score(accuracy, low, high, n, ratio, "", shares, *interval)
+        found = [cells[digest, name, s] for s in own if (digest, name, s) in cells]
+        if len(found) < len(own):
+            continue
+        shares = tuple(cell["correct"] / cell["n"] for cell in found)
+        accuracy, n = fmean(shares), min(cell["n"] for cell in found)
+        low, high = wilson(accuracy * n, n)
+        r = robustness(accuracy, base)
+        if name == "clean":
+            r_low, r_high = r, r  # by definition
+        elif name in outcomes and "clean" in outcomes and accuracy > 0:
+            r_low, r_high = paired.robustness_interval(outcomes[name], outcomes["clean"])
+        else:
+            r_low, r_high = robustness(low, base), robustness(high, base)
+        scores[name] = Score(accuracy, low, high, n, r, "", shares, r_low, r_high)
     return scores
 
 
