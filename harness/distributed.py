@@ -131,13 +131,16 @@ def _fresh_store(store: Any, rank: int, world_size: int) -> Any:
     a random key under the name, and reads the name again until rank 0 has set that key.
     """
     if rank == 0:
-        store.set("start", start := os.urandom(8).hex())
+        start = os.urandom(8).hex()
+        store.set("start", start)
         for other in range(1, world_size):
             store.set(store.get(f"{start} {other}").decode(), "")
-    key = os.urandom(8).hex()
-    while rank and not store.check([key]):
-        store.set(f"{(start := store.get('start').decode())} {rank}", key)
-        time.sleep(0.1)
+    else:
+        key = os.urandom(8).hex()
+        while not store.check([key]):
+            start = store.get("start").decode()
+            store.set(f"{start} {rank}", key)
+            time.sleep(0.1)
     return PrefixStore(start, store)
 
 
