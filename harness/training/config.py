@@ -189,9 +189,10 @@ def parse_train_config(
     if "arch" not in given:
         values["arch"] = _default_arch(values["weights"], values["data"])
     folder = values["output_dir"] or f"runs/{file_name(values['arch'])}-{values['method']}"
-    path = _latest(folder) if values["resume"] == "auto" else Path(values["resume"] or "")
-    begun, checkpoint = Path(folder, "args.json"), None
-    if values["resume"] and (values["resume"] != "auto" or path.exists()):
+    auto, begun = values["resume"] == "auto", Path(folder, "args.json")
+    path = _latest(folder) if auto else values["resume"] and Path(values["resume"])
+    checkpoint = None
+    if path:
         checkpoint = load_checkpoint(path)
         values = _resumed(values, given, checkpoint["settings"], path) | {"resume": str(path)}
         if values["epochs"] < len(checkpoint["log"]):
@@ -199,12 +200,12 @@ def parse_train_config(
                 f"--epochs {values['epochs']} is fewer than the {len(checkpoint['log'])} that"
                 f" {path} has: raise it, or choose another --output-dir to start again"
             )
-    elif values["resume"] and begun.exists():  # its first epoch was interrupted
+    elif auto and begun.exists():  # its first epoch was interrupted
         values = _resumed(values, given, _read_settings(begun), begun)
     else:
         values = _with_defaults(values) | {"output_dir": folder}
     last = _latest(values["output_dir"])
-    if last.exists() and not (checkpoint and last.samefile(path)):
+    if last and not (path and last.samefile(path)):
         raise UserError(
             f"{values['output_dir']} holds an earlier run: continue it with --resume {last}, or"
             " choose another --output-dir"
@@ -332,10 +333,10 @@ def schedule_change(config: TrainConfig, checkpoint: dict[str, Any]) -> str:
     )
 
 
-def _latest(folder: str) -> Path:
-    """Name the checkpoint to continue from: last.pt, or best.pt if there is no last.pt.
+def _latest(folder: str) -> Path | None:
+    """Find the checkpoint to continue from: last.pt, or best.pt if there is no last.pt.
 
     That is so after a crash in the first epoch, or where a damaged last.pt was removed.
     """
-    last, best = Path(folder, "last.pt"), Path(folder, "best.pt")
-    return best if best.exists() and not last.exists() else last
+    files = (Path(folder, name) for name in ("last.pt", "best.pt"))
+    return next(filter(Path.exists, files), None)
