@@ -31,7 +31,6 @@ What the paper leaves open, the reading taken here, and the option for another o
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -185,19 +184,16 @@ def cw2_result(
         return CW2Result(image, distance < math.inf, margin > 0, margin, l2)
 
 
-# Where PyTorch may round float32 to TF32 or bfloat16 in multiplications.
-_UNITS: tuple[Any, ...] = attrgetter(
-    "cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"
-)(torch.backends)  # fmt: skip
-
-
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Multiply float32 in float32 inside the block: no TF32, no bfloat16."""
-    cudnn: Any = torch.backends.cudnn
+    backends: Any = torch.backends
+    cuda, cudnn, mkldnn = backends.cuda, backends.cudnn, backends.mkldnn
+    # Where PyTorch may round float32 to TF32 or bfloat16 in multiplications.
+    units = cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
     # PyTorch raises when a model reads an old setting that differs from the new one: set both.
     with ExitStack() as after:  # restores the old settings first, because they change the new
-        for unit in _UNITS:
+        for unit in units:
             after.callback(setattr, unit, "fp32_precision", unit.fp32_precision)
         with suppress(RuntimeError):
             after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
@@ -205,7 +201,7 @@ def full_precision() -> Iterator[None]:
         with suppress(RuntimeError):
             after.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
             cudnn.allow_tf32 = False
-        for unit in _UNITS:
+        for unit in units:
             unit.fp32_precision = "ieee"
         yield
 
