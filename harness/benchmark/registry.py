@@ -123,14 +123,16 @@ def choose_perturbations(only: list[str], skip: list[str]) -> list[str]:
             raise UserError(f"{word!r} is not a perturbation or a group; {_similar(word, known)}")
     if "clean" in skip:
         raise UserError("--skip clean: R is relative to clean accuracy, which is always measured")
-    default = [group for group in GROUPS if group != "validation"]
-    named, every, left_out = (
-        {name for word in words for name in known[word]} for words in (only, default, skip)
-    )
-    wanted = (named or every) - left_out
+    named = {name for word in only for name in known[word]}
+    left_out = {name for word in skip for name in known[word]}
+    default = {name for group in GROUPS if group != "validation" for name in GROUPS[group]}
+    wanted = (named or default) - left_out
     for attacks, group in ((GROUPS["white-box"], "checks"), (["cw2"], "supplement")):
         added = set(GROUPS[group])
-        wanted = wanted | added if wanted & set(attacks) else wanted - (added - named)
+        if wanted & set(attacks):
+            wanted |= added
+        else:
+            wanted -= added - named
     wanted -= left_out
     if not wanted:
         raise UserError("--only and --skip leave nothing to measure")
