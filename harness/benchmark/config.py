@@ -124,9 +124,13 @@ class EvalConfig:
     def perturbations(self) -> list[str]:
         """The names of what is measured, in order."""
         papers = [name for name in self.supplement if name in PERTURBATIONS]
-        chosen = choose_perturbations(self.only and [*self.only, *papers], self.skip)
-        own = {name: entry.box for name, entry in self.supplement.items() if name not in papers}
-        return [*chosen, *(n for n, box in own.items() if n in self.others or box not in self.skip)]
+        only = [*self.only, *papers] if self.only else []
+        added = [
+            name
+            for name, entry in self.supplement.items()
+            if name not in papers and (name in self.others or entry.box not in self.skip)
+        ]
+        return choose_perturbations(only, self.skip) + added
 
     @property
     def others(self) -> dict[str, str]:
