@@ -62,7 +62,8 @@ def load_data(
     """
     known: list[dict[str, Any]] = [content["settings"] for content in checkpoints.values()]
     holding = [settings for settings in known if settings.get("held_out", True)]
-    first, trained = [*known, {}][0], [*holding, *known, {}][0]
+    first = known[0] if known else {}
+    trained = holding[0] if holding else first
     source = config.data or first.get("data")
     if not config.data and source and source not in SIZES and not Path(source).is_dir():
         raise UserError(f"{source}, the dataset of a checkpoint, is not there: name it with --data")
@@ -135,16 +136,16 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
 def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
     """Return a warning if the checkpoint's training may have seen these test images, else ""."""
     settings = checkpoint["settings"]
-    held_out, seen = settings.get("test_fingerprint"), settings.get("seen_before", "")
+    tested, seen = settings.get("test_fingerprint"), settings.get("seen_before", "")
     side, trained = data.test.images.shape[-1], checkpoint["size"]
     if side != trained:
         return (
             f"{subject.label} was trained at {trained} px, and the images have {side}: so it is not"
             " known whether it was trained on them"
         )
-    if data.test_fingerprint == held_out or data.fingerprint == checkpoint["fingerprint"]:
+    if data.test_fingerprint == tested or data.fingerprint == checkpoint["fingerprint"]:
         return f"{subject.label}: {seen}" if seen else ""
-    if held_out is None and not data.fingerprint:
+    if tested is None and not data.fingerprint:
         return (
             f"{subject.label} may have seen test images: an earlier version of train.py wrote it,"
             " and the training images of --data are not in --cache-dir to compare"
