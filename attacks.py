@@ -177,7 +177,8 @@ def cw2_result(
                 model, w[left], slope[left], y[left], const[left],
                 (image[left], distance[left], margin[left]), confidence, steps, step_size,
             )  # fmt: skip
-            high[left[hit]], low[left[~hit]] = const[left[hit]], const[left[~hit]]
+            hits, misses = left[hit], left[~hit]
+            high[hits], low[misses] = const[hits], const[misses]
             left = left[low[left] < high[left]]  # an image that the largest const missed leaves
             const = (low * high).sqrt()
         l2 = (image - x).flatten(1).norm(dim=1)
@@ -266,7 +267,8 @@ def _cw2_round(
             loss = (moved + const * (confidence - wrong_by).clamp_min(0)).sum()
             gradient = grad_of(loss, w)
         x_adv, moved, wrong_by = x_adv.detach(), moved.detach(), wrong_by.detach()
-        closer = (success := wrong_by > confidence) & (moved < distance)
+        success = wrong_by > confidence
+        closer = success & (moved < distance)
         image = torch.where(_spread(closer, x_adv), x_adv, image)
         distance = torch.where(closer, moved, distance)
         margin = torch.maximum(margin, wrong_by)
