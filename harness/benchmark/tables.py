@@ -31,14 +31,14 @@ def table_cells(results: Results, title: str) -> list[list[str]]:
     """
     if title == SUPPLEMENTARY:
         return supplementary_cells(results)
-    extra = {
-        "ImageNet-C's corruptions": ["corrupted %", "mCE", "rel. mCE"],
-        "The paper's corruptions": ["mean of 19"],
-        "Adversarial attacks": ["CW2 gave up", "CW2 at 0", "L2"],
-    }  # fmt: skip
+    summaries = {
+        "ImageNet-C's corruptions": ["mean", "corrupted %", "mCE", "rel. mCE"],
+        "The paper's corruptions": ["mean", "mean of 19"],
+        "Adversarial attacks": ["mean", "CW2 gave up", "CW2 at 0", "L2"],
+        CLEAN: [],
+    }.get(title, ["mean"])  # fmt: skip
     names = TABLES.get(title, [])
-    columns = [*(COLUMNS[name] for name in names), *(["mean"] if names else [])]
-    table = [["model", "clean %", "95 %", *columns, *extra.get(title, [])]]
+    table = [["model", "clean %", "95 %", *(COLUMNS[name] for name in names), *summaries]]
     for row in results.rows:
         clean, corrupted = row.scores["clean"], 100 * row.corrupted_accuracy
         cells = [row.model, f"{100 * clean.accuracy:.1f}{clean.decided_sign}"]
@@ -47,7 +47,7 @@ def table_cells(results: Results, title: str) -> list[list[str]]:
             mark = "!" if name in row.findings else ""
             score = row.scores.get(name)
             cells.append(_number(score.robustness, score.decided_sign + mark) if score else MISSING)
-        means = {
+        values = {
             "mean": _number(row.means.get(title, math.nan)),
             "corrupted %": MISSING if math.isnan(corrupted) else f"{corrupted:.1f}",
             "mCE": _number(row.mce, "%"),
@@ -57,7 +57,7 @@ def table_cells(results: Results, title: str) -> list[list[str]]:
             "CW2 at 0": _number(row.cw2.get("at_0", math.nan)),
             "L2": _number(row.cw2.get("l2", math.nan)),
         }
-        table.append(cells + [means[key] for key in table[0][len(cells) :]])
+        table.append(cells + [values[heading] for heading in summaries])
     return table
 
 
@@ -103,18 +103,16 @@ def _number(value: float, suffix: str = "") -> str:
 
 def table_caption(results: Results, title: str) -> str:
     """Describe a table's numbers in one line."""
-    added = title == SUPPLEMENTARY
-    scores = [row.supplement if added else row.scores for row in results.rows]
-    names = {name for own in scores for name in own} if added else TABLES.get(title, ["clean"])
+    if title == SUPPLEMENTARY:
+        counts = {s.n for row in results.rows for s in row.supplement.values()}
+        images = _count_images(counts, results.total)
+        return f"{title}: R = accuracy / clean accuracy, with 95 % intervals; n = {images}"
+    scores = [row.scores for row in results.rows]
+    names = TABLES.get(title, ["clean"])
     if not any(own.keys() & {*names} for own in scores):
         names = ["clean"]  # beside which CW2 at 0 was measured alone
-    counts = sorted({s.n for own in scores for k, s in own.items() if k in names})
-    images = " or ".join(map(str, counts))
-    if counts[-1] < results.total:
-        images += f" of {results.total}"
-    if added:
-        meaning = "R = accuracy / clean accuracy, with 95 % intervals"
-        return f"{title}: {meaning}; n = {images} test images"
+    counts = {s.n for own in scores for name, s in own.items() if name in names}
+    images = _count_images(counts, results.total)
     sampled = any("at_0" in row.cw2 for row in results.rows) and title == "Adversarial attacks"
     few = f"; CW2 at 0 and L2 (median of its steps): up to {SAMPLE} images" if sampled else ""
     graded = any(len(PERTURBATIONS[name].severities) > 1 for name in names)
@@ -127,10 +125,13 @@ def table_caption(results: Results, title: str) -> str:
             "; in parentheses where the paired difference is not decided at 95 % (Holm's correction"
             f" for {'up to ' * (len(compared) > 1)}{max(compared)})"
         )
-    return (
-        f"{title}{meaning}; n = {images} test images{few}; + and - against"
-        f" {results.baseline}{decided}"
-    )
+    return f"{title}{meaning}; n = {images}{few}; + and - against {results.baseline}{decided}"
+
+
+def _count_images(counts: set[int], total: int) -> str:
+    """Say on how many images scores were measured, and of how many."""
+    whole = f" of {total}" if max(counts) < total else ""
+    return f"{' or '.join(map(str, sorted(counts)))}{whole} test images"
 
 
 def answer(model: str, baseline: str, differences: Mapping[str, Difference | None]) -> str:
