@@ -181,14 +181,14 @@ def measure(
     """
     white_box = run.config.registry[name].box == "white-box"
     found: list[list[dict[str, Tensor]]] = [[] for _ in models]  # of each batch, image by image
-    seconds = [0.0] * (len(models) + 1)  # of each model, and of the perturbing
+    making, spent = 0.0, [0.0] * len(models)  # seconds of the shared images, and of each model
     clock = _now(run)
     for batch in clean_batches(run, name, severity):
         y = batch[2]
-        about: dict[str, Tensor] = {}
         if not white_box:
-            images, _ = perturb(run, name, severity, None, batch)
-        seconds[-1], clock = seconds[-1] + _now(run) - clock, _now(run)
+            images, about = perturb(run, name, severity, None, batch)
+        now = _now(run)
+        making, clock = making + now - clock, now
         for i, model in enumerate(models):
             if white_box:
                 images, about = perturb(run, name, severity, model, batch)
@@ -196,13 +196,15 @@ def measure(
             about = {**about, "hit": is_right(logits, y), "least_likely": logits.argmin(1),
                      "nan": logits.isnan().any(1)}  # fmt: skip
             found[i].append({key: values.cpu() for key, values in about.items()})
-            seconds[i], clock = seconds[i] + _now(run) - clock, _now(run)
+            now = _now(run)
+            spent[i], clock = spent[i] + now - clock, now
             bar.update(len(y))
     done = sum(len(about["hit"]) for batches in found for about in batches)
-    *own, making = (max(times) for times in zip(*distributed.all_gather(seconds), strict=True))
+    ranks = distributed.all_gather([making, *spent])
+    making, *spent = map(max, zip(*ranks, strict=True))
     cells = [
-        _make_cell(run, name, severity, model, distributed.merge_batches(batches), (spent, making))
-        for model, batches, spent in zip(models, found, own, strict=True)
+        _make_cell(run, name, severity, model, distributed.merge_batches(batches), own, making)
+        for model, batches, own in zip(models, found, spent, strict=True)
     ]
     bar.update(sum(cell["n"] for cell in cells) - done)  # by the other processes
     return cells
@@ -210,7 +212,7 @@ def measure(
 
 def _make_cell(
     run: Evaluation, name: str, severity: int | None, model: Subject,
-    batches: list[dict[str, Tensor]], seconds: tuple[float, float],
+    batches: list[dict[str, Tensor]], seconds: float, seconds_making: float,
 ) -> Cell:  # fmt: skip
     """Build the record of a cell, and keep each image's least likely class for PGD LL."""
     keys = dict.fromkeys(key for about in batches for key in about)
@@ -229,7 +231,7 @@ def _make_cell(
     return {
         "model": model.digest, "label": model.label, "perturbation": name,
         "severity": severity, "n": len(right), "correct": int(right.sum()), "hits": pack(right),
-        **summary, "seconds": round(seconds[0], 3), "seconds_making": round(seconds[1], 3),
+        **summary, "seconds": round(seconds, 3), "seconds_making": round(seconds_making, 3),
         **run.decided_by(name), **run.setup,
     }  # fmt: skip
 
