@@ -109,17 +109,17 @@ def _find_parts(root: Path, test_only: bool) -> dict[str, Path]:
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder, and not shapes, cifar10 or cifar100")
     there = {path.name.lower(): path for path in sorted(root.iterdir(), reverse=True)}
-    found = {
-        part: next((there[n] for n in names if n in there and any(_are_folders(there[n]))), None)
-        for part, names in PARTS.items()
-    }
-    folders = {part: folder for part, folder in found.items() if folder}
-    if len(folders) == 1 and not (test_only and found["test"]):
+    folders: dict[str, Path] = {}
+    for part, names in PARTS.items():
+        places = (there[name] for name in names if name in there)
+        if found := next((place for place in places if any(_are_folders(place))), None):
+            folders[part] = found
+    if len(folders) == 1 and not (test_only and "test" in folders):
         (one,) = folders.values()
+        lacking = "val" if "train" in folders else "train"
         raise UserError(
-            f"{root} has {one.name}/CLASS but no {'val' if found['train'] else 'train'}/CLASS: add"
-            f" it, or give --data {one}, of which train.py holds out ten percent of every class as"
-            " test set"
+            f"{root} has {one.name}/CLASS but no {lacking}/CLASS: add it, or give --data {one}, of"
+            " which train.py holds out ten percent of every class as test set"
         )
     return folders or {"test": root}
 
