@@ -92,8 +92,9 @@ def choose_crop(asked: str | None, tree: Path | None, own: Mapping[str, Crop]) -
         return CROPS[asked]
     first = next(iter(own), "")
     chosen = tree_crop(tree) if tree else own.get(first)
-    for name, crop in own.items():
-        if kind(crop) != kind(chosen) or not (tree or crop == chosen):
+    for name, crop in own.items():  # of a tree, only the kind is known
+        differs = kind(crop) != kind(chosen) if tree else crop != chosen
+        if differs:
             raise UserError(
                 f"{name} expects the preprocessing {_words(crop)}, and"
                 f" {f'--imagenet-c {tree} has' if tree else f'{first} expects'}"
