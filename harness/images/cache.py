@@ -75,21 +75,12 @@ def decode_cached(source: Files) -> tuple[ImageSet, list[File], int]:
     """
     part, pixels = source.part, source.pixels_path()
     manifest = pixels.with_suffix(".json")
-    if (found := _read_cache(pixels, manifest, part)) is None:
+    found = _read_cache(pixels, manifest, part)
+    if found is None:
         with lock_folder(source.cache_dir, wait=True) as locked:
             found = _read_cache(pixels, manifest, part)  # another run may have made it meanwhile
             if found is None:
-                # Without locks, another machine may write here, too.
-                unfinished = Path(f"{pixels}{'' if locked else '.' + platform.node()}.part")
-                note = unfinished.with_suffix(".note")
-                record = _write_pixels(unfinished, note, source)
-                if pixels != source.pixels_path():
-                    note.unlink(missing_ok=True)
-                    unfinished.unlink()
-                    raise UserError(f"{source.root} changed while it was read; start again")
-                atomic_write(manifest, json.dumps(record))
-                os.replace(unfinished, pixels)
-                note.unlink(missing_ok=True)
+                _fill_cache(source, pixels, manifest, locked)
                 found = _read_cache(pixels, manifest, part)
     if found is None:
         raise UserError(f"{pixels} differs from what was written: is the disk full or faulty?")
@@ -98,6 +89,21 @@ def decode_cached(source: Files) -> tuple[ImageSet, list[File], int]:
     if skipped:
         tqdm.write(f"decoding {part}: {len(skipped)} bad images skipped, listed in {manifest}")
     return images, [file for file in source.files if file.path not in skipped], record["crc"]
+
+
+def _fill_cache(source: Files, pixels: Path, manifest: Path, locked: bool) -> None:
+    """Decode the files, and give the finished pixels their name after the manifest is there."""
+    # Without locks, another machine may write here, too.
+    unfinished = Path(f"{pixels}.part" if locked else f"{pixels}.{platform.node()}.part")
+    note = unfinished.with_suffix(".note")
+    record = _write_pixels(unfinished, note, source)
+    if pixels != source.pixels_path():
+        note.unlink(missing_ok=True)
+        unfinished.unlink()
+        raise UserError(f"{source.root} changed while it was read; start again")
+    atomic_write(manifest, json.dumps(record))
+    os.replace(unfinished, pixels)
+    note.unlink(missing_ok=True)
 
 
 def cached_checksum(source: Files) -> int | None:
@@ -127,7 +133,7 @@ def _write_pixels(unfinished: Path, note: Path, source: Files) -> dict[str, Any]
     After every `NOTE_BYTES` of pixels, and at the end, the note says how far the decoding has come.
     If it is interrupted, it continues there.
     """
-    part, root, files, size, resize, skip_bad_images, folder = source
+    files, size = source.files, source.size
     each = 3 * size**2
     done, skipped, crc = _read_note(unfinished, note, source)
     written = (done - len(skipped)) * each
@@ -135,21 +141,22 @@ def _write_pixels(unfinished: Path, note: Path, source: Files) -> dict[str, Any]
         with open(unfinished, "r+b" if done else "wb") as sink:
             sink.truncate(written)  # what the note does not cover takes room, too
             sink.seek(written)
-            _require_space(folder, part, len(files) * each - written)
-            decoded = decode_all(root, [file.path for file in files[done:]], size, resize)
-            bar = tqdm(decoded, f"decoding {part}", len(files), unit="img", disable=None,
+            _require_space(source.cache_dir, source.part, len(files) * each - written)
+            left = [file.path for file in files[done:]]
+            decoded = decode_all(source.root, left, size, source.resize)
+            bar = tqdm(decoded, f"decoding {source.part}", len(files), unit="img", disable=None,
                        initial=done)  # fmt: skip
             for path, image in bar:
                 done += 1
                 if not isinstance(image, str):
                     sink.write(image)
                     crc = zlib.crc32(image, crc)
-                elif skip_bad_images:
+                elif source.skip_bad_images:
                     skipped.append(path)
                 else:
                     note.unlink(missing_ok=True)  # a repaired folder has another cache file
                     raise UserError(
-                        f"{root / path}: {image}; repair or remove the file (train.py leaves"
+                        f"{source.root / path}: {image}; repair or remove the file (train.py leaves"
                         " such files out with --skip-bad-images, and evaluate.py then does for its"
                         " networks)"
                     )
