@@ -19,16 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtlat import (
-    Draws,
-    Model,
-    Pair,
-    algorithm1,
-    cross_entropy,
-    mixup,
-    target_labels,
-    targeted_fgsm,
-)
+from mtlat import Draws, Model, Pair, algorithm1, cross_entropy, mixup, target_labels, targeted_fgsm
 
 
 def standard(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[Tensor]:
