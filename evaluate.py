@@ -21,20 +21,13 @@ from tqdm import tqdm
 from attacks import full_precision
 from corruptions import ALL_CORRUPTIONS, MIN_SIDE, corrupt, frost_source
 from harness import distributed
-from harness.benchmark import plots, registry, tables
+from harness.benchmark import plots, registry, subjects, tables
 from harness.benchmark.config import EvalConfig, is_file, parse_eval_config
 from harness.benchmark.measure import Evaluation, choose_images, measure, perturb, refuse_other_runs
 from harness.benchmark.metrics import Results, aggregate, score_differences
 from harness.benchmark.registry import COLUMNS
 from harness.benchmark.store import Cell, append_cells, read_cells
-from harness.benchmark.subjects import (
-    Subject,
-    expected_images,
-    fuse_subject,
-    inspect_subject,
-    load_subjects,
-    resampling_warnings,
-)
+from harness.benchmark.subjects import Subject
 from harness.checkpoints import load_weights
 from harness.devices import environment_info, require_same_on_all_ranks
 from harness.errors import UserError, escape_unprintable, run_script
@@ -96,41 +89,42 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
         raise UserError("--arch is for plain state dicts: these models name theirs, leave it out")
     if config.imagenet_classes and len(checkpoints) == len(config.specs):
         raise UserError("--imagenet-classes: checkpoints of train.py know theirs, leave it out")
-    expected = expected_images(config, checkpoints)
+    expected = subjects.expected_images(config, checkpoints)
     data, crop = load_data(config, checkpoints, expected)
     side, count = data.test.images.shape[-1], len(data.test.labels)
     check_corruptions(config, side)
-    subjects = load_subjects(config, data.classes, files)
+    loaded = subjects.load_subjects(config, data.classes, files)
     facts = {
         "size": side, "preprocess": describe(crop, side), "data": data.test_fingerprint,
         "frost": None if config.find_corruption("frost") else frost_source(), "seed": config.seed,
         "limit": config.limit if config.limit and config.limit < count else None,
     }  # fmt: skip
-    require_same_on_all_ranks(facts, [subject.digest for subject in subjects.values()])
+    require_same_on_all_ranks(facts, [subject.digest for subject in loaded.values()])
     device = torch.device(config.device)
     run = Evaluation(
         config, data, BatchLoader(data.test, device),
-        choose_images(data.test.labels, config.limit, config.seed),
-        [subjects[spec] for spec in config.models],
-        subjects[config.surrogate] if config.surrogate else None, facts,
-        {"total": count, "origin": data.origin, "device": device.type,
-         "versions": environment_info(config.device)},
+        chosen=choose_images(data.test.labels, config.limit, config.seed),
+        models=[loaded[spec] for spec in config.models],
+        surrogate=loaded[config.surrogate] if config.surrogate else None,
+        facts=facts,
+        setup={"total": count, "origin": data.origin, "device": device.type,
+               "versions": environment_info(config.device)},
     )  # fmt: skip
     x, y = run.loader(run.sample(16))
     warnings = []
-    for spec, subject in subjects.items():
+    for spec, subject in loaded.items():
         attacked = config.uses_gradient(spec)
-        warnings += inspect_subject(subject, x, y, len(data.classes), attacked=attacked)
-    run.models = [fuse_subject(model, x) for model in run.models]
+        warnings += subjects.inspect_subject(subject, x, y, len(data.classes), attacked=attacked)
+    run.models = [subjects.fuse_subject(model, x) for model in run.models]
     if run.surrogate:
-        run.surrogate = fuse_subject(run.surrogate, x)
+        run.surrogate = subjects.fuse_subject(run.surrogate, x)
     warnings += [
-        f"{subjects[spec].label} expects the preprocessing {kind(own)}, not {kind(crop)}"
+        f"{loaded[spec].label} expects the preprocessing {kind(own)}, not {kind(crop)}"
         for spec, (_, own) in expected.items()
         if kind(own) != kind(crop)
     ]
-    warnings += [w for spec, c in checkpoints.items() if (w := foreign(subjects[spec], c, data))]
-    return run, warnings + resampling_warnings(config) + run_warnings(run)
+    warnings += [w for spec, c in checkpoints.items() if (w := foreign(loaded[spec], c, data))]
+    return run, warnings + subjects.resampling_warnings(config) + run_warnings(run)
 
 
 def foreign(subject: Subject, checkpoint: dict[str, Any], data: Dataset) -> str:
