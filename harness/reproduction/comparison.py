@@ -96,8 +96,9 @@ def compare(table: int, arch: str, measured: Mapping[str, Sequence[ModelScores]]
             value, paper_sign = theirs.get(name, (None, None))
             entries[name] = Entry(
                 values, mean, spread, sign(name, mean, other),
-                any(name in row.findings for row in seeds), by_seed[name], difference,
-                value, paper_sign, _verdict(difference, paper_sign, name in void),
+                doubted=any(name in row.findings for row in seeds),
+                by_seed=by_seed[name], difference=difference, paper=value, paper_sign=paper_sign,
+                verdict=_verdict(difference, paper_sign, name in void),
             )  # fmt: skip
         compared.append(Compared(table, arch, paper_arch, method, entries, void))
     return compared
