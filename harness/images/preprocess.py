@@ -83,15 +83,15 @@ def choose_crop(asked: str | None, tree: Path | None, own: Mapping[str, Crop]) -
     Raises:
         UserError: two of them contradict each other.
     """
-    if asked and tree and asked != kind(tree_crop(tree)):
+    first = next(iter(own), "")
+    chosen = tree_crop(tree) if tree else own.get(first)
+    if asked and tree and asked != kind(chosen):
         raise UserError(
             f"--preprocess {asked}: the images of --imagenet-c {tree} were prepared by"
-            f" {kind(tree_crop(tree))}, and clean images must be, too: leave it out"
+            f" {kind(chosen)}, and clean images must be, too: leave it out"
         )
     if asked:
         return CROPS[asked]
-    first = next(iter(own), "")
-    chosen = tree_crop(tree) if tree else own.get(first)
     for name, crop in own.items():  # of a tree, only the kind is known
         differs = kind(crop) != kind(chosen) if tree else crop != chosen
         if differs:
