@@ -148,10 +148,9 @@ def _same_labels(published: Any, rows: list[int], labels: list[int]) -> bool:
     if published.shape != (count * len(SEVERITIES),) or max(rows) >= count:
         return False
     blocks = published.reshape(len(SEVERITIES), count)
+    repeated = bool((blocks == blocks[0]).all())
     values = blocks[0][rows].tolist()
     pairs = set(zip(values, labels, strict=True))
-    return (
-        bool((blocks == blocks[0]).all())
-        and len(pairs) == len(set(values)) == len(set(labels))
-        and int(np.isin(blocks[0], values).sum()) == len(labels)
-    )
+    one_to_one = len(pairs) == len(set(values)) == len(set(labels))
+    complete = int(np.isin(blocks[0], values).sum()) == len(labels)  # no other row has a value
+    return repeated and one_to_one and complete

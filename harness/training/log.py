@@ -71,8 +71,8 @@ def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, A
     files, pixels = settings.get("test_files"), settings.get("test_fingerprint")
     known = {*content.get("classes", [])}
     shared = data._replace(paths=[path for path in data.paths if path.split("/")[0] in known])
-    apart = shared.test_files == files if files else data.test_fingerprint == pixels
-    if apart or not known & {*data.classes}:
+    held_out_then = shared.test_files == files if files else data.test_fingerprint == pixels
+    if held_out_then or not known & {*data.classes}:
         return ""
     return (
         f"{config.weights} may have been trained on some of the test images: it was tested on"
