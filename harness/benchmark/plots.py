@@ -49,8 +49,9 @@ def plot_robustness(results: Results, path: Path) -> None:
     places: dict[str, float] = {}
     known = {n for row in results.rows for n, s in row.scores.items() if n not in row.void}
     for gap, title in enumerate(measured_tables(results)):
-        names = [name for name in TABLES.get(title, []) if name in known]
-        places |= {name: len(places) + i + 0.7 * gap for i, name in enumerate(names)}
+        for name in TABLES.get(title, []):
+            if name in known:
+                places[name] = len(places) + 0.7 * gap
     figure = _figure(13, 4.5)
     axes = figure.subplots()
     width = 0.8 / len(results.rows)
