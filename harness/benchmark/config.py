@@ -168,7 +168,8 @@ def parse_eval_config(argv: list[str] | None = None, description: str | None = N
         if config.models.count(model) > 1:
             raise UserError(f"{model} is named twice: name each model once")
     labels = config.labels
-    baseline = labels.get(config.baseline or config.models[0], config.baseline)
+    baseline = config.baseline or config.models[0]
+    baseline = labels.get(baseline, baseline)  # it may be a label already
     if baseline not in labels.values():
         known = ", ".join(labels.values())
         raise UserError(f"--baseline {baseline} is not one of the models: {known}")
