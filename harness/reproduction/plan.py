@@ -194,13 +194,12 @@ def _folder(config: ReproduceConfig, arch: str, method: str, seed: int) -> Path:
 
 
 def _train_task(config: ReproduceConfig, arch: str, method: str, seed: int) -> TrainTask:
-    surrogate = arch == config.surrogate
-    folder = _folder(config, arch, method, seed)
+    folder, epochs, lr = _folder(config, arch, method, seed), config.epochs, config.lr
+    if arch == config.surrogate:
+        epochs, lr = config.surrogate_epochs or epochs, config.surrogate_lr
     settings = {
         "data": config.data, "classes": config.classes, "size": config.size, "arch": arch,
-        "method": method, "seed": seed,
-        "epochs": (surrogate and config.surrogate_epochs) or config.epochs,
-        "batch-size": config.batch_size, "lr": config.surrogate_lr if surrogate else config.lr,
+        "method": method, "seed": seed, "epochs": epochs, "batch-size": config.batch_size, "lr": lr,
         "cache-dir": config.cache_dir, "device": config.device, "resume": "auto",
         "output-dir": folder,
     }  # fmt: skip
