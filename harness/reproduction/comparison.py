@@ -187,7 +187,8 @@ def comparison_table(rows: Sequence[Compared]) -> list[list[str]]:
         for name, line in zip(names, lines, strict=True):
             entry = row.entries.get(name)
             line += [format_entry(name, entry), _format_paper(name, entry)]
-            line += [(entry.verdict if entry else "") or MISSING] if signed else []
+            if signed:
+                line.append(entry.verdict if entry and entry.verdict else MISSING)
     return [header, *lines]
 
 
