@@ -111,7 +111,7 @@ def _select_classes(images: Tensor, labels: Tensor, names: list[str], kept: list
 def _load_shapes(size: int, num_classes: int | None, seed: int) -> Dataset:
     kept = choose_classes(list(embedded.NAMES), num_classes, seed)
     parts: dict[str, ImageSet] = {}
-    for name, indices in embedded.INDICES.items():
+    for name, indices in embedded.INDICES.items():  # "test" is last: its labels give the paths
         images, labels = embedded.draw_shapes(indices, size, seed)
         parts[name] = _select_classes(images, labels, list(embedded.NAMES), kept)
     pixels = hashlib.sha256()
@@ -127,7 +127,7 @@ def _load_cifar(
 ) -> Dataset:
     kind = getattr(torchvision.datasets, source.upper())
     parts: dict[str, ImageSet] = {}
-    for part in ("train", "test"):
+    for part in ("train", "test"):  # "test" is last: its labels give the paths
         try:
             with downloading("--download", source, root):
                 raw = kind(root, train=part == "train", download=download)
