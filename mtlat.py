@@ -324,7 +324,7 @@ def check_labels(x: Tensor, *labels: Tensor, num_classes: int = 0, sums: bool = 
         if not isinstance(y, Tensor):
             raise TypeError(f"labels are {type(y).__name__}; give a tensor of class indices")
         b, n = x.shape[:1].numel(), num_classes or labels[0].shape[-1:].numel()  # 1 without axes
-        if y.shape != (b, n) and not (num_classes and y.shape == (b,)):
+        if y.shape not in ([(b,), (b, n)] if num_classes else [(b, n)]):
             rule = f"({b},) or ({b}, {n})" if num_classes else f"({b}, N)"
             rule = f"images or logits {tuple(x.shape)} need {rule}; is N right? Indices become"
             raise ValueError(f"labels have shape {tuple(y.shape)}; {rule} F.one_hot(y, N).float()")
