@@ -190,8 +190,11 @@ def parse_train_config(
         values["arch"] = _default_arch(values["weights"], values["data"])
     folder = values["output_dir"] or f"runs/{file_name(values['arch'])}-{values['method']}"
     auto, begun = values["resume"] == "auto", Path(folder, "args.json")
-    path = _latest(folder) if auto else values["resume"] and Path(values["resume"])
-    checkpoint = None
+    path = checkpoint = None
+    if auto:
+        path = _latest(folder)
+    elif values["resume"]:
+        path = Path(values["resume"])
     if path:
         checkpoint = load_checkpoint(path)
         values = _resumed(values, given, checkpoint["settings"], path) | {"resume": str(path)}
