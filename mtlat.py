@@ -53,9 +53,10 @@ def algorithm1(
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield loss1 and loss2 of Algorithm 1, scalars. Train on their sum.
 
-    Run the backward pass of loss1 before asking for loss2: then the step keeps the activations of
-    one minibatch at a time. The pairs are four couples of images and labels, (x, y) each; `steps`
-    and `clip` are as in `targeted_fgsm`.
+    Call loss1.backward() before asking for loss2, so that the activations of only one are kept.
+
+    Args:
+        pair1, pair2, pair3, pair4: couples of images and labels; steps, clip: see `targeted_fgsm`.
     """
     (x1, y1), (x2, y2), (x3, y3), (x4, y4) = pair1, pair2, pair3, pair4
     lam1, lam2, epsilon, target = draws  # "Require"
@@ -265,31 +266,30 @@ def frozen(model: Model) -> Iterator[None]:
     """Let gradients reach the input alone, and keep running statistics. Not thread-safe."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     weights = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+    changes: list[Any] = [(m, "track_running_stats", False) for m in modules if m.training]
+    norms = [m for m, *_ in changes if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
+    changes += [(m, b, None) for m in norms for b in ("running_mean", "running_var")]  # moved
     # Compiled models compute the gradients of weights that require any, and DDP awaits them.
-    changes: list[Any] = [(p, "requires_grad", False) for *_, p in weights if p.is_leaf]
-    changes += [(m, "track_running_stats", False) for m in modules if m.training]
-    instance_norms = [m for m in modules if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
-    changes += [(m, "running_mean", None) for m in instance_norms if m.training]  # moved anyway
-    changes += [(m, "running_var", None) for m in instance_norms if m.training]
+    changes += [(p, "requires_grad", False) for *_, p in weights if p.is_leaf]
     changes += [(m, "forward", m.module.__call__) for m in modules if isinstance(m, DDP)]
     # Lightning Fabric's hook raises in a backward pass that Fabric did not start, such as this.
     changes += [(m, "_register_backward_hook", lambda output: output) for m in modules]
-    try:
-        with ExitStack() as after:  # undoes the changes, the last one first
-            if not modules:
-                hook = nn.modules.module.register_module_forward_pre_hook(_refuse_hidden)
-                after.enter_context(hook)
-            for owner, name, value in changes:
-                if (old := getattr(owner, name, None)) is not None:
-                    hides_method = callable(old) and name not in vars(owner)
-                    undo = (delattr, owner, name) if hides_method else (setattr, owner, name, old)
-                    after.callback(*undo)
-                    setattr(owner, name, value)
-            yield
-    finally:
-        for m, name, old in weights:  # FSDP2 may have put others in their places
-            if isinstance(new := getattr(m, name, None), nn.Parameter):
-                new.requires_grad_(old.requires_grad)
+    with ExitStack() as after:  # undoes the changes, the last one first
+
+        @after.callback
+        def follow() -> None:  # FSDP2 may have put other weights in their places
+            for m, name, old in weights:
+                if isinstance(new := getattr(m, name, None), nn.Parameter):
+                    new.requires_grad_(old.requires_grad)
+
+        if not modules:
+            after.enter_context(nn.modules.module.register_module_forward_pre_hook(_refuse_hidden))
+        for owner, name, value in changes:
+            if (old := getattr(owner, name, None)) is not None:
+                hides = callable(old) and name not in vars(owner)  # a method of the class
+                after.callback(*((delattr, owner, name) if hides else (setattr, owner, name, old)))
+                setattr(owner, name, value)
+        yield
 
 
 def _refuse_hidden(m: nn.Module, _: Any) -> None:
