@@ -83,6 +83,7 @@ def list_classes(root: Path) -> dict[str, list[str]]:
 def walk_images(root: Path) -> Iterator[str]:
     """Yield the image files below a folder. Read a folder once, however many links lead to it.
 
+    The paths have forward slashes even on Windows, because their order decides splits and draws.
     Leaves out hidden files and folders, such as thumbnails. Raises OSError where a folder cannot be
     read.
     """
@@ -96,7 +97,7 @@ def walk_images(root: Path) -> Iterator[str]:
         seen.add(real)
         for file in files:
             if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith("."):
-                yield os.path.join(folder, file)
+                yield os.path.join(folder, file).replace(os.sep, "/")
 
 
 def _raise(error: OSError) -> NoReturn:

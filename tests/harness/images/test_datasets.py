@@ -4,11 +4,13 @@ import copy
 import hashlib
 import itertools
 import mmap
+import ntpath
 import os
 import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -19,6 +21,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import train
+from corruptions import transform
 from corruptions.transform import list_classes, walk_images
 from harness.errors import UserError
 from harness.files import lock_folder
@@ -217,6 +220,15 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(folder, monkeypatch):
     monkeypatch.setattr(os, "scandir", fail)
     with pytest.raises(PermissionError, match="deep"):
         list(walk_images(folder))
+
+
+def test_files_have_the_same_order_on_windows(monkeypatch):
+    """Sort by the path with "/", and not with a backslash, which comes after the digits."""
+    found = [("C:\\set\\cat", ["1"], ["10.png"]), ("C:\\set\\cat\\1", [], ["2.png"])]
+    windows = SimpleNamespace(walk=lambda *_, **__: found, path=ntpath, sep="\\")
+    monkeypatch.setattr(transform, "os", windows)
+    files = sorted(walk_images(Path("C:\\set\\cat")))
+    assert files == ["C:/set/cat/1/2.png", "C:/set/cat/10.png"]
 
 
 def test_a_folder_is_decoded_at_the_papers_224_pixels_unless_asked(folder, tmp_path):
