@@ -9,7 +9,6 @@ torchrun --nproc-per-node=4 evaluate.py ...            # on four GPUs, or in fou
 """
 
 import json
-import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,6 +28,7 @@ from harness.benchmark.registry import COLUMNS
 from harness.benchmark.store import Cell, append_cells, read_cells
 from harness.benchmark.subjects import Subject
 from harness.checkpoints import load_weights
+from harness.cli import format_command
 from harness.devices import environment_info, require_same_on_all_ranks
 from harness.errors import UserError, escape_unprintable, run_script
 from harness.files import atomic_write, lock_folder
@@ -266,7 +266,7 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
     notes += chance_notes(results, run.data.classes, largest)
     results = results._replace(notes=[escape_unprintable(note) for note in notes])
     content = {
-        "format": 1, "command": shlex.join(sys.argv), "classes": run.data.classes,
+        "format": 1, "command": format_command(sys.argv), "classes": run.data.classes,
         "weights": models, **run.facts, **run.setup, **tables.to_plain(results),
         # R alone, as before the rows had intervals: these are in each model's "supplement".
         "supplementary": [[row[0], *row[1::2]] for row in tables.supplementary_cells(results)],

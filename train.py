@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from harness import distributed
 from harness.checkpoints import check_savable, save_checkpoint
+from harness.cli import format_command
 from harness.cnn import start_as_identity
 from harness.devices import autocast, environment_info, require_same_on_all_ranks
 from harness.errors import UserError, first_line, is_explained, run_script
@@ -165,7 +165,7 @@ def train(config: TrainConfig, training: Training, seen_before: str) -> None:
     """
     data, log, out = training.data, training.log, Path(config.output_dir)
     settings = asdict(config) | environment_info(config.device) | {
-        "processes": distributed.world_size(), "command": shlex.join(sys.argv),
+        "processes": distributed.world_size(), "command": format_command(sys.argv),
         "held_out": data.held_out, "test_fingerprint": data.test_fingerprint,
         "test_files": data.test_files, "seen_before": seen_before,
     }  # fmt: skip
@@ -204,7 +204,7 @@ def train(config: TrainConfig, training: Training, seen_before: str) -> None:
     last = out / "last.pt"
     print(
         f"clean accuracy {100 * log[-1]['clean_accuracy']:.1f} % on {len(data.test.labels)} images"
-        f"\ncheckpoint: {last}\nnext: python evaluate.py {shlex.quote(str(last))}"
+        f"\ncheckpoint: {last}\nnext: {format_command(['python', 'evaluate.py', str(last)])}"
     )
 
 

@@ -11,7 +11,11 @@ config = Config(**values)                   # after the caller has filled in dep
 import argparse
 import dataclasses
 import math
+import os
+import shlex
+import subprocess
 import textwrap
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from harness.errors import UserError
@@ -53,6 +57,11 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
         return value
 
     return convert
+
+
+def format_command(words: Sequence[str]) -> str:
+    """Format a command line as one would type it, on Windows without single quotes."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def option(

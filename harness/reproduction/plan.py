@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from corruptions import MIN_SIDE
 from harness import distributed
 from harness.benchmark.store import read_cells
-from harness.cli import number, option, parse_options
+from harness.cli import format_command, number, option, parse_options
 from harness.devices import resolve_device
 from harness.errors import UserError
 from harness.files import file_name
@@ -256,4 +256,4 @@ def command(task: TrainTask | EvalTask, root: Path) -> str:
     script = str(root / task.script)
     with suppress(ValueError):  # on another drive of Windows
         script = os.path.relpath(script)
-    return f"python {shlex.join([script, *task.argv])}"
+    return format_command(["python", script, *task.argv])

@@ -1,12 +1,14 @@
 """Test the command lines that all scripts declare as dataclasses: --help, and ranges of numbers."""
 
 import argparse
+import shlex
 from dataclasses import MISSING, fields
 
 import pytest
 
+from harness import cli
 from harness.benchmark.config import EvalConfig
-from harness.cli import build_parser, number
+from harness.cli import build_parser, format_command, number
 from harness.reproduction.plan import ReproduceConfig
 from harness.training.config import TrainConfig
 
@@ -71,3 +73,13 @@ def test_a_range_includes_its_ends_unless_it_begins_above_one(
     for text in (*refused, "nan", "inf", "one"):
         with pytest.raises(argparse.ArgumentTypeError, match=text):
             convert(text)
+
+
+def test_a_command_can_be_typed_as_it_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows, use no single quotes, which cmd.exe does not know, and leave backslashes."""
+    words = ["python", "train.py", "--data", r"C:\my images", "--output-dir", r"runs\a"]
+    assert shlex.split(format_command(words)) == words
+    monkeypatch.setattr(cli.os, "name", "nt")
+    shown = format_command(words)
+    monkeypatch.undo()
+    assert shown == r'python train.py --data "C:\my images" --output-dir runs\a'
