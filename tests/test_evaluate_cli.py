@@ -1,5 +1,6 @@
 """Test the command line of evaluate.py: cells, images, models, options, and wrong usage."""
 
+import pickle
 import re
 import runpy
 import shutil
@@ -16,6 +17,7 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 
 import evaluate
 from attacks import mi_fgsm
@@ -31,6 +33,7 @@ from harness.images.datasets import load_dataset
 from harness.models import find_weights
 from tests.support.bench import CLASSES, Bench
 from tests.support.tiny import Wrapped, image_folder, linear
+from tests.support.world import Extra
 
 # ---------------------------------------------------------------------------- choice of cells
 
@@ -438,6 +441,22 @@ def test_equal_weights_of_other_names_are_another_model(monkeypatch: pytest.Monk
     found = subjects.load_subjects(chosen, CLASSES, {spec: {} for spec in made})
     assert found["a.pt"].digest != found["b.pt"].digest
     assert found["odd\nname.pt"].label == "odd\\nname.pt"  # warnings with it are one line
+
+
+def test_a_model_is_the_same_in_other_versions_of_torch_and_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    norms = [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.InstanceNorm2d(4)]
+    model = nn.Sequential(*norms, Extra(2))
+    monkeypatch.setattr(subjects, "_load_module", lambda *_: model)
+    chosen = config.parse_eval_config(["a.pt", "--device", "cpu"])
+    before = subjects.load_subjects(chosen, CLASSES, {})["a.pt"].digest
+    for norm in norms:  # of which torch 2.11 does not print the bias
+        shown = re.sub(r", bias=\w+", "", norm.extra_repr())
+        monkeypatch.setattr(norm, "extra_repr", lambda shown=shown: shown)
+    # Python 3.14 has another default.
+    monkeypatch.setattr(subjects.pickle, "dumps", partial(pickle.dumps, protocol=5))
+    assert subjects.load_subjects(chosen, CLASSES, {})["a.pt"].digest == before
 
 
 def test_the_findings_of_the_checks_are_printed_without_the_attacks(

@@ -25,6 +25,8 @@ from harness.models import (
 )
 from mtlat import logits_of
 
+# A normalization layer as torch 2.11 prints it; later, the bias follows, which a state dict shows.
+OLD_NORM = re.compile(r"((?:Batch|Group|Instance|Layer)Norm\w*\(.*affine=(True|False))(?!, bias)")
 WNID = re.compile(r"n\d{8}\b")  # of a class of ImageNet, and the name of its folder
 
 
@@ -137,6 +139,7 @@ def load_subjects(
         module = _load_module(config, spec, classes, files.get(spec)).to(config.device)
         set_mode(spec, module, training=False)
         layers = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(module))  # addresses differ by process
+        layers = OLD_NORM.sub(r"\1, bias=\2", layers)
         digest = hashlib.sha256((_own_code(config, spec, files.get(spec)) + layers).encode())
         for name, value in module.state_dict().items():
             if nn.parameter.is_lazy(value):
@@ -145,7 +148,7 @@ def load_subjects(
             if isinstance(value, Tensor):
                 digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             else:  # of get_extra_state()
-                digest.update(pickle.dumps(value))
+                digest.update(pickle.dumps(value, protocol=4))
         label = config.labels.get(spec, escape_unprintable(spec))
         subjects[spec] = Subject(label, module, digest.hexdigest()[:16])
     return subjects
