@@ -31,7 +31,7 @@ from harness import distributed
 from harness.checkpoints import check_savable, save_checkpoint
 from harness.cli import format_command
 from harness.cnn import start_as_identity
-from harness.devices import autocast, environment_info, require_same_on_all_ranks
+from harness.devices import autocast, require_same_on_all_ranks
 from harness.errors import UserError, first_line, is_explained, run_script
 from harness.files import atomic_write, lock_folder
 from harness.images.datasets import SIZES, Dataset, load_dataset
@@ -43,7 +43,7 @@ from harness.training.augment import flip_crop
 from harness.training.average import build_average
 from harness.training.checks import check_batch_size, check_model
 from harness.training.config import TrainConfig, parse_train_config, schedule_change
-from harness.training.log import describe_weights, header, log_csv, log_line
+from harness.training.log import describe_weights, header, log_csv, log_line, trained_with
 from harness.training.manifold import draw_layer, losses_at
 from harness.training.methods import METHODS
 from mtlat import Draws, Pair, draw
@@ -158,16 +158,16 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
 # ---------------------------------------------------------------- the training loop
 
 
-def train(config: TrainConfig, training: Training, seen_before: str) -> None:
+def train(config: TrainConfig, training: Training, facts: dict[str, str]) -> None:
     """Train the epochs that are left, and save a checkpoint after each.
 
-    `seen_before` is the warning of `describe_weights`, or "". It is stored in the checkpoints.
+    `facts` are stored in the checkpoints: `trained_with`, and as "seen_before" `describe_weights`.
     """
     data, log, out = training.data, training.log, Path(config.output_dir)
-    settings = asdict(config) | environment_info(config.device) | {
+    settings = asdict(config) | facts | {
         "processes": distributed.world_size(), "command": format_command(sys.argv),
         "held_out": data.held_out, "test_fingerprint": data.test_fingerprint,
-        "test_files": data.test_files, "seen_before": seen_before,
+        "test_files": data.test_files,
     }  # fmt: skip
     if distributed.rank() == 0:
         if log and not (out / "last.pt").exists():  # resumed from best.pt, or in a new folder
@@ -325,7 +325,8 @@ def main(argv: list[str] | None = None) -> None:
         data = load_data(config)
         if seen := describe_weights(config, data, checkpoint):
             print(f"warning: {seen}", file=sys.stderr)
-        train(config, build(config, data, checkpoint), seen)
+        facts = {**trained_with(config, checkpoint), "seen_before": seen}
+        train(config, build(config, data, checkpoint), facts)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from harness.checkpoints import load_weights
+from harness.devices import environment_info
 from harness.errors import escape_unprintable
 from harness.images.datasets import Dataset
 from harness.training.config import TrainConfig
@@ -79,3 +80,20 @@ def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, A
         " others, since the tenth that is held out changes when images are added; put test images"
         " into val/CLASS"
     )
+
+
+def trained_with(config: TrainConfig, checkpoint: dict[str, Any] | None) -> dict[str, str]:
+    """Return `environment_info`, after that of the checkpoint's epochs where it differs.
+
+    An example is "2.11.0, then 2.14.1". A finished run keeps what it was trained with.
+    """
+    now = environment_info(config.device)
+    if checkpoint is None:
+        return now
+    before = {key: str(checkpoint["settings"].get(key, value)) for key, value in now.items()}
+    if len(checkpoint["log"]) >= config.epochs:
+        return before
+    return {
+        key: before[key] if before[key].endswith(value) else f"{before[key]}, then {value}"
+        for key, value in now.items()
+    }

@@ -2,12 +2,16 @@
 
 import csv
 import io
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
-from harness.training.log import header, log_csv, log_line
+from harness.training import log
+from harness.training.log import header, log_csv, log_line, trained_with
 
 ROW: dict[str, Any] = {
     "epoch": 3, "lr": 0.002, "loss1": 1.23456, "loss2": None, "clean_accuracy": 0.4567,
@@ -38,3 +42,28 @@ def test_a_class_cannot_break_the_header() -> None:
     data.train.labels = data.test.labels = [0, 1]
     said = header(Mock(method="mtlat", minibatch_size=1), data)
     assert "2 classes: a\\x1b[31m b\\nc\n" in said
+
+
+def test_a_resumed_run_names_what_the_epochs_before_were_trained_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = {"torch": "2.14.1", "python": "3.14.2"}
+    monkeypatch.setattr(log, "environment_info", lambda device: now)
+    config, saved = Mock(epochs=3), {"torch": "2.11.0", "python": "3.14.2"}
+    assert trained_with(config, None) == now
+    both = saved | {"torch": "2.11.0, then 2.14.1"}
+    assert trained_with(config, {"settings": saved, "log": [ROW] * 2}) == both
+    assert trained_with(config, {"settings": both, "log": [ROW] * 2}) == both
+    assert trained_with(config, {"settings": saved, "log": [ROW] * 3}) == saved
+    assert trained_with(config, {"settings": {}, "log": [ROW]}) == now
+
+
+def test_a_checkpoint_and_args_json_name_them(
+    go: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = go()["settings"]["torch"]
+    monkeypatch.setattr(log, "environment_info", lambda device: {"torch": "9.0"})
+    for epochs in ("2", "3"):
+        settings = go("--resume", "auto", "--epochs", epochs)["settings"]
+        shown = json.loads((tmp_path / "out" / "args.json").read_text())["torch"]
+        assert shown == settings["torch"] == (now if epochs == "2" else f"{now}, then 9.0")
