@@ -176,11 +176,11 @@ def train(config: TrainConfig, training: Training, facts: dict[str, str]) -> Non
         if log:
             atomic_write(out / "log.csv", log_csv(log))  # in case it was lost
     print(header(config, data), flush=True)
-    started, first = time.monotonic(), len(log)
+    started, first = time.perf_counter(), len(log)
     for epoch in range(first, config.epochs):
-        epoch_started = time.monotonic()
+        epoch_started = time.perf_counter()
         losses = train_one_epoch(config, training, epoch)
-        seconds = time.monotonic() - epoch_started
+        seconds = time.perf_counter() - epoch_started
         batch = max(1, config.batch_size // distributed.world_size())  # as much memory as a step
         correct = count_correct(training.tested, training.test_loader.in_order(batch))
         for x, _ in islice(training.test_loader.in_order(batch), 1):  # the last update may diverge
@@ -188,7 +188,7 @@ def train(config: TrainConfig, training: Training, facts: dict[str, str]) -> Non
                 raise UserError(f"logits are not finite after epoch {epoch + 1}: {LOWER_RATE}")
         steps = len(data.train.labels) // config.minibatch_size
         images = len(losses) * steps * config.minibatch_size
-        per_epoch = (time.monotonic() - started) / (epoch + 1 - first)
+        per_epoch = (time.perf_counter() - started) / (epoch + 1 - first)
         log.append({
             "epoch": epoch + 1,
             "lr": training.optimizer.param_groups[0]["lr"],
