@@ -23,9 +23,8 @@ from threading import Timer, current_thread, main_thread
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.distributed as dist
+import torch.distributed as dist  # empty in some builds of torch
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 # Longer than any batch takes. It ends a job in which a process hangs. A process that dies is
 # noticed at once, by its closed connections and by torchrun.
@@ -76,7 +75,8 @@ def process_group() -> Iterator[None]:
             with _peer_errors(), _deadly_signals():
                 try:
                     int(os.environ.get("LOCAL_RANK", ""))
-                    store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
+                    joined = dist.rendezvous("env://", timeout=TIMEOUT)  # type: ignore[attr-defined]
+                    store, rank, world_size = next(joined)
                 except ValueError:  # RANK or another variable is missing, or no number
                     raise LaunchError(
                         f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all of torchrun's"
@@ -141,7 +141,7 @@ def _fresh_store(store: Any, rank: int, world_size: int) -> Any:
             start = store.get("start").decode()
             store.set(f"{start} {rank}", key)
             time.sleep(0.1)
-    return PrefixStore(start, store)
+    return dist.PrefixStore(start, store)  # type: ignore[attr-defined]
 
 
 def is_first_error() -> bool:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -633,3 +634,14 @@ def test_a_job_may_be_joined_in_another_thread() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(join).result() is signal.getsignal(signal.SIGINT) is not signal.SIG_DFL
+
+
+def test_one_process_needs_no_torch_that_was_built_with_distributed(monkeypatch):
+    """Some builds have an empty torch.distributed, as those for AMD's GPUs on Windows."""
+    empty = ModuleType("torch.distributed")
+    monkeypatch.setitem(sys.modules, "torch.distributed", empty)
+    monkeypatch.setattr(torch, "distributed", empty)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    module = runpy.run_path(distributed.__file__)
+    with module["process_group"]():
+        assert module["all_gather"](3) == [3] and module["world_size"]() == 1
