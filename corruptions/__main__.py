@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
                 "pass an image or a folder of class folders"
             )
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        name = error.filename2 or error.filename  # filename2 is what could not be replaced
+        message = f"{name}: {error.strerror}" if name else str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message += "; free some space, and run the same command again: what was written is kept"
         _fail(message)

@@ -145,10 +145,12 @@ def _describe(error: Exception, how_to_resume: str) -> str:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest
         return f"the output pipe was closed; what was finished is kept, {how_to_resume}"
     if isinstance(error, OSError):
-        message = f"{error.filename or 'disk'}: {error.strerror or error}"
+        replaced = error.filename2  # by a temporary file, `filename`, whose name says nothing
+        message = f"{replaced or error.filename or 'disk'}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message += f"; free some space: what was finished is kept, {how_to_resume}"
         if error.filename and error.errno in (errno.EACCES, errno.EPERM):
+            message += "; close it in other programs" if replaced else ""
             message += "; change its permissions, or name another place (see --help)"
         return message
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):

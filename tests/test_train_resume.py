@@ -21,7 +21,7 @@ import train
 from harness import checkpoints, errors
 from harness.cli import build_parser
 from harness.errors import UserError
-from harness.files import lock_folder
+from harness.files import atomic_write, lock_folder
 from harness.images import datasets
 from harness.training.config import EARLIER, TrainConfig, parse_train_config
 from tests.support.tiny import read_log, states_equal
@@ -418,6 +418,21 @@ def test_a_place_without_permission_may_be_changed(
     with pytest.raises(SystemExit):
         errors.run_script(write)
     assert ("; change its permissions" in capsys.readouterr().err) == (error != 30)
+
+
+def test_a_file_that_cannot_be_replaced_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On Windows a program that has the file open keeps it from being replaced."""
+
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(13, "Access is denied", str(source), None, str(target))
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(SystemExit):
+        errors.run_script(lambda: atomic_write(tmp_path / "results.csv", "1"))
+    said = f"error: {tmp_path / 'results.csv'}: Access is denied; close it in other programs"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow
