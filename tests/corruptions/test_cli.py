@@ -290,6 +290,20 @@ def test_a_line_break_in_a_name_does_not_hide_the_reason(
     refused([str(picture), "--out", str(tmp_path / "x.png")], r"a\n\x1b[31m.png: cannot", capsys)
 
 
+def test_a_file_that_cannot_be_replaced_is_named(
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(13, "Access is denied", str(source), None, str(target))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    command = [str(source), "--out", str(out := tmp_path / "out"), "--size", "32", "--only", "fog"]
+    refused(command, f"{out / 'settings.json'}: Access is denied", capsys)
+
+
 def test_an_error_of_torch_is_its_first_line(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
