@@ -238,7 +238,7 @@ def create_model(
         misfits, head = _differing(state, own), set()
         if new_head and (misfits or content.get("classes", names) != names):
             head = _differing(build_model(arch, len(names) + 1).state_dict(), own) & own.keys()
-        if key := min(misfits - head, default=None):
+        if (key := min(misfits - head, default=None)) is not None:  # it may be ""
             here, there = (tuple(d[key].shape) if key in d else "missing" for d in (state, own))
             fix = "; let --arch build Normalize in front, too" * ("0.mean" in misfits - own.keys())
             raise UserError(

@@ -345,6 +345,9 @@ def test_a_plain_state_dict_is_evaluated_with_its_architecture(bench: Bench) -> 
     torch.save({k: v[:2] for k, v in state.items()}, path)
     with pytest.raises(UserError, match=r"3 classes: its 2.bias is \(2,\), and must be \(3,\)"):
         run("--arch", "tinynets:net", out="none")
+    torch.save({"": torch.zeros(1), **state}, path)
+    with pytest.raises(UserError, match=r"3 classes: its  is \(1,\), and must be missing"):
+        run("--arch", "tinynets:net", out="none")
     with pytest.raises(UserError, match="--arch is for plain state dicts"):
         bench.run("--arch", "tinynets:net", models="standard")
 
