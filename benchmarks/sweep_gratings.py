@@ -23,7 +23,7 @@ from torchvision.io import write_png
 
 from harness.benchmark.tables import markdown_rows
 from harness.cli import Parser, number
-from harness.errors import run_script
+from harness.errors import UserError, run_script
 from harness.images.embedded import INDICES, NAMES, draw_shapes
 from harness.reproduction.mechanism import average, follow_all
 from harness.reproduction.plan import RECIPES, TrainTask, make_plan, parse_reproduce_config
@@ -48,8 +48,11 @@ def write_images(folder: Path, amplitude: float) -> None:
 
 
 def run(script: str, *arguments: str) -> None:
-    """Run one of the scripts. If it fails, exit with its code; it has printed why."""
-    if code := subprocess.run([sys.executable, str(ROOT / script), *arguments]).returncode:
+    """Run one of the scripts. If it fails, exit with its code, as it has printed why."""
+    code = subprocess.run([sys.executable, str(ROOT / script), *arguments]).returncode
+    if code < 0:  # then it has printed nothing
+        raise UserError(f"signal {-code} has killed {script}: run the same command again")
+    if code:
         sys.exit(code)
 
 

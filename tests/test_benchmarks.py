@@ -1,6 +1,7 @@
 """Test that the benchmarks run, and that their counts agree with the work that is done."""
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import make_tables
@@ -108,6 +109,16 @@ def test_loading_is_timed(flags: str, capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_sweep_trains_every_network_but_the_surrogate(method: str) -> None:
     tasks = sweep_gratings.plan_trainings(["--methods", method, "--output-dir", "out"])
     assert [task.folder.name for task in tasks] == ["cnn4-standard-seed0", f"cnn4-{method}-seed0"]
+
+
+def test_the_sweep_says_that_a_script_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.py").write_text("import os, sys; sys.argv[1:] or os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(sweep_gratings, "ROOT", tmp_path)
+    sweep_gratings.run("train.py", "--ends")
+    with pytest.raises(UserError, match=r"^signal 9 has killed train\.py: "):
+        sweep_gratings.run("train.py")
 
 
 @pytest.mark.parametrize(
