@@ -161,7 +161,7 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
 def train(config: TrainConfig, training: Training, facts: dict[str, str]) -> None:
     """Train the epochs that are left, and save a checkpoint after each.
 
-    `facts` are stored in the checkpoints: `trained_with`, and as "seen_before" `describe_weights`.
+    The checkpoints store `facts`: those of `trained_with`, and "seen_before" of `describe_weights`.
     """
     data, log, out = training.data, training.log, Path(config.output_dir)
     settings = asdict(config) | facts | {

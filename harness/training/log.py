@@ -83,9 +83,9 @@ def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, A
 
 
 def trained_with(config: TrainConfig, checkpoint: dict[str, Any] | None) -> dict[str, str]:
-    """Return `environment_info`, after that of the checkpoint's epochs where it differs.
+    """Return `environment_info` of all epochs of a run, such as {"torch": "2.11.0, then 2.14.1"}.
 
-    An example is "2.11.0, then 2.14.1". A finished run keeps what it was trained with.
+    Those before come from the checkpoint. A finished run keeps what it was trained with.
     """
     now = environment_info(config.device)
     if checkpoint is None:
