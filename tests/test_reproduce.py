@@ -439,7 +439,7 @@ def test_a_child_is_run_as_printed(
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "error: exit code -9 of: python "),
         ("sys.exit(130)", 130, ""),
         ("sys.exit(143)", 143, ""),
-        ("os.kill(os.getppid(), signal.SIGINT); time.sleep(1); sys.exit(130)", 130, ""),
+        ("os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5); sys.exit(130)", 130, ""),
     ],
 )
 def test_a_childs_end_is_that_of_the_run(
