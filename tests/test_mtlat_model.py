@@ -149,6 +149,9 @@ def test_the_attack_passes_the_guard_of_lightning_fabric():
     guarded.own = True
     loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in guarded.parameters())
+    guarded._register_backward_hook = own = lambda output: output  # of the model, not of its class
+    mtlat.targeted_fgsm(guarded, x, y, 0.1)
+    assert guarded._register_backward_hook is own
 
 
 def test_a_function_must_not_hide_what_the_attack_freezes():
