@@ -35,7 +35,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
-from corruptions import CORRUPTIONS, SEVERITIES, corrupt, frost_source  # noqa: E402
+from corruptions import CORRUPTIONS, MIN_SIDE, SEVERITIES, corrupt, frost_source  # noqa: E402
 from harness.cli import Parser, number  # noqa: E402
 from harness.devices import resolve_device  # noqa: E402
 from harness.errors import run_script  # noqa: E402
@@ -157,7 +157,9 @@ def main(argv: list[str] | None = None) -> None:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batch", type=number(int, 1), default=32, help="images per call (32)")
-    parser.add_argument("--size", type=number(int, 1), default=224, help="side in pixels (224)")
+    parser.add_argument(
+        "--size", type=number(int, MIN_SIDE), default=224, help="side in pixels (224)"
+    )
     parser.add_argument(
         "--repeats", type=number(int, 1), default=5, help="timed runs per setting (5)"
     )

@@ -129,7 +129,7 @@ def test_the_sweep_says_that_a_script_was_killed(
         (time_step, "--device no", "--device no: "),
         (time_attacks, "--repeats 0", "--repeats: 0"),
         (time_attacks, "--arch resnet", "--arch resnet: "),
-        (time_corruptions, "--size -1", "--size: -1"),
+        (time_corruptions, "--size 15", "--size: 15"),
         (time_corruptions, "--device no", "--device no: "),
         (time_loading, "--larger nan", "--larger: nan"),
     ],
