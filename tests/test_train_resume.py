@@ -85,6 +85,8 @@ def test_a_run_stopped_before_its_copy_in_another_folder_begins_there_again(
     assert f"next: python evaluate.py '{other}/last.pt'\n" in capsys.readouterr().out
     log = checkpoints.load_checkpoint(other / "last.pt")["log"]
     assert log[:2] == first["log"] and len(log) == 3
+    with pytest.raises(UserError, match=r"folder holds an earlier run: continue it with --resume"):
+        train.main(argv)  # which would begin again with the third epoch
 
 
 def raise_full() -> None:
@@ -181,6 +183,7 @@ def test_a_run_whose_first_epoch_was_interrupted_keeps_its_settings(go, tmp_path
     assert not (out / "last.pt").exists()
     before = (out / "args.json").read_text()
     assert parse_train_config(auto)[0].alpha == 0.7
+    assert parse_train_config(auto[2:])[0].alpha != 0.7  # which begins again
     with pytest.raises(
         UserError, match=r"^--lr is 3\.0, but the run in .*out was begun with 0\.01:"
     ):

@@ -253,6 +253,14 @@ def test_the_correction_is_that_of_each_model() -> None:
     assert "(Holm's correction for up to 2)" in clean and "up to 2)" in rotation
 
 
+def test_a_caption_says_on_how_many_images_where_some_were_scored_on_fewer() -> None:
+    lines = [line("a", "clean", 80), line("a", "rotation", 20, n=50), line("a", "occlusion", 70)]
+    few, mixed = (metrics.aggregate(some, {"a": "a"}, "a") for some in (lines[:2], lines))
+    captions = [tables.table_caption(made, "The paper's corruptions") for made in (few, mixed)]
+    assert "n = 50 of 100 test images;" in captions[0]
+    assert "n = 50 or 100 test images;" in captions[1]
+
+
 def test_black_box_attacks_from_several_surrogates_are_noted() -> None:
     clean = [line(A, "clean", 80), line(B, "clean", 80)]
     for second, noted in (("s", False), ("t", True)):
