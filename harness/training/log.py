@@ -83,9 +83,9 @@ def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, A
 
 
 def trained_with(config: TrainConfig, checkpoint: dict[str, Any] | None) -> dict[str, str]:
-    """Return `environment_info` of all epochs of a run, such as {"torch": "2.11.0, then 2.14.1"}.
+    """Return what all epochs of a run were trained with, such as {"torch": "2.11.0, then 2.14.1"}.
 
-    Those before come from the checkpoint. A finished run keeps what it was trained with.
+    The checkpoint knows the versions of the epochs before. A finished run keeps its own.
     """
     now = environment_info(config.device)
     if checkpoint is None:
