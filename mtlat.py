@@ -267,8 +267,8 @@ def frozen(model: Model) -> Iterator[None]:
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     weights = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
     changes: list[Any] = [(m, "track_running_stats", False) for m in modules if m.training]
-    norms = [m for m, *_ in changes if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
-    changes += [(m, b, None) for m in norms for b in ("running_mean", "running_var")]  # moved
+    ins = [m for m, *_ in changes if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
+    changes += [(m, b, None) for m in ins for b in ("running_mean", "running_var")]  # moved anyway
     # Compiled models compute the gradients of weights that require any, and DDP awaits them.
     changes += [(p, "requires_grad", False) for *_, p in weights if p.is_leaf]
     changes += [(m, "forward", m.module.__call__) for m in modules if isinstance(m, DDP)]
