@@ -53,7 +53,7 @@ def algorithm1(
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield loss1 and loss2 of Algorithm 1, scalars. Train on their sum.
 
-    Call loss1.backward() before asking for loss2: then activations of one minibatch are kept.
+    Call loss1.backward() before asking for loss2: then only one minibatch's activations are kept.
 
     Args:
         pair1, pair2, pair3, pair4: couples of images and labels; steps, clip: see `targeted_fgsm`.

@@ -4,10 +4,10 @@
     python benchmarks/time_corruptions.py --batch 256 --memory
     python benchmarks/time_corruptions.py --batch 256 --device cuda
 
-The benchmark uses one thread, and keeps freed memory as the scripts do. On a CPU it reports CPU
-time, which other processes disturb least. On a GPU it reports wall time with synchronization. Runs
-of ours and of the packages alternate for each setting. The benchmark takes the median of the
-repeats, then the mean over the five severities.
+The benchmark uses one thread, and keeps freed memory as the scripts do (not with --memory). On a
+CPU it reports CPU time, which other processes disturb least. On a GPU it reports wall time with
+synchronization. Runs of ours and of the packages alternate for each setting. The benchmark takes
+the median of the repeats, then the mean over the five severities.
 
 The packages take one image at a time. In the original (imagenet-c 0.0.3, see requirements-dev.txt),
 NumPy code replaces the ImageMagick motion blur, so motion blur and snow are not compared with the

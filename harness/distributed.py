@@ -23,7 +23,7 @@ from threading import Timer, current_thread, main_thread
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.distributed as dist  # empty in some builds of torch
+import torch.distributed as dist  # lacks most names in some builds of torch
 from torch import Tensor, nn
 
 # Longer than any batch takes. It ends a job in which a process hangs. A process that dies is

@@ -25,7 +25,7 @@ from harness.models import (
 )
 from mtlat import logits_of
 
-# A normalization layer as torch 2.11 prints it; later, the bias follows, which a state dict shows.
+# A normalization layer as torch 2.11 prints it. Later versions print whether it has a bias, too.
 OLD_NORM = re.compile(r"((?:Batch|Group|Instance|Layer)Norm\w*\(.*affine=(True|False))(?!, bias)")
 WNID = re.compile(r"n\d{8}\b")  # of a class of ImageNet, and the name of its folder
 

@@ -94,6 +94,6 @@ def trained_with(config: TrainConfig, checkpoint: dict[str, Any] | None) -> dict
     if len(checkpoint["log"]) >= config.epochs:
         return before
     return {
-        key: before[key] if before[key].endswith(value) else f"{before[key]}, then {value}"
-        for key, value in now.items()
+        key: old if old.rpartition(", then ")[2] == now[key] else f"{old}, then {now[key]}"
+        for key, old in before.items()
     }

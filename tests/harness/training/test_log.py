@@ -56,6 +56,8 @@ def test_a_resumed_run_names_what_the_epochs_before_were_trained_with(
     assert trained_with(config, {"settings": both, "log": [ROW] * 2}) == both
     assert trained_with(config, {"settings": saved, "log": [ROW] * 3}) == saved
     assert trained_with(config, {"settings": {}, "log": [ROW]}) == now
+    other = trained_with(config, {"settings": {**now, "torch": "12.14.1"}, "log": [ROW]})
+    assert other["torch"] == "12.14.1, then 2.14.1"  # though the one ends like the other
 
 
 def test_a_checkpoint_and_args_json_name_them(
