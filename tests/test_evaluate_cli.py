@@ -853,7 +853,8 @@ def test_the_script_prints_one_line_and_exits_with_2(
 def test_images_too_small_for_corruptions_are_scored_clean(go: Any, tmp_path: Path) -> None:
     go("--epochs", "1")  # on images of 12 px
     argv = [str(tmp_path / "out" / "last.pt"), "--output-dir", str(tmp_path / "scores")]
-    evaluate.main([*argv, "--device", "cpu", "--only", "clean"])
+    cache = ["--cache-dir", str(tmp_path / "cache")]
+    evaluate.main([*argv, *cache, "--device", "cpu", "--only", "clean"])
     assert [cell["n"] for cell in read_cells(tmp_path / "scores" / "cells.jsonl")] == [3]
 
 
