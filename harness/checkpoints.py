@@ -1,6 +1,7 @@
 """Checkpoints of train.py: tensors and plain values in one file, read without running code."""
 
 import io
+import os
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -14,9 +15,6 @@ from torch import Tensor, nn
 from harness.errors import UserError, first_line, out_of_memory
 from harness.files import atomic_write
 
-# What DistributedDataParallel and torch.compile, in either order, and then a LightningModule as in
-# docs/integrations.md put before every name.
-WRAPPERS = ("module.", "_orig_mod.", "module.", "model.")
 FORMAT = "mtlat checkpoint 1"
 FIELDS = {
     "arch": str, "classes": list, "size": int, "fingerprint": str, "model": dict, "log": list,
@@ -84,14 +82,19 @@ def load_weights(path: str | Path) -> dict[str, Any]:
 def adapt_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict with the names of `own`, the network's state dict.
 
-    Removes `WRAPPERS` in front of the names, and the counter of an AveragedModel. Adds BatchNorm's
-    num_batches_tracked where it is missing, as in files of PyTorch before 0.4.1.
+    Removes what wrappers put before every name, such as DistributedDataParallel, torch.compile and
+    a LightningModule, and the counter of an AveragedModel. What stands behind another layer of an
+    nn.Sequential is not wrapped, and keeps its names. Adds BatchNorm's num_batches_tracked where it
+    is missing, as in files of PyTorch before 0.4.1.
     """
     counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
     state = {k: v for k, v in state.items() if k != "n_averaged" or k in own}
-    for prefix in WRAPPERS:
-        if not state.keys() & own.keys() and all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    shared = os.path.commonprefix([*state]).split(".")[:-1]  # what every name begins with
+    for count in range(len(shared) + 1):
+        wrapper = "".join(f"{part}." for part in shared[:count])
+        inner = {k.removeprefix(wrapper): v for k, v in state.items()}
+        if inner.keys() & own.keys() and not any(map(str.isdigit, shared[:count])):
+            return counters | inner
     return counters | state
 
 

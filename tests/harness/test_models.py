@@ -250,8 +250,17 @@ def test_wrappers_are_removed_unless_the_network_has_their_names() -> None:
     for wrapped in (
         network, nn.DataParallel(network), AveragedModel(network), torch.compile(network),
         torch.compile(nn.DataParallel(network)), nn.DataParallel(torch.compile(network)),
+        Wrapped(network, len), Wrapped(Wrapped(torch.compile(nn.DataParallel(network)), len), len),
     ):  # fmt: skip
         assert states_equal(adapt_state(wrapped.state_dict(), state), dict(state))
+
+
+@pytest.mark.parametrize("name", ["1", "network.1", "1.network"])
+def test_a_network_behind_another_layer_is_not_taken_for_a_wrapped_one(name: str) -> None:
+    state = {f"{name}.a.weight": torch.ones(1), f"{name}.b.weight": torch.ones(1)}
+    own = {"a.weight": torch.zeros(1), "b.weight": torch.zeros(1)}
+    assert adapt_state(state, own) == state
+    assert adapt_state(state, dict.fromkeys(state, torch.zeros(1))) == state
 
 
 def test_a_network_that_returns_an_object_is_trained(folder: Path) -> None:
