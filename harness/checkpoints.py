@@ -2,8 +2,10 @@
 
 import io
 import os
+import re
 import warnings
 import zipfile
+from argparse import Namespace
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
 from harness.errors import UserError, first_line, out_of_memory
 from harness.files import atomic_write
@@ -60,7 +63,8 @@ def load_weights(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of train.py, or the state dict of any network, onto the CPU.
 
     The file was written by `save_checkpoint`, `torch.save` or safetensors. A state dict may lie
-    under "state_dict" or "model". Its names stay: see `adapt_state`.
+    under "state_dict" or "model", or under any name if it is the only one. The names of its tensors
+    stay: see `adapt_state`.
 
     Returns the checkpoint as `load_checkpoint` does, or {"model": state dict} without "format".
     Raises `UserError` if the file is missing or damaged, or holds neither.
@@ -71,12 +75,19 @@ def load_weights(path: str | Path) -> dict[str, Any]:
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    pairs = content.items() if isinstance(content, dict) else []
-    if not pairs or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs):
+    inner = content.values() if isinstance(content, dict) and not _is_state(content) else [content]
+    found = [value for value in inner if _is_state(value)]
+    if len(found) != 1:
         raise UserError(
             f"{path} is neither a checkpoint of train.py nor a state dict: save model.state_dict()"
         )
-    return {"model": content}
+    return {"model": found[0]}
+
+
+def _is_state(value: Any) -> bool:
+    """Return whether a value is a state dict, with at least one tensor."""
+    pairs = value.items() if isinstance(value, dict) else []
+    return bool(pairs) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs)
 
 
 def adapt_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -103,7 +114,8 @@ def _read(path: str | Path, *, only_zip: bool = False) -> Any:
     try:
         file = open(path, "rb")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        fix = "; name the file in it" * isinstance(error, IsADirectoryError)
+        raise UserError(f"{path}: {error.strerror or error}{fix}") from None
     intact = False
     try:
         # torch.load warns of TorchScript, and then refuses it.
@@ -114,11 +126,13 @@ def _read(path: str | Path, *, only_zip: bool = False) -> Any:
                     raise ValueError(f"checksum of {damaged}")
                 intact = True
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with safe_globals([Namespace]):  # of argparse: the options of many training scripts
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly every kind on a damaged file
         if out_of_memory(error):
             raise
-        reason = first_line(error).split(". ")[0]
+        refused = re.search(r"GLOBAL (\S+)", str(error))  # a class that is not a tensor's
+        reason = f"it holds {refused[1]}" if refused else first_line(error).split(". ")[0]
         kind = "nor a state dict" if intact else "or is damaged"
         fix = "save model.state_dict()" if intact else "restore or remove it"
         raise UserError(

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ import train
 from harness import models
 from harness.benchmark.config import parse_eval_config
 from harness.benchmark.subjects import expected_images, resampling_warnings
-from harness.checkpoints import adapt_state, load_checkpoint
+from harness.checkpoints import adapt_state, load_checkpoint, load_weights
 from harness.errors import UserError
 from harness.training.checks import check_trainable
 from mtlat import Normalize
@@ -253,6 +254,20 @@ def test_wrappers_are_removed_unless_the_network_has_their_names() -> None:
         Wrapped(network, len), Wrapped(Wrapped(torch.compile(nn.DataParallel(network)), len), len),
     ):  # fmt: skip
         assert states_equal(adapt_state(wrapped.state_dict(), state), dict(state))
+
+
+def test_a_state_dict_is_found_among_what_training_scripts_save(tmp_path: Path) -> None:
+    path, first, second = tmp_path / "saved.pt", {"a": torch.ones(1)}, {"a": torch.zeros(1)}
+    other = {"args": Namespace(lr=0.1), "optimizer": {"state": {0: {"step": torch.ones(1)}}}}
+    for name in ("state_dict", "model", "model_state_dict", "net", "ema"):
+        torch.save({**other, name: first}, path)
+        assert states_equal(load_weights(path)["model"], first)
+    for name in ("state_dict", "model"):  # the weights themselves, and not their average
+        torch.save({f"{name}_ema": second, name: first}, path)
+        assert states_equal(load_weights(path)["model"], first)
+    torch.save({"generator": first, "discriminator": second}, path)
+    with pytest.raises(UserError, match="nor a state dict: save model.state_dict()"):
+        load_weights(path)
 
 
 @pytest.mark.parametrize("name", ["1", "network.1", "1.network"])
