@@ -1,7 +1,6 @@
 """Checkpoints of train.py: tensors and plain values in one file, read without running code."""
 
 import io
-import os
 import re
 import warnings
 import zipfile
@@ -100,13 +99,28 @@ def adapt_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[
     """
     counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
     state = {k: v for k, v in state.items() if k != "n_averaged" or k in own}
-    shared = os.path.commonprefix([*state]).split(".")[:-1]  # what every name begins with
-    for count in range(len(shared) + 1):
-        wrapper = "".join(f"{part}." for part in shared[:count])
-        inner = {k.removeprefix(wrapper): v for k, v in state.items()}
-        if inner.keys() & own.keys() and not any(map(str.isdigit, shared[:count])):
+    prefix = ""
+    for part in next(iter(state), "").split("."):
+        inner = {k.removeprefix(prefix): v for k, v in state.items()}
+        if inner.keys() & own.keys():
             return counters | inner
-    return counters | state
+        prefix += f"{part}."
+        if part.isdigit() or not all(k.startswith(prefix) for k in state):
+            break
+    return state
+
+
+def describe_misfit(
+    key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor], num_classes: int
+) -> str:
+    """Describe a name or shape in which a state dict differs from `own`, and how to mend it."""
+    here, there = (tuple(d[key].shape) if key in d else "missing" for d in (state, own))
+    fix = ""
+    if state.keys().isdisjoint(own):
+        fix = f"; it begins with {min(state)}: let --arch build what is around the network, too"
+    elif there[:1] == (num_classes,) != here[:1] and there[1:] == here[1:]:
+        fix = "; if it has other outputs, name them by --imagenet-classes"
+    return f"{here}, and must be {there}{fix}"
 
 
 def _read(path: str | Path, *, only_zip: bool = False) -> Any:

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from harness.checkpoints import adapt_state, check_savable, load_weights
+from harness.checkpoints import adapt_state, check_savable, describe_misfit, load_weights
 from harness.cnn import CONVOLUTIONS, build_cnn
 from harness.errors import UserError, downloading, first_line, is_explained, out_of_memory
 from mtlat import Model, Normalize, frozen, logits_of
@@ -239,11 +239,9 @@ def create_model(
         if new_head and (misfits or content.get("classes", names) != names):
             head = _differing(build_model(arch, len(names) + 1).state_dict(), own) & own.keys()
         if (key := min(misfits - head, default=None)) is not None:  # it may be ""
-            here, there = (tuple(d[key].shape) if key in d else "missing" for d in (state, own))
-            fix = "; let --arch build Normalize in front, too" * ("0.mean" in misfits - own.keys())
             raise UserError(
                 f"{weights} does not fit --arch {arch} with {len(names)} classes: its {key} is"
-                f" {here}, and must be {there}{fix}"
+                f" {describe_misfit(key, state, own, len(names))}"
             )
         network.load_state_dict({**state, **{key: own[key] for key in head}})
         if new_head:

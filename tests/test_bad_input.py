@@ -130,7 +130,7 @@ TRAIN_CASES = [
         "cut": "or is damaged", "flipped": "or is damaged (checksum of ",
         "pickle": "or is damaged", "legacy": "or is damaged",
         "code": "nor a state dict (it holds posix.mkdir): save model.state_dict()",
-        "numpy": "nor a state dict (it holds numpy", "module": "(it holds torch.nn.modules.linear.L",
+        "numpy": "nor a state dict (it holds numpy", "module": "(it holds torch.nn.modules.lin",
         "script": "nor a state dict (Cannot use ``weights_only=True`` with TorchScript",
         "safetensors": "or is damaged",
         "hdf5": "or is damaged",

@@ -224,13 +224,26 @@ def in_front(num_classes: int) -> nn.Module:
 def test_weights_saved_with_normalize_need_a_function_that_builds_it(tmp_path: Path) -> None:
     saved, path = in_front(3), str(tmp_path / "saved.pt")
     torch.save({f"model.{k}": v for k, v in saved.state_dict().items()}, path)
-    with pytest.raises(UserError, match=r"; let --arch build Normalize in front, too$"):
+    message = r"; it begins with model.0.mean: let --arch build what is around the network, too$"
+    with pytest.raises(UserError, match=message):
         models.create_model("tests.support.tiny:convnet", list("abc"), path)
     loaded, normalize = models.create_model(f"{__name__}:in_front", list("abc"), path)
     assert normalize is None and states_equal(loaded.state_dict(), saved.state_dict())
     torch.save(saved[1].state_dict(), path)
-    with pytest.raises(UserError, match=r"its 0.bias is .*, and must be missing$"):
+    with pytest.raises(UserError, match=r"its 0.bias is .*, and must be missing; it begins with"):
         models.create_model(f"{__name__}:in_front", list("abc"), path)
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"), [("6.bias", "; .* --imagenet-classes$"), ("0.bias", "$")]
+)
+def test_weights_of_other_outputs_are_told_how_to_name_them(
+    tmp_path: Path, key: str, advice: str
+) -> None:
+    state, path = convnet(3).state_dict(), str(tmp_path / "saved.pt")
+    torch.save({**state, key: torch.zeros(8)}, path)
+    with pytest.raises(UserError, match=rf"its {key} is \(8,\), and must be \(.,\){advice}"):
+        models.create_model("tests.support.tiny:convnet", list("abc"), path, new_head=False)
 
 
 def test_a_network_called_model_keeps_its_names() -> None:
@@ -266,7 +279,7 @@ def test_a_state_dict_is_found_among_what_training_scripts_save(tmp_path: Path) 
         torch.save({f"{name}_ema": second, name: first}, path)
         assert states_equal(load_weights(path)["model"], first)
     torch.save({"generator": first, "discriminator": second}, path)
-    with pytest.raises(UserError, match="nor a state dict: save model.state_dict()"):
+    with pytest.raises(UserError, match=r"nor a state dict: save model\.state_dict"):
         load_weights(path)
 
 
