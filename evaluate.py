@@ -124,6 +124,7 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
         if kind(own) != kind(crop)
     ]
     warnings += [w for spec, c in checkpoints.items() if (w := foreign(loaded[spec], c, data))]
+    warnings += subjects.normalization_warnings(config, files, loaded)
     return run, warnings + subjects.resampling_warnings(config) + run_warnings(run)
 
 

@@ -30,7 +30,7 @@ from harness.benchmark.paired import unpack
 from harness.benchmark.store import append_cells, read_cells
 from harness.errors import UserError
 from harness.images.datasets import load_dataset
-from harness.models import find_weights
+from harness.models import build_model, find_weights
 from tests.support.bench import CLASSES, Bench
 from tests.support.tiny import Wrapped, image_folder, linear
 from tests.support.world import Extra
@@ -350,6 +350,26 @@ def test_a_plain_state_dict_is_evaluated_with_its_architecture(bench: Bench) -> 
         run("--arch", "tinynets:net", out="none")
     with pytest.raises(UserError, match="--arch is for plain state dicts"):
         bench.run("--arch", "tinynets:net", models="standard")
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ("plain.pth --arch cnn4", "plain gets pixels in [0, 1] as they are: if its training norm"),
+    ("plain.pth --arch cnn4 MEAN", ""), ("own.pth --arch tinynets:net", ""),
+    ("tinynets:net", ""), ("tinynets:net MEAN", ""), ("tinynets:Normed", ""),
+    ("tinynets:Normed MEAN", "tinynets:Normed has a layer with a mean of its own: if it normal"),
+])  # fmt: skip
+def test_a_normalization_that_is_missing_or_repeated_is_pointed_out(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: str,
+    said: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(bench.root)
+    torch.save(build_model("cnn4", 3).state_dict(), "plain.pth")
+    torch.save(bench.networks()[0].state_dict(), "own.pth")
+    argv = options.replace("MEAN", "--mean .5 .5 .5 --std .2 .2 .2").split()
+    data_of = ["--data", str(bench.root / "images"), "--size", "16", "--only", "clean"]
+    evaluate.main([*argv, *bench.argv(*data_of, models="")])
+    warned = capsys.readouterr().err
+    assert said in warned and bool(said) == ("--mean" in warned)
 
 
 def test_a_model_of_more_classes_is_restricted_to_those_of_the_images(

@@ -123,6 +123,31 @@ def resampling_warnings(config: EvalConfig) -> list[str]:
     ]
 
 
+def normalization_warnings(
+    config: EvalConfig, files: dict[str, Any], loaded: dict[str, Subject]
+) -> list[str]:
+    """Warn of models that seem to get pixels that are not normalized, or are normalized twice.
+
+    Without --mean, models of timm are normalized as timm does, and your own code may do it.
+    """
+    if config.mean:
+        return [
+            f"{subject.label} has a layer with a mean of its own: if it normalizes, leave --mean"
+            " and --std out, because they do it, too"
+            for spec, subject in loaded.items()
+            if "format" not in files.get(spec, {}) and not spec.startswith(LIBRARIES)
+            if sum(name.endswith(".mean") for name in subject.module.state_dict()) > 1
+        ]
+    if not config.arch or ":" in config.arch.removeprefix("torchvision:"):
+        return []
+    return [
+        f"{loaded[spec].label} gets pixels in [0, 1] as they are: if its training normalized them,"
+        " give --mean and --std"
+        for spec, content in files.items()
+        if "format" not in content
+    ]
+
+
 def load_subjects(
     config: EvalConfig, classes: list[str], files: dict[str, Any]
 ) -> dict[str, Subject]:

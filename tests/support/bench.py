@@ -35,6 +35,10 @@ class Net(nn.Sequential):
         layer.bias.data.zero_()
 
 def net(num_classes): return Net(num_classes)
+class Normed(Net):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self[1].mean = nn.Buffer(torch.zeros(1))
 def four(num_classes): return Net(num_classes, 4)
 class Stuck(Net):
     def train(self, mode=True): super().train(mode)[1].train(); return self
