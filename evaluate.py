@@ -296,7 +296,8 @@ def chance_notes(results: Results, classes: list[str], largest: float) -> list[s
         f"{row.model} is not significantly above chance ({100 * largest:.1f} %, the share of the"
         " largest class): then R means nothing. A model that train.py did not write may have its"
         " outputs in another order than the classes,"
-        f" {', '.join(classes[:3])}{' and so on' * (len(classes) > 3)}: see --imagenet-classes"
+        f" {', '.join(classes[:3])}{' and so on' * (len(classes) > 3)}: see --imagenet-classes;"
+        " or it may expect another normalization: see --mean"
         for row in results.rows
         if row.scores["clean"].low <= largest
     ]

@@ -155,7 +155,7 @@ EVALUATE_CASES = [
     ("torchvision:resnet18 --weights BEST", "--weights BEST: no such file, and no such weights"),
     ("--only fogg", "close names: fog"), ("--only", "expected at least one argument"),
     ("--only zz", "groups: noise, blur, weather"),
-    ("--weights DEFAULT", "--weights DEFAULT is for torchvision:ARCH and timm:NAME: leave"),
+    ("--weights DEFAULT", "--weights DEFAULT is for torchvision:ARCH and timm:NAME: name"),
     ("--mean 0 0 0 --std 1 1 1", "are for module:callable"),
     ("--skip snoww", "close names: snow"),
     ("--only fog --skip weather", "leave nothing to measure"),

@@ -183,7 +183,8 @@ def parse_eval_config(argv: list[str] | None = None, description: str | None = N
         )
     if config.weights and not zoo:
         raise UserError(
-            f"--weights {config.weights} is for torchvision:ARCH and timm:NAME: leave it out"
+            f"--weights {config.weights} is for torchvision:ARCH and timm:NAME: name such a"
+            " model, or leave it out"
         )
     if (config.mean is None) != (config.std is None):
         raise UserError("--mean and --std belong together: give both, or neither")
