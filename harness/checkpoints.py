@@ -117,7 +117,8 @@ def describe_misfit(
     here, there = (tuple(d[key].shape) if key in d else "missing" for d in (state, own))
     fix = ""
     if state.keys().isdisjoint(own):
-        fix = f"; it begins with {min(state)}: let --arch build what is around the network, too"
+        fix = f"; no name fits, such as {min(state)}: if layers around the network were saved, let"
+        fix += " --arch build them, too"
     elif there[:1] == (num_classes,) != here[:1] and there[1:] == here[1:]:
         fix = "; if it has other outputs, name them by --imagenet-classes"
     return f"{here}, and must be {there}{fix}"
