@@ -161,7 +161,7 @@ def _peer_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         own = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)  # of this process
-        if own or "DefaultCPUAllocator" in str(error):
+        if own or any(w in str(error) for w in ("DefaultCPUAllocator", "ncclUnhandledCudaError")):
             raise
         # "[file:line] what happened. what might be done about it"
         raise PeerLostError(str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0]) from error

@@ -117,8 +117,12 @@ def run_script(
 
 def out_of_memory(error: Exception) -> bool:
     """Return whether an error says that the memory of the CPU or of the accelerator is full."""
-    said = str(error) if isinstance(error, RuntimeError) else ""  # torch's on a CPU and on MPS
-    in_words = "DefaultCPUAllocator" in said or "MPS backend out of memory" in said
+    said = str(error) if isinstance(error, RuntimeError) else ""  # torch's outside its CUDA cache
+    words = (
+        "DefaultCPUAllocator", "out of memory",  # of a CPU; of MPS, CUDA and NCCL
+        "ALLOC_FAILED", "ALLOCATION_FAILED", "Failed to CUDA calloc",  # cuBLAS, cuFFT; cuDNN; NCCL
+    )  # fmt: skip
+    in_words = any(word in said for word in words)
     full = getattr(error, "errno", None) == errno.ENOMEM
     return full or in_words or isinstance(error, torch.OutOfMemoryError | MemoryError)
 

@@ -377,8 +377,10 @@ def test_an_error_is_printed_once_and_where_the_store_is_gone(monkeypatch):
 def test_full_memory_in_an_exchange_is_not_blamed_on_another_process(monkeypatch):
     monkeypatch.setattr(distributed, "_job", distributed._Job(0, 2))
     closed = RuntimeError("[pair.cpp:1] Connection closed by peer. Is it up?")
+    nccl = dist.DistBackendError("ncclUnhandledCudaError: Call to CUDA function failed")
     for error, shown in ((closed, distributed.PeerLostError("Connection closed by peer")),
-                         (full := torch.OutOfMemoryError("no memory"), full)):  # fmt: skip
+                         (full := torch.OutOfMemoryError("no memory"), full),
+                         (nccl, nccl)):  # fmt: skip
         monkeypatch.setattr(dist, "all_gather_object", Mock(side_effect=error))
         with pytest.raises(type(shown), match=f"^{shown}$"):
             distributed.all_gather(1)

@@ -165,9 +165,16 @@ def test_text_that_utf_8_cannot_encode_is_escaped(tmp_path: Path) -> None:
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you",
     "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried",
     "MPS backend out of memory (MPS allocated: 4.35 GB, other allocations: 1.00 MB)",
+    "CUDA error: out of memory",  # of a context, a kernel, or pinned memory
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuFFT error: CUFFT_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "NCCL error in: f.cpp:1, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    "NCCL error in: f.cpp:1, unhandled cuda error\nLast error:\nFailed to CUDA calloc 8 bytes",
 ])  # fmt: skip
 def test_the_words_of_every_platform_for_full_memory_are_known(words: str) -> None:
     assert out_of_memory(RuntimeError(words)) and not out_of_memory(ValueError(words))
+    assert out_of_memory(torch.AcceleratorError(words))
     assert not out_of_memory(RuntimeError("size mismatch"))
 
 
