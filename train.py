@@ -148,6 +148,8 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     optimizer = build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     if checkpoint is not None:
+        for group in checkpoint["optimizer"]["param_groups"]:
+            group["fused"] = optimizer.defaults["fused"]  # another device may have saved it
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
     if config.compile:

@@ -1,6 +1,7 @@
 """Test how train.py resumes, and its messages for wrong usage."""
 
 import json
+import math
 import os
 import random
 import re
@@ -463,6 +464,18 @@ def test_a_resumed_run_keeps_the_scale_of_the_losses(go, tmp_path):
     config = replace(config, amp="fp16")  # which the command line refuses on a CPU
     checkpoint["scaler"] = torch.amp.GradScaler("cpu", init_scale=128.0).state_dict()
     assert train.build(config, train.load_data(config), checkpoint).scaler.get_scale() == 128.0
+
+
+def test_a_run_of_an_apple_gpu_is_continued_with_the_fused_optimizer(go, tmp_path):
+    """A scaler passes its scale to an optimizer that was built as fused."""
+    go("--epochs", "1")
+    argv = ["--resume", str(tmp_path / "out" / "last.pt"), "--epochs", "2", "--device", "cpu"]
+    config, checkpoint = parse_train_config(argv)
+    config = replace(config, amp="fp16")  # which the command line refuses on a CPU
+    checkpoint["scaler"] = torch.amp.GradScaler("cpu").state_dict()
+    checkpoint["optimizer"]["param_groups"][0]["fused"] = False  # as build_optimizer for mps
+    training = train.build(config, train.load_data(config), checkpoint)
+    assert all(map(math.isfinite, train.train_one_epoch(config, training, 1)))
 
 
 def test_a_resumed_run_keeps_its_cache_unless_another_is_given(go, tmp_path):
