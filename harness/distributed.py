@@ -83,7 +83,8 @@ def process_group() -> Iterator[None]:
                         " variables are set: start with torchrun, or unset WORLD_SIZE"
                     ) from None
                 store = _fresh_store(store, rank, world_size)
-                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                nccl = torch.cuda.is_available() and dist.is_nccl_available()  # Windows has none
+                backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
                 dist.init_process_group(
                     backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
                 )

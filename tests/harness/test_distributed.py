@@ -374,6 +374,20 @@ def test_an_error_is_printed_once_and_where_the_store_is_gone(monkeypatch):
     assert distributed.is_first_error()
 
 
+@pytest.mark.parametrize("nccl, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_gpus_exchange_by_gloo_where_torch_has_no_nccl(monkeypatch, nccl, backend):
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr(distributed, "_fresh_store", Mock())
+    monkeypatch.setattr(dist, "init_process_group", started := Mock())
+    monkeypatch.setattr(dist, "destroy_process_group", Mock())
+    with distributed.process_group():
+        assert started.call_args.args == (backend,)
+
+
 def test_full_memory_in_an_exchange_is_not_blamed_on_another_process(monkeypatch):
     monkeypatch.setattr(distributed, "_job", distributed._Job(0, 2))
     closed = RuntimeError("[pair.cpp:1] Connection closed by peer. Is it up?")
