@@ -1,10 +1,10 @@
 """Counter-based random numbers: each value is a pure function of its purpose.
 
 A value depends only on (seed, corruption name, severity, image index, call number, position).
-Therefore the batch size, the order of the images, the number of threads and the device do not
-change an image. There is no generator state. A 64-bit key is hashed for each image, and a keyed
-hash of the position gives 32 random bits. All arithmetic uses 32-bit integer tensors, which wrap
-around in the same way on every device.
+Therefore the batch size, the order of the images and the number of threads do not change it. There
+is no generator state. A 64-bit key is hashed for each image, and a keyed hash of the position gives
+32 random bits. This arithmetic uses 32-bit integer tensors, which wrap around in the same way on
+every device.
 
 The hash is the two-multiplication integer hash of C. Wellons, "Hash function prospector" (constants
 0x21f0aaad, 0xd35a2d97; shifts 16, 15, 15). Half of the key is added before it and half between its
