@@ -147,13 +147,14 @@ def _transform(blocks: Tensor, table: Table, dim: int, bits: int) -> Tensor:
 def _quantize(coefficients: Tensor, table: Table, quality: int) -> Tensor:
     """Quantize and dequantize int32 (8, 8, ...) of 8 times the DCT.
 
-    Ties round away from zero. Float32 is exact here: dividend and divisor are below 2^15.
+    Ties round away from zero. Float32 is exact here: dividend and divisor are below 2^16, and the
+    0.5 keeps every quotient away from integers, so that an inexact division suffices.
     """
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     steps = torch.tensor(table, device=coefficients.device)[:, :, None, None, None]
     steps = steps.mul_(scale).add_(50).div_(100, rounding_mode="floor").clamp_(1, 255).float()
     exact = coefficients.float()
-    levels = exact.abs().div_(8 * steps).add_(0.5).floor_().copysign_(exact)
+    levels = exact.abs().add_(4 * steps + 0.5).div_(8 * steps).floor_().copysign_(exact)
     return levels.mul_(steps).int()
 
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from scipy import ndimage
+from torch import Tensor
+from torch.testing import assert_close
 
-from corruptions import CORRUPTIONS, corrupt
+from corruptions import CORRUPTIONS, corrupt, jpeg
 from corruptions.jpeg import round_trip
 from tests.support import imagenet_c_oracle as oracle
 from tests.support.originals import GOLDEN, SEVERITIES, golden_image, patterned_image, to_tensor
@@ -235,3 +237,22 @@ def test_pixelate_repeats_the_pixel_that_pillow_does(side: int, severity: int) -
     expected = pillow_pixelate(image, int(side * share), int(side * share))
     actual = apply(image, "pixelate", severity, {}, profile=224)
     np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("quality", [7, 50, 92])
+def test_jpeg_needs_no_exactly_rounded_division(monkeypatch: pytest.MonkeyPatch, quality: int):
+    """Divide by multiplying with the inverse, as some GPUs do, also where quotients are ties."""
+    values, table = torch.arange(-(2**15) + 1, 2**15), jpeg._LUMINANCE
+    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+    steps = torch.tensor(table)[:, :, None].mul(scale).add(50).floor_divide(100).clamp(1, 255)
+    levels = (2 * values.abs() + 8 * steps) // (16 * steps) * values.sign()
+    div = torch.Tensor.div_
+
+    def inverse(self: Tensor, other: Any, **keywords: Any) -> Tensor:
+        inexact = isinstance(other, Tensor)
+        return self.mul_(other.reciprocal()) if inexact else div(self, other, **keywords)
+
+    monkeypatch.setattr(torch.Tensor, "div_", inverse)
+    coefficients = values.int().expand(8, 8, -1)[:, :, None, None]
+    made = jpeg._quantize(coefficients, table, quality)
+    assert_close(made[:, :, 0, 0], (levels * steps).int(), rtol=0, atol=0)
