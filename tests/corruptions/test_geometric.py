@@ -302,7 +302,7 @@ def test_the_ends_are_where_the_losses_are(
 
     def made(x: Tensor, kind: str, severity: int, **options: object) -> Tensor:
         low, high = options["bounds"]
-        assert (kind, options["seed"], low) == (name, 0, high) and 0 <= low <= largest
+        assert (kind, options["seed"], low) == (name, 3, high) and 0 <= low <= largest
         assert options["index"].tolist() == x[:, 0, 0, 0].tolist()
         amounts.append(low)
         return x
@@ -315,15 +315,16 @@ def test_the_ends_are_where_the_losses_are(
 
     monkeypatch.setattr(calibration, "corrupt", made)
     labels = torch.zeros(count, dtype=torch.int64)
+    search = partial(calibrate, model, name=name, seed=3)
     steps = math.ceil(math.log2(largest / finest))
     for losses in ({}, {"losses": (0.05, 0.05)}, {"losses": (0.25, 0.75)}):
-        ends = calibrate(model, images, labels, name, **losses)
+        ends = search(images, labels, **losses)
         for end, loss in zip(ends, losses.get("losses", (0.05, 0.30)), strict=True):
             least = lost_from[round(count * loss) - 1].item()  # smallest amount with this loss
             assert least <= end <= least + finest
             assert end * 2**steps / largest == pytest.approx(round(end * 2**steps / largest))
     lost_from[25:] = math.inf  # the loss is at most a quarter
-    assert calibrate(model, images, labels, name, losses=(0.05, 0.25))[1] >= lost_from[24]
+    assert search(images, labels, losses=(0.05, 0.25))[1] >= lost_from[24]
     with pytest.raises(ValueError, match="losses must satisfy 0 < low"):
-        calibrate(model, images, labels, name, losses=(0.0, 0.25))
-    assert calibrate(model, images[:1], labels[:1], name, losses=(0.5, 1.0))[0] <= finest
+        search(images, labels, losses=(0.0, 0.25))
+    assert search(images[:1], labels[:1], losses=(0.5, 1.0))[0] <= finest
