@@ -111,8 +111,18 @@ def run_script(
     if code and distributed.is_first_error():
         with suppress(OSError):  # stderr may be a file on the full disk
             print(("error: " if code == 2 else "\n") + escape_unprintable(message), file=sys.stderr)
+    _discard_unwritable()
     signal.signal(signal.SIGTERM, previous)
     sys.exit(code)
+
+
+def _discard_unwritable() -> None:
+    """Discard what stdout and stderr cannot write: Python would try again, and exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -146,7 +156,6 @@ def _describe(error: Exception, how_to_resume: str) -> str:
     if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
         return "no more threads can be started: raise the limit of processes or of memory (ulimit)"
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest
         return f"the output pipe was closed; what was finished is kept, {how_to_resume}"
     if isinstance(error, OSError):
         replaced = error.filename2  # by a temporary file, `filename`, whose name says nothing

@@ -1,5 +1,6 @@
 """Test file locking and error messages that the tests of the scripts do not cover."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -81,17 +82,38 @@ def test_too_little_memory_is_said_in_a_line(
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
 @pytest.mark.parametrize(
     "cause, code", [(OSError(errno.ENOSPC, "full"), 2), (KeyboardInterrupt(signal.SIGTERM), 143)]
 )
-def test_the_exit_code_is_the_same_where_the_message_finds_the_disk_full(
-    monkeypatch: pytest.MonkeyPatch, cause: BaseException, code: int
+def test_the_exit_code_is_the_same_where_a_stream_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, name: str, cause: BaseException, code: int
 ) -> None:
-    full = Mock(write=Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    monkeypatch.setattr(sys, "stderr", full)
-    with pytest.raises(SystemExit) as end:
-        run_script(Mock(side_effect=cause))
-    assert end.value.code == code and full.write.called
+    """Check a closed pipe. Where something is left to write, closing it fails, as at Python's exit.
+
+    A full disk fails in the same way.
+    """
+
+    def main() -> None:
+        with contextlib.suppress(BrokenPipeError):
+            print("epoch 1", file=stream)
+        raise cause
+
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", buffering=1) as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, name, stream)
+        with pytest.raises(SystemExit) as end:
+            run_script(main)
+    assert end.value.code == code
+
+
+def test_a_closed_pipe_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run_script(Mock(side_effect=BrokenPipeError))
+    assert capsys.readouterr().err == (
+        "error: the output pipe was closed; what was finished is kept, run it again to continue\n"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
