@@ -48,8 +48,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _fail(message: str, code: int = 2) -> NoReturn:
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # of file names
-    with suppress(OSError):  # stderr may be a file on the full disk
+    try:
         print(("error: " if code == 2 else "\n") + line, file=sys.stderr)
+    except OSError:  # on the full disk: Python would try again, and exit with code 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(code)
 
 
