@@ -294,8 +294,7 @@ def _measured(one: Evaluated, out: Path) -> Iterator[Block]:
             "Share of correctly classified images on which CW2 at confidence 50 made a wrong class"
             " lead by at least this margin; larger logits make that easier", margins, fold=True,
         )  # fmt: skip
-    if one.results.notes:
-        yield Text("\n\n".join(one.results.notes))
+    yield Text("\n\n".join(one.results.notes))
     arch = file_name(one.arch)
     bars, lines = out / f"robustness-{arch}.png", out / f"severities-{arch}.png"
     plots.plot_robustness(one.results, bars)
