@@ -133,7 +133,7 @@ def aggregate(
             corrupted_accuracy=corrupted_accuracy(accuracies[name]), mce=mce(accuracies[name]),
             supplement={key: s for key, s in measured[name].items() if key not in own},
         ))  # fmt: skip
-    total = max((cell["total"] for cell in by_key.values()), default=0)
+    total = max(cell["total"] for cell in by_key.values())
     labels = {digest: name for name, digest in models.items()}  # a cell's may be an earlier run's
     shown = [{**c, "label": labels[c["model"]]} for c in by_key.values() if c["model"] in labels]
     return Results(rows, baseline, total, _notes(rows, baseline, shown))
