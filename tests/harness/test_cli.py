@@ -43,8 +43,7 @@ def test_help_shows_each_option_under_the_last_heading_before_it(config: type) -
               group._group_actions}  # fmt: skip
     for field in fields(config):
         heading = field.metadata["group"] or heading
-        if heading:
-            assert groups[field.name].title == heading, field.name
+        assert groups[field.name].title == heading, field.name
 
 
 @pytest.mark.parametrize("config", [TrainConfig, EvalConfig, ReproduceConfig])

@@ -113,9 +113,6 @@ class Locked(TwoFaced):
         super().__init__(num_classes)
         self.lock = threading.Lock()
 
-    def forward(self, x: Tensor) -> Any:
-        return self.network(x)
-
 
 class Writing(Locked):
     """A network that changes its input."""
@@ -143,9 +140,6 @@ class Extra(nn.Linear):
 
     def get_extra_state(self) -> Any:
         return {"scale": 1}
-
-    def set_extra_state(self, state: Any) -> None:
-        pass
 
 
 def lazy(num_classes: int) -> nn.Module:
