@@ -8,6 +8,7 @@ python reproduce.py --scale paper --data IMAGENET --dry-run        # what it wou
 Finished work is not repeated: a run that was stopped continues when it is started again.
 """
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -123,11 +124,12 @@ def run_task(task: TrainTask | EvalTask) -> None:
             child.terminate()
         try:
             code = child.wait(timeout=GRACE)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # or a second signal
             child.terminate()
             code = child.wait()
         if code not in STOPPED:
             raise
+        sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
     if code in STOPPED:  # the child has printed it
         sys.exit(code)
     if code:

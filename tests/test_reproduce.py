@@ -466,15 +466,35 @@ def test_a_child_that_has_not_heard_of_the_interrupt_is_told(
     assert not late.exists()
 
 
+@pytest.mark.parametrize("first", ["", "os.kill(os.getppid(), signal.SIGINT); time.sleep(1)"])
 def test_a_child_is_ended_at_once_by_a_signal_that_it_does_not_get(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = child(tmp_path, monkeypatch, "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)")
+    note = tmp_path / "ended"
+    code = f"""if True:
+        {first}
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(open({str(note)!r}, "w").close()))
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+    """
+    task = child(tmp_path, monkeypatch, code)
     monkeypatch.setattr(reproduce, "GRACE", 60)
     with sigterm_raises(), pytest.raises(KeyboardInterrupt):
         started = time.monotonic()
         reproduce.run_task(task)
-    assert time.monotonic() - started < 30
+    assert note.exists() and time.monotonic() - started < 30
+
+
+def test_the_exit_code_is_that_of_the_signal_which_the_run_got(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """if True:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(60)
+    """
+    with pytest.raises(SystemExit, match=r"^130$"):
+        reproduce.run_task(child(tmp_path, monkeypatch, code))
 
 
 # ---------------------------------------------------------------------------- the estimates
