@@ -229,7 +229,8 @@ def draw_sheet(args: argparse.Namespace) -> None:
         axes.set_xticks(middles[:6], ["clean", *map(str, SEVERITIES)])
         axes.set_frame_on(False)
         axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-        figure.savefig(args.out)
+        with _replacing(args.out) as unfinished:
+            figure.savefig(unfinished, format=args.out.suffix[1:])
 
 
 def write_tree(args: argparse.Namespace) -> None:

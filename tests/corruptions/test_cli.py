@@ -190,6 +190,23 @@ def test_a_failed_write_leaves_no_file_and_full_memory_is_a_line(
     refused(command, "out of memory: lower --size", capsys)
 
 
+def test_a_failed_write_keeps_the_earlier_sheet(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fill(_: Image.Image, path: str, **__: Any) -> None:
+        Path(path).write_bytes(b"half of a sheet")
+        raise OSError(28, "No space left on device")
+
+    sheet = tmp_path / "out" / "sheet.PNG"
+    command = [str(source / "cat/b.png"), "--out", str(sheet), "--size", "32", *ONLY]
+    __main__.main(command)
+    before = sheet.read_bytes()
+    monkeypatch.setattr(Image.Image, "save", fill)
+    refused(command, "No space left on device; free some space, and run the same", capsys)
+    assert sheet.read_bytes() == before and os.listdir(sheet.parent) == ["sheet.PNG"]
+
+
 def test_an_interrupt_ends_in_a_line_and_loses_nothing(
     source: Path,
     tmp_path: Path,
