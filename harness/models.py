@@ -237,6 +237,7 @@ def create_model(
         state = adapt_state(content["model"], own)
         misfits, head = _differing(state, own), set()
         if new_head and (misfits or content.get("classes", names) != names):
+            # The head is what has another shape in this network with one class more.
             head = _differing(build_model(arch, len(names) + 1).state_dict(), own) & own.keys()
         if (key := min(misfits - head, default=None)) is not None:  # it may be ""
             raise UserError(
