@@ -4,7 +4,8 @@ All models see the same images, so that their differences are paired. Outcomes a
 each image the share of severities at which the model is right. With a and c the outcomes of a model
 under a perturbation and on clean images, R = mean(a) / mean(c). To first order (the delta method),
 image i moves R by 1/n of its influence (a_i - R c_i) / mean(c). A difference of two models has the
-difference of their influences, and its variance is the sample variance of these divided by n.
+difference of their influences, its variance is the sample variance of these divided by n, and its
+interval is the normal distribution's.
 
 Sources: delta method: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993. Two imagined
 images (see `FEW`): Bonett and Price, British Journal of Mathematical and Statistical Psychology
@@ -76,11 +77,13 @@ def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | N
 
     Returns:
         R of the first minus R of the second; None if either clean accuracy is 0. Where few images
-        are right or lost, or few differ, the interval is as wide as with two more images, one that
-        only the first model gets right and one that only the second does, and p follows from it.
-        For whole outcomes of which few are right or lost, p is the larger of the delta method's and
-        a sign test's. That test expects the models' counts in the ratio of their clean accuracies,
-        as if their right, or lost, images did not overlap.
+        (less than `FEW`) are right (sum of a) or lost (of |c - a|), or few are so under one model
+        alone (of |a - b|, of |c - a - d + b|), the interval is as wide as with two more images, one
+        that only the first model gets right and one that only the second does, and p follows from
+        it. For whole outcomes of which few are right or lost, p is the larger of the delta method's
+        without these two images and a sign test's. That test counts the images that one model alone
+        gets right, or loses, and expects them in the ratio of the clean accuracies, as if no image
+        were right, or lost, under both.
     """
     if not (c.any() and d.any()):
         return None
@@ -113,11 +116,12 @@ def combine_seeds(differences: Sequence[Difference]) -> Difference:
 
     The variance of the mean is s^2 / S, with s the standard deviation over the S seeds, plus the
     sample variance of the images' mean influences divided by n. The interval is a t interval with
-    Welch's and Satterthwaite's degrees of freedom. The first term contains a part of the second, so
-    that the interval is too wide unless the seeds differ much. Simulation with three seeds, whose
-    images' influences correlate by 0.2 (about as in `results/tiny50`): p-values below 0.002 came up
-    0.2, 1.2, 2.7, 5 and 9 times as often as they should where the variance between trainings was 0,
-    1, 2, 4 and 10 times that of one seed's images; with two seeds 0.3, 2.6, 6, 13 and 23 times.
+    Welch's and Satterthwaite's degrees of freedom, infinite for the second term. The first contains
+    a part of the second, so that the interval is too wide unless the seeds differ much. Simulation
+    with three seeds, whose images' influences correlate by 0.2 (about as in `results/tiny50`):
+    p-values below 0.002 came up 0.2, 1.2, 2.7, 5 and 9 times as often as they should where the
+    variance between trainings was 0, 1, 2, 4 and 10 times that of one seed's images; with two seeds
+    0.3, 2.6, 6, 13 and 23 times.
 
     Few images have no treatment of their own here: with five in each of three seeds p can be half
     of a sign test's, and where no image differs the interval has no width.
