@@ -123,8 +123,8 @@ def combine_seeds(differences: Sequence[Difference]) -> Difference:
     variance between trainings was 0, 1, 2, 4 and 10 times that of one seed's images; with two seeds
     0.3, 2.6, 6, 13 and 23 times.
 
-    Few images have no treatment of their own here: with five in each of three seeds p can be half
-    of a sign test's, and where no image differs the interval has no width.
+    Few images have no treatment of their own here: with the same five in each of three seeds p can
+    be 0.4 times a sign test's, and where no image differs the interval has no width.
     """
     if len(differences) == 1:
         return differences[0]
