@@ -51,9 +51,10 @@ def mtlat(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator
 def iat(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> Iterator[Tensor]:
     """Yield the losses of Interpolated Adversarial Training (Lamb et al., 2019), divided by 2 each.
 
-    arXiv:1906.06784. The attack is the M-TLAT paper's FGSM, clipped to [0, 1]. Attacked images are
-    mixed in pairs: 0 with 1, 2 with 3, and so on. The order of a minibatch is random, and processes
-    never divide a pair. The last image of an odd minibatch is mixed with the one before it.
+    arXiv:1906.06784. The attack is that of `fgsm`, clipped to [0, 1]. Each attacked image is mixed
+    with its neighbor, 0 with 1, 1 with 0, 2 with 3, and so on, by a lambda of its own. The order of
+    a minibatch is random, and processes never divide a pair. The last image of an odd minibatch is
+    mixed with the one before it.
     """
     x_mix, y_mix = mixup(*pairs[0], *pairs[1], draws.lam1)
     yield cross_entropy(model(x_mix), y_mix) / 2
