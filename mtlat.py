@@ -15,8 +15,8 @@ Shapes: images x are (B, ...), floating point, in [0, 1]; labels y are distribut
 (B, N); a target is class indices (B,) or distributions (B, N); lam and epsilon are a float or (B,),
 in [0, 1]. A model is an nn.Module that returns logits (B, N), an object with `.logits`, or a tuple
 or list that begins with logits; or a function that calls no DDP and no BatchNorm in training mode.
-Bad values raise ValueError or TypeError with value, rule and fix. On a GPU each check, such as that
-of the pixels, stops after it has passed once. Keep images in float32: bfloat16 rounds the attack.
+Bad images, labels and ranges raise ValueError or TypeError with value, rule and fix. On a GPU each
+check of values stops after it has passed once. Keep images in float32: bfloat16 rounds the attack.
 """
 
 import math
@@ -78,8 +78,8 @@ def draw(
 ) -> Draws:  # fmt: skip
     """Draw lam1, lam2 ~ Beta(alpha, alpha), epsilon ~ U[0, epsilon_max], and a uniform target.
 
-    The numbers are drawn on the generator's device, a CPU or a CUDA device, and returned on
-    `device`, by default there. Without a generator, torch's global one of `device` draws them.
+    With `per_batch`, images share lam1, lam2 and epsilon. Draws on the generator's device, CPU or
+    CUDA, or with torch's global one of `device`. Returns on `device`, by default where it draws.
     """
     if not 1e-30 <= alpha <= 1e30:  # float32 holds these
         raise ValueError(f"alpha is {alpha}; it must lie in [1e-30, 1e30] (paper: 0.4)")
@@ -90,7 +90,7 @@ def draw(
     home = torch.device(device or "cpu") if generator is None else generator.device
     home = torch.device("cpu") if home.type == "mps" else home  # MPS draws no gamma variates
     # Reading 3: Algorithm 1 shows one set of couples, so every image has lambdas and an epsilon of
-    # its own. `per_batch` draws one of each for the whole minibatch.
+    # its own. Otherwise: `per_batch`.
     size = 1 if per_batch else batch_size
     # Beta(a, a) = G1 / (G1 + G2) with G1, G2 ~ Gamma(a), and Gamma(a) = Gamma(a + 1) U^(1/a). In
     # logarithms, because Gamma(a) underflows for small a.
