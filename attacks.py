@@ -142,9 +142,9 @@ def cw2_result(
 
         minimize ||x' - x||^2 + const max(0, confidence - margin(x')),   x' = (tanh(w) + 1) / 2
 
-    over w, by `steps` of Adam, which starts from x again in each of `rounds`. The first round uses
-    the largest const: an image that it does not reach is given up. The const of the others is
-    bisected on a log scale. (The original climbs to it by factors of ten, then bisects.)
+    over w, in each of `rounds` by `steps` iterates of Adam, of which the first is x. The first
+    round uses the largest const: an image that it does not reach is given up. The const of the
+    others is bisected on a log scale. (The original climbs to it by factors of ten, then bisects.)
 
     Report `reached` beside an accuracy. At confidence 0, the median of `l2` is the informative
     number: the length of the smallest step that fools the model. `generator` is unused. Costs at
