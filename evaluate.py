@@ -291,7 +291,7 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
 
 
 def chance_notes(results: Results, classes: list[str], largest: float) -> list[str]:
-    """List the models whose 95 % interval of clean accuracy includes the largest class's share."""
+    """List the models whose clean accuracy is not significantly above the largest class's share."""
     return [
         f"{row.model} is not significantly above chance ({100 * largest:.1f} %, the share of the"
         " largest class): then R means nothing. A model that train.py did not write may have its"
