@@ -78,8 +78,8 @@ def draw(
 ) -> Draws:  # fmt: skip
     """Draw lam1, lam2 ~ Beta(alpha, alpha), epsilon ~ U[0, epsilon_max], and a uniform target.
 
-    With `per_batch`, images share lam1, lam2 and epsilon. Draws on the generator's device, CPU or
-    CUDA, or with torch's global one of `device`. Returns on `device`, by default where it draws.
+    With `per_batch` all images share lam1, lam2 and epsilon. `generator` is of the CPU or of CUDA,
+    by default torch's global one of `device`. Returns on `device`, by default the generator's.
     """
     if not 1e-30 <= alpha <= 1e30:  # float32 holds these
         raise ValueError(f"alpha is {alpha}; it must lie in [1e-30, 1e30] (paper: 0.4)")
