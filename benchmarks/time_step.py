@@ -33,7 +33,7 @@ from harness.cli import Parser, number
 from harness.devices import resolve_device
 from harness.errors import run_script
 from harness.models import build_model
-from harness.training.methods import METHODS, Method
+from harness.training.methods import METHODS
 from mtlat import (
     ALPHA,
     EPSILON_MAX,
@@ -60,7 +60,8 @@ def mtlat_joined(model: Model, pairs: list[Pair], draws: Draws, steps: int) -> I
     yield 2 * cross_entropy(logits, torch.cat([y_mix1, y_mtlat]))
 
 
-TRAININGS = {**METHODS, "mtlat joined": Method(mtlat_joined, 4, 1, "one forward pass for both")}
+JOINED = METHODS["mtlat"]._replace(losses=mtlat_joined, terms=1)  # one forward pass for both
+TRAININGS = {**METHODS, "mtlat joined": JOINED}
 
 
 def counted_passes(name: str) -> int:

@@ -109,7 +109,7 @@ def test_the_loss_is_on_the_device_of_the_images_wherever_numbers_are_drawn(gene
 @pytest.mark.parametrize("method", [*METHODS, "mtlat --mix-at 2 --augment flip-crop --clip-grad 1"])
 def test_an_epoch_asks_for_no_value_but_the_losses_that_are_printed(monkeypatch, method, flags):
     argv = ["--arch", "tiny:convnet", "--device", "cpu", "-b", "8", "--method", *method.split()]
-    if METHODS[method.split()[0]].terms == 1:
+    if "attack_steps" not in METHODS[method.split()[0]].options:
         flags = flags.replace("--attack-steps 2", "")
     config = parse_train_config([*argv, *flags.split()])[0]
     config = replace(config, device="mps")  # without fused Adam

@@ -125,7 +125,7 @@ def test_each_method_trains(go, method, tmp_path, monkeypatch):
     ]  # fmt: skip
     rows = read_log(tmp_path / "out")
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert (rows[0]["loss2"] == "") == (method in ("standard", "mixup"))
+    assert (rows[0]["loss2"] == "") == (METHODS[method].terms == 1)
     model = models.restore_model(first)
     assert model(torch.rand(2, 3, 12, 12)).shape == (2, 3)
 
@@ -621,13 +621,27 @@ def test_a_network_with_a_complex_weight_is_trained(go):
     assert found["model"]["turn"].is_complex() and not found["model"]["turn"].eq(1).any()
 
 
-@pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.terms > 1])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_attack_takes_the_steps_that_are_asked_for(method):
     linear, entry, calls = nn.Linear(6, 4), METHODS[method], []
     linear.register_forward_hook(lambda *_: calls.append(1))
     pairs = [(torch.rand(4, 6), torch.eye(4)) for _ in range(entry.minibatches)]
     list(entry.losses(linear, pairs, Draws(*torch.rand(3, 4), torch.arange(4)), 3))
-    assert len(calls) == entry.terms + 3
+    assert len(calls) == entry.terms + 3 * ("attack_steps" in entry.options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_options_of_a_method_change_its_losses(method):
+    linear, entry = nn.Linear(6, 4), METHODS[method]
+    pairs = [(torch.rand(4, 6), torch.eye(4)[torch.randperm(4)]) for _ in range(entry.minibatches)]
+    draws = Draws(*torch.rand(3, 4), torch.randint(4, (4,)))
+    lam, epsilon = {"lam1": draws.lam1 / 2, "lam2": draws.lam2 / 2}, {"epsilon": draws.epsilon / 2}
+    usual, mixed, attacked = (
+        [loss.item() for loss in entry.losses(linear, pairs, draws._replace(**change), 1)]
+        for change in ({}, lam, epsilon)
+    )
+    assert (usual != mixed) == ("alpha" in entry.options)
+    assert (usual != attacked) == ("epsilon_max" in entry.options)
 
 
 def test_each_minibatch_of_a_step_follows_an_order_of_its_own(go, monkeypatch):

@@ -59,7 +59,7 @@ def check_trainable(name: str, model: nn.Module, x: Tensor, num_classes: int, me
             f"{name} has no gradient: let its weights require one, and do not detach its logits"
         )
     set_mode(name, model, training=True)
-    if METHODS[method].terms > 1:  # the second loss is that of attacked images
+    if "attack_steps" in METHODS[method].options:
         try:
             targeted_fgsm(model, few, labels, 0.0)
         except Exception as error:  # a forward or backward pass may be any Python

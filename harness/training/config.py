@@ -18,7 +18,7 @@ from harness.images.datasets import MAX_SIDE, SIZES
 from harness.images.preprocess import CROPS
 from harness.models import check_name
 from harness.training.manifold import INPUT, METHODS_THAT_MIX
-from harness.training.methods import METHODS
+from harness.training.methods import ATTACK, METHODS, MIXING
 from mtlat import ALPHA, EPSILON_MAX
 
 # The paper's recipe, and that of the embedded set, which `cnn4` learns in a minute on two cores. So
@@ -233,11 +233,11 @@ def _default_arch(weights: str | None, data: str) -> Any:
 
 def _check_combinations(values: dict[str, Any], given: set[str]) -> None:
     """Raise `UserError` for settings that exclude each other, or were given in vain."""
-    attacking = [name for name, method in METHODS.items() if method.terms > 1]
     uses = {  # option: another one, and its values with which the first has an effect
         "milestones": ("schedule", ["step"]), "gamma": ("schedule", ["step"]),
-        "momentum": ("opt", ["sgd"]), "alpha": ("method", [*METHODS_THAT_MIX, "iat"]),
-        "attack_steps": ("method", attacking), "epsilon_max": ("method", attacking),
+        "momentum": ("opt", ["sgd"]),
+        **{option: ("method", [name for name, m in METHODS.items() if option in m.options])
+           for option in MIXING + ATTACK},
     }  # fmt: skip
     for name, (other, needed) in uses.items():
         if name in given and values[other] not in needed:

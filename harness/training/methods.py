@@ -102,17 +102,22 @@ class Method(NamedTuple):
     minibatches: int  # that a step draws
     terms: int  # losses that a step sums
     description: str
+    options: tuple[str, ...]  # of train.py, that change its losses
 
 
+MIXING, ATTACK = ("alpha",), ("epsilon_max", "attack_steps")
 METHODS = {
-    "standard": Method(standard, 1, 1, "cross-entropy"),
-    "mixup": Method(mixup_only, 2, 1, "mixed images"),
+    "standard": Method(standard, 1, 1, "cross-entropy", ()),
+    "mixup": Method(mixup_only, 2, 1, "mixed images", MIXING),
     "tlat": Method(tlat_only, 2, 2, "clean images, and images attacked towards a target that is"
-                   " part of their label"),
-    "mtlat": Method(mtlat, 4, 2, "mixed images, and mixed images attacked as in tlat: Algorithm 1"),
-    "iat": Method(iat, 3, 2, "mixed images, and attacked images that are then mixed"),
-    "fgsm": Method(fgsm, 2, 2, "clean images, and images attacked away from their true class"),
+                   " part of their label", ATTACK),
+    "mtlat": Method(mtlat, 4, 2, "mixed images, and mixed images attacked as in tlat: Algorithm 1",
+                    MIXING + ATTACK),
+    "iat": Method(iat, 3, 2, "mixed images, and attacked images that are then mixed",
+                  MIXING + ATTACK),
+    "fgsm": Method(fgsm, 2, 2, "clean images, and images attacked away from their true class",
+                   ATTACK),
     "target-fgsm": Method(target_fgsm, 2, 2, "clean images, and images attacked towards a target,"
-                          " with the true label"),
-    "ls": Method(label_smoothing, 2, 2, "as target-fgsm, with labels smoothed by epsilon"),
+                          " with the true label", ATTACK),
+    "ls": Method(label_smoothing, 2, 2, "as target-fgsm, with labels smoothed by epsilon", ATTACK),
 }  # fmt: skip

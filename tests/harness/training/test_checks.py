@@ -10,6 +10,8 @@ import train
 from harness.checkpoints import check_savable
 from harness.errors import UserError
 from harness.training.checks import check_trainable
+from harness.training.config import parse_train_config
+from harness.training.methods import METHODS
 from tests.support import world
 from tests.support.tiny import Wrapped, image_folder, linear
 
@@ -136,3 +138,12 @@ def test_an_empty_resume_is_refused(argv: list[str]) -> None:
 
 def test_a_method_without_an_attack_needs_no_gradient_of_the_images() -> None:
     check_trainable("m", world.probe(3), torch.rand(4, 3, 16, 16), 3, "standard")
+
+
+def test_a_method_with_a_single_loss_may_attack(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "mtlat", METHODS["mtlat"]._replace(terms=1))
+    assert parse_train_config([*argv, "--attack-steps", "2"])[0].attack_steps == 2
+    with pytest.raises(UserError, match="m gives no gradient for the images"):
+        check_trainable("m", world.probe(3), torch.rand(4, 3, 16, 16), 3, "mtlat")
