@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -75,6 +76,9 @@ def tables(images: Path) -> Any:
 # ---------------------------------------------------------------------------- the plan
 
 
+PAPERS = ["standard", "mixup", "tlat", "mtlat", "iat", "fgsm", "target-fgsm", "ls"]
+
+
 def planned(*options: str) -> list[TrainTask | EvalTask]:
     return list(plan.make_plan(plan.parse_reproduce_config([*options, "--output-dir", "out"])))
 
@@ -113,7 +117,7 @@ def test_every_script_gets_the_images_the_cache_and_the_device() -> None:
 def test_the_paper_scale_is_the_papers_experiment() -> None:
     tasks = planned("--scale", "paper", "--data", "imagenet")
     assert names(tasks) == [
-        "vgg16_bn-standard-seed0", *(f"resnet50-{method}-seed0" for method in METHODS),
+        "vgg16_bn-standard-seed0", *(f"resnet50-{method}-seed0" for method in PAPERS),
         "evaluation-resnet50-seed0", "clean-resnet50-seed0",
         *(f"resnext50_32x4d-{method}-seed0" for method in ("standard", "mtlat", "iat")),
         "evaluation-resnext50_32x4d-seed0",
@@ -132,11 +136,18 @@ def test_the_paper_scale_is_the_papers_experiment() -> None:
     assert "--surrogate" not in clean.argv and "clean" in clean.argv
 
 
+def test_a_method_that_the_paper_lacks_is_in_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "own", METHODS["fgsm"])
+    parse = runpy.run_path(plan.__file__)["parse_reproduce_config"]
+    with pytest.raises(UserError, match=r"argument --methods: invalid choice: 'own' \(choose from"):
+        parse(["--methods", "own"])
+
+
 def test_the_small_scale_trains_small_networks_on_small_images() -> None:
     tasks = planned("--scale", "small", "--data", "x")
     surrogate, *runs = [parse_train_config(t.argv)[0] for t in tasks if isinstance(t, TrainTask)]
     assert (surrogate.arch, surrogate.lr) == ("vgg11_bn", 1e-4)
-    assert [run.method for run in runs] == list(METHODS)
+    assert [run.method for run in runs] == PAPERS
     assert {(run.arch, run.lr) for run in runs} == {("resnet18", 1e-3)}
     for run in (surrogate, *runs):
         assert (run.epochs, run.batch_size, run.size) == (30, 64, 64)
@@ -158,7 +169,7 @@ def test_flags_override_the_recipe_but_not_the_surrogates_rate() -> None:
     assert [words[words.index("--limit") + 1] for words in evaluations] == ["9", "9"]
     assert not any("--limit" in t.argv for t in planned("--limit", "0"))
     assert names(planned("--tables", "all")) == [
-        "cnn6-standard-seed0", *(f"cnn4-{method}-seed0" for method in METHODS),
+        "cnn6-standard-seed0", *(f"cnn4-{method}-seed0" for method in PAPERS),
         "evaluation-cnn4-seed0", "clean-cnn4-seed0",
     ]  # fmt: skip
     assert "cnn4-mixup-seed0" in names(planned("--methods", "mixup"))

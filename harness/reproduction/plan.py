@@ -52,6 +52,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+IN_TABLES = tuple(m for m in METHODS if any(m in methods_of_table(table) for table in (1, 2, 3)))
+
 
 def _default(name: str) -> str:
     """Describe the values of one setting in all recipes, for --help."""
@@ -73,7 +75,7 @@ class ReproduceConfig:
         " 3: clean accuracy of fgsm, target-fgsm, ls, tlat; or all (default: all; demo: standard"
         " and mtlat of Table 1)", nargs="+", choices=("1", "2", "3", "all"), metavar="N")
     methods: list[str] | None = option(None, "keep these rows of the tables, and standard, which"
-        " the signs refer to (default: all)", nargs="+", choices=tuple(METHODS), metavar="METHOD")
+        " the signs refer to (default: all)", nargs="+", choices=IN_TABLES, metavar="METHOD")
     seeds: int = option(1, "train every row with seeds 0 to N - 1, and print mean and standard"
         " deviation", type=number(int, 1), metavar="N")
     dry_run: bool = option(False, "decode the images, and list what would be run, with the"
