@@ -312,7 +312,7 @@ def check_images(*images: Tensor) -> None:
     for x in images:
         if not (isinstance(x, Tensor) and x.is_floating_point()):
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"images are {kind}; give floating point: x.float() / 255")
+            raise TypeError(f"images are {kind}; give a floating point tensor: x.float() / 255")
         if x.shape != images[0].shape:
             raise ValueError(f"images {tuple(images[0].shape)} do not match {tuple(x.shape)}")
         check_values("pixels", x, 0, 1, "divide by 255, or put Normalize inside the model")

@@ -70,7 +70,8 @@ def flat(x: Tensor) -> Tensor:
 
 
 FUNCTION_CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (partial(mix, [1]), TypeError, "images are list"), (partial(mix, U8), TypeError, "torch.uint8"),
+    (partial(mix, [1]), TypeError, "images are list; give a float.* tensor"),
+    (partial(mix, U8), TypeError, "torch.uint8"),
     (partial(mix, X * 255), ValueError, "pixels: .* 254.* divide by 255"),
     (partial(mix, X - 1), ValueError, "pixels: -0.9"),
     (partial(mix, broken(X, NAN)), ValueError, "pixels: nan"),
@@ -79,7 +80,7 @@ FUNCTION_CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (partial(loss, y=Y.float()), TypeError, "float32"),
     (partial(loss, y=Y.tolist()), TypeError, "labels are list; give a tensor"),
     (partial(loss, y=Y.numpy()), TypeError, "labels are ndarray; give a tensor"),
-    (partial(loss, x=X.numpy()), TypeError, "images are ndarray"),
+    (partial(loss, x=X.numpy()), TypeError, "images are ndarray; give a float.* tensor"),
     (partial(loss, away=True), TypeError, "unexpected keyword argument 'away'"),
     (partial(mix, y=SOFT[:2]), ValueError, r"labels have shape \(2, 3\)"),
     (partial(mix, y=2 * SOFT), ValueError, "probabilities"),
