@@ -248,7 +248,7 @@ def create_model(
         if new_head:
             new = f"; new: {', '.join(sorted(head))}" if head else ""
             raw = normalize is None and "normalize" not in content
-            note = "; pixels in [0, 1] are not normalized" if raw else ""
+            note = "; without --mean and --std it gets pixels in [0, 1]" if raw else ""
             print(f"weights from {weights}{new}{note}")
     return nn.Sequential(Normalize(*normalize), network) if normalize else network, normalize
 

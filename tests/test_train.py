@@ -519,7 +519,7 @@ def test_a_plain_state_dict_starts_a_fine_tuning(go, tmp_path, monkeypatch, caps
         assert normalize is None
         kept = {k: v for k, v in model.state_dict().items() if k in counted}
         assert len(kept) == len(state) - 1 and states_equal(kept, dict(counted)), name
-    assert "both.pt; pixels in [0, 1] are not normalized" in capsys.readouterr().out
+    assert "both.pt; without --mean and --std it gets pixels in [0, 1]" in capsys.readouterr().out
     torch.save({k: v for k, v in state.items() if not k.startswith("6.")}, tmp_path / "headless.pt")
     model, _ = models.create_model("tiny:convnet", list("abc"), str(tmp_path / "headless.pt"))
     assert torch.equal(model[0].weight, state["0.weight"]) and model[6].weight.shape == (3, 24)
