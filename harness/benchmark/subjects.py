@@ -80,9 +80,10 @@ def restrict(
     if len(outputs) == len(classes) and not given:
         return model
     raise UserError(
-        f"{name} has {len(outputs)} outputs, and the dataset's {len(classes)} classes cannot be"
-        f" found among them: {outputs.count(unclear)} have the name {unclear!r}; give"
-        f" --imagenet-classes FILE with {len(outputs)} lines, the folder of each output (a wnid)"
+        f"{'--imagenet-classes names' if given else f'{name} has'} {len(outputs)} outputs, and the"
+        f" dataset's {len(classes)} classes cannot be found among them: {outputs.count(unclear)}"
+        f" have the name {unclear!r}; give --imagenet-classes FILE with a line for each output, the"
+        " name of its class folder (a wnid)"
     )
 
 
