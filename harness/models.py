@@ -339,7 +339,8 @@ def check_logits(name: str, model: nn.Module, x: Tensor, num_classes: int) -> Te
     if logits.shape != (len(x), num_classes):
         raise UserError(
             f"{name} returns {tuple(logits.shape)}; for {len(x)} images of the dataset's"
-            f" {num_classes} classes it must return logits {(len(x), num_classes)}"
+            f" {num_classes} classes it must return logits {(len(x), num_classes)}: let it use"
+            " num_classes or, in evaluate.py, name its outputs by --imagenet-classes"
         )
     if not logits.isfinite().all():
         raise UserError(f"{name} returns logits that are not finite")

@@ -387,6 +387,8 @@ def test_a_model_of_more_classes_is_restricted_to_those_of_the_images(
     said = "tinynets:Many has 5 outputs; only those of the 3 classes count"
     assert said in capsys.readouterr().err and said in bench.results("many")["notes"]
     clean = ["--only", "clean"]
+    with pytest.raises(UserError, match=r"logits \(16, 3\): .* name its outputs by --imag"):
+        bench.run(*options, *clean, models="tinynets:Many", out="unnamed")
     assert bench.run(*options, *clean, *known, models="standard tinynets:Many", out="beside")
     # Weights alone, and a surrogate.
     torch.save(bench.networks()[0].state_dict(), bench.root / "three.pt")
