@@ -125,7 +125,8 @@ def table_caption(results: Results, title: str) -> str:
             "; in parentheses where the paired difference is not decided at 95 % (Holm's correction"
             f" for {'up to ' * (len(compared) > 1)}{max(compared)})"
         )
-    return f"{title}{meaning}; n = {images}{few}; + and - against {results.baseline}{decided}"
+    signs = f"; + and - against {results.baseline}{decided}" if len(scores) > 1 else ""
+    return f"{title}{meaning}; n = {images}{few}{signs}"
 
 
 def _count_images(counts: set[int], total: int) -> str:
