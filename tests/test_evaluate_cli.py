@@ -28,9 +28,11 @@ from harness.benchmark.checks import CHECKS
 from harness.benchmark.fusion import fuse_for_inference
 from harness.benchmark.paired import unpack
 from harness.benchmark.store import append_cells, read_cells
+from harness.checkpoints import FORMAT
 from harness.errors import UserError
 from harness.images.datasets import load_dataset
 from harness.models import build_model, find_weights
+from mtlat import Normalize
 from tests.support.bench import CLASSES, Bench
 from tests.support.tiny import Wrapped, image_folder, linear
 from tests.support.world import Extra
@@ -370,6 +372,15 @@ def test_a_normalization_that_is_missing_or_repeated_is_pointed_out(
     evaluate.main([*argv, *bench.argv(*data_of, models="")])
     warned = capsys.readouterr().err
     assert said in warned and bool(said) == ("--mean" in warned)
+
+
+@pytest.mark.parametrize("mean", [None, [0.5] * 3])
+def test_what_train_py_saved_has_the_right_normalization(mean: list[float] | None) -> None:
+    twice = nn.Sequential(*(Normalize([0.5] * 3, [0.5] * 3) for _ in range(2)))
+    loaded = {"a.pt": subjects.Subject("a", twice, "digest")}
+    options: Any = SimpleNamespace(mean=mean, arch="cnn4")
+    assert len(subjects.normalization_warnings(options, {"a.pt": {}}, loaded)) == 1
+    assert not subjects.normalization_warnings(options, {"a.pt": {"format": FORMAT}}, loaded)
 
 
 def test_a_model_of_more_classes_is_restricted_to_those_of_the_images(
