@@ -76,14 +76,15 @@ def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | N
         b, d: outcomes of the second model.
 
     Returns:
-        R of the first minus R of the second; None if either clean accuracy is 0. Where few images
-        (less than `FEW`) are right (sum of a) or lost (of |c - a|), or few are so under one model
-        alone (of |a - b|, of |c - a - d + b|), the interval is as wide as with two more images, one
-        that only the first model gets right and one that only the second does, and p follows from
-        it. For whole outcomes of which few are right or lost, p is the larger of the delta method's
-        without these two images and a sign test's. That test counts the images that one model alone
-        gets right, or loses, and expects them in the ratio of the clean accuracies, as if no image
-        were right, or lost, under both.
+        R of the first minus R of the second; None if either clean accuracy is 0.
+
+        Few means less than `FEW` images that are right (the sum of a), lost (of |c - a|) or
+        different (of |a - b| or |c - a - d + b|). Where there are few, the interval is as wide as
+        with two more images, one that only the first model gets right and one that only the second
+        does, and p follows from it. But for whole outcomes of which few are right or lost, p is the
+        larger of two: the delta method's without these two images, and a sign test's. That test
+        counts the images that one model alone gets right, or loses, and expects them in the ratio
+        of the clean accuracies, as if no image were right, or lost, under both.
     """
     if not (c.any() and d.any()):
         return None
