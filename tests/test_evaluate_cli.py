@@ -413,8 +413,10 @@ def test_a_model_of_more_classes_is_restricted_to_those_of_the_images(
     assert same_scores(one, other)
 
     wrong = {
-        "white red blue": "^--imagenet-classes names 3 outputs, .*: 0 have the name 'green'; give",
-        "red red blue green": "4 outputs, .*: 2 have the name 'red'; .* a line for each output",
+        "white red blue": "^--imagenet-classes names 3 outputs, .* cannot be found among them: "
+        "0 have the name 'green'; give",
+        "red red blue green": "4 outputs, .*: 2 have the name 'red'; give --imagenet-classes FILE "
+        "with a line for each output",
         "red blue green gray": "fails on .*: it has 5 outputs, and 4 have names",
     }
     for text, message in wrong.items():

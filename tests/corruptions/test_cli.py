@@ -63,10 +63,10 @@ def test_the_exit_code_is_the_same_where_the_message_cannot_be_written(
     read, write = os.pipe()
     os.close(read)
     with open(write, "w", buffering=1) as stream, monkeypatch.context() as patch:
-        patch.setattr("sys.stderr", stream)
+        patch.setattr("sys.stderr", closed := Mock(wraps=stream))
         with pytest.raises(SystemExit) as end:
             __main__.main([str(source), "--out", str(tmp_path / "out")])
-    assert end.value.code == code
+    assert end.value.code == code and closed.write.called
 
 
 def test_closed_streams_do_not_end_the_work(

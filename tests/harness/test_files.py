@@ -102,10 +102,10 @@ def test_the_exit_code_is_the_same_where_a_stream_cannot_be_written(
     read, write = os.pipe()
     os.close(read)
     with open(write, "w", buffering=1) as stream, monkeypatch.context() as patch:
-        patch.setattr(sys, name, stream)
+        patch.setattr(sys, name, closed := Mock(wraps=stream))
         with pytest.raises(SystemExit) as end:
             run_script(main)
-    assert end.value.code == code
+    assert end.value.code == code and closed.write.called == (name == "stderr")
 
 
 def test_a_closed_pipe_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
