@@ -38,7 +38,14 @@ from harness.images.datasets import SIZES, Dataset, load_dataset
 from harness.images.folders import require_outside
 from harness.images.loader import BatchLoader, to_device
 from harness.images.preprocess import CROPS
-from harness.models import MeanStd, compute_logits, count_correct, create_model, restore_model
+from harness.models import (
+    MeanStd,
+    compute_logits,
+    count_correct,
+    create_model,
+    restore_model,
+    split_arch,
+)
 from harness.training.augment import flip_crop
 from harness.training.average import build_average
 from harness.training.checks import check_batch_size, check_model
@@ -102,7 +109,7 @@ def new_model(config: TrainConfig, classes: list[str]) -> tuple[nn.Module, MeanS
     given = (config.mean, config.std) if config.mean and config.std else None
     model, normalize = create_model(config.arch, classes, config.weights, normalize=given)
     check_savable(f"--arch {config.arch}", model)
-    made_here = ":" not in config.arch.removeprefix("torchvision:")  # your own may have weights
+    made_here = split_arch(config.arch)[0] == "torchvision"  # your own may have weights
     if config.data == "shapes" and made_here and config.weights is None:
         start_as_identity(model)
     return model, normalize

@@ -49,7 +49,7 @@ def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -
     Raises:
         UserError: there is no such model, or it is not a `torch.nn.Module`.
     """
-    library, name = _split(arch)
+    library, name = split_arch(arch)
     if arch in CONVOLUTIONS:
         model = build_cnn(arch, num_classes)
     elif library == "timm":
@@ -65,7 +65,7 @@ def build_model(arch: str, num_classes: int, normalize: MeanStd | None = None) -
     return nn.Sequential(Normalize(*normalize), model) if normalize else model
 
 
-def _split(arch: str) -> tuple[str, str]:
+def split_arch(arch: str) -> tuple[str, str]:
     """Split an architecture into its library, or the user's own module, and the name there."""
     library, _, name = (arch if ":" in arch else f"torchvision:{arch}").partition(":")
     return library, name
@@ -76,7 +76,7 @@ def check_name(arch: str) -> None:
 
     Nothing is built, and no code of the user's own runs.
     """
-    library, name = _split(arch)
+    library, name = split_arch(arch)
     known, advice = [name], ""  # of your own modules and of the Hub, nothing is known
     if library == "torchvision":
         known = torchvision.models.list_models(module=torchvision.models)
@@ -100,7 +100,7 @@ def _create_timm(arch: str, **keywords: Any) -> Any:
     """Create a model of timm. Of `timm:hf-hub:ORG/NAME`, the Hub's configuration is downloaded."""
     check_name(arch)
     try:
-        return importlib.import_module("timm").create_model(_split(arch)[1], **keywords)
+        return importlib.import_module("timm").create_model(split_arch(arch)[1], **keywords)
     except Exception as error:  # of timm, of the Hub's client, or of the network
         if out_of_memory(error):
             raise

@@ -22,6 +22,7 @@ from harness.models import (
     find_weights,
     restore_model,
     set_mode,
+    split_arch,
 )
 from mtlat import logits_of
 
@@ -139,7 +140,7 @@ def normalization_warnings(
             if "format" not in files.get(spec, {}) and not spec.startswith(LIBRARIES)
             if sum(name.endswith(".mean") for name in subject.module.state_dict()) > 1
         ]
-    if not config.arch or ":" in config.arch.removeprefix("torchvision:"):
+    if not config.arch or split_arch(config.arch)[0] != "torchvision":
         return []
     return [
         f"{loaded[spec].label} gets pixels in [0, 1] as they are: if its training normalized them,"
