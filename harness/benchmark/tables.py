@@ -195,14 +195,12 @@ def format_tables(results: Results) -> Iterator[tuple[str, list[list[str]], list
 
 def align_columns(table: list[list[str]]) -> list[str]:
     """Format a table's lines for the terminal."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
+    first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
+    lines = []
+    for name, *numbers in table:
+        right = [cell.rjust(width) for cell, width in zip(numbers, others, strict=True)]
+        lines.append("  ".join([name.ljust(first), *right]).rstrip())
+    return lines
 
 
 def markdown_rows(table: list[list[str]]) -> list[str]:
