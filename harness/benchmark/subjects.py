@@ -104,10 +104,9 @@ def expected_images(config: EvalConfig, checkpoints: dict[str, Any]) -> dict[str
     """
     expected: dict[str, tuple[int, Crop]] = {}
     for spec in config.specs:
-        if spec in checkpoints:
-            settings = checkpoints[spec]["settings"]
-            crop = CROPS[settings.get("preprocess", "squash")]
-            expected[spec] = checkpoints[spec]["size"], crop
+        if checkpoint := checkpoints.get(spec):
+            crop = CROPS[checkpoint["settings"].get("preprocess", "squash")]
+            expected[spec] = checkpoint["size"], crop
         elif config.weights and spec.startswith(LIBRARIES):
             published = find_weights(spec, config.weights)
             expected[spec] = published.size, published.crop
