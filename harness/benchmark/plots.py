@@ -146,8 +146,7 @@ def plot_severities(results: Results, path: Path) -> None:
     for axes, name in zip(panels, names, strict=False):
         axes.set_title(COLUMNS[name], fontsize=10)
         for row in results.rows:
-            if name in row.scores:
-                score = row.scores[name]
+            if score := row.scores.get(name):
                 y = [row.scores["clean"].accuracy, *score.by_severity]
                 low, high = zip(*(wilson(share * score.n, score.n) for share in y), strict=True)
                 color = colors[row.model]
@@ -171,9 +170,8 @@ def plot_curves(logs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
         style: dict[str, Any] = {"color": colors[name], "marker": "o", "ms": 3 * (len(log) < 30)}
         losses.plot(epochs, [row["loss1"] for row in log], **style)
         losses.plot(epochs, [row["loss2"] for row in log], ls="--", **style)
-        accuracy.plot(
-            epochs, [100 * row["clean_accuracy"] for row in log], label=_legend(name), **style
-        )
+        percent = [100 * row["clean_accuracy"] for row in log]
+        accuracy.plot(epochs, percent, **style, label=_legend(name))
     losses.set_ylabel("loss1, and loss2 (dashed)")
     accuracy.set_ylabel("clean accuracy, %")
     for axes in (losses, accuracy):
