@@ -260,11 +260,10 @@ def _answer_figures(
     for table in tables:
         rows = {row.method: row for row in table}
         compared = {
-            m: {n: e.difference for n, e in row.entries.items()}
+            m: {n: e.difference for n, e in row.entries.items() if e.difference}
             for m, row in rows.items() if m != BASELINE
         }  # fmt: skip
-        paired = any(d and n in COLUMNS for found in compared.values() for n, d in found.items())
-        if table[0].table < 3 and paired:
+        if any(COLUMNS.keys() & differences.keys() for differences in compared.values()):
             arch = file_name(table[0].arch)
             path = out / f"differences-{arch}-table{table[0].table}.png"
             papers = paper_differences(rows)
