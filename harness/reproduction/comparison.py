@@ -265,13 +265,12 @@ def conclusion(rows: Sequence[Compared]) -> str:
 def answers(rows: Sequence[Compared]) -> list[str]:
     """Say for M-TLAT, per architecture, what it changes against the standard training."""
     found = [row for row in rows if (row.table, row.method) == (1, "mtlat")]
-    return [
-        answer(
-            f"M-TLAT ({row.arch})" if len(found) > 1 else "M-TLAT", BASELINE,
-            {n: e.difference for n, e in row.entries.items() if n not in MEANS},
-        )
-        for row in found
-    ]  # fmt: skip
+    said = []
+    for row in found:
+        name = f"M-TLAT ({row.arch})" if len(found) > 1 else "M-TLAT"
+        differences = {n: e.difference for n, e in row.entries.items() if n not in MEANS}
+        said.append(answer(name, BASELINE, differences))
+    return said
 
 
 def comparison_markdown(tables: Sequence[Sequence[Compared]]) -> Iterator[str]:
