@@ -272,7 +272,6 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
         # R alone, as before the rows had intervals: these are in each model's "supplement".
         "supplementary": [[row[0], *row[1::2]] for row in tables.supplementary_cells(results)],
     }  # fmt: skip
-    text = tables.to_text(results)
     atomic_write(out / "results.json", json.dumps(content, indent=1) + "\n")
     atomic_write(out / "results.csv", tables.to_csv(results))
     atomic_write(out / "results.md", tables.to_markdown(results))
@@ -287,7 +286,7 @@ def write_results(run: Evaluation, cells: list[Cell], warnings: list[str], out: 
         plots.plot_severities(results, out / "severities.png")
     if run.config.dump_images:
         plots.plot_images(contact_sheets(run), out / "images.png")
-    print(f"\n{text}\ntables and figures: {out}")
+    print(f"\n{tables.to_text(results)}\ntables and figures: {out}")
 
 
 def chance_notes(results: Results, classes: list[str], largest: float) -> list[str]:
