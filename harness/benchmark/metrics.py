@@ -108,8 +108,8 @@ def aggregate(
     """
     by_key = {(cell["model"], cell["perturbation"], cell["severity"]): cell for cell in cells}
     severities = {name: PERTURBATIONS[name].severities for name in ("clean", *COLUMNS)}
-    severities |= {name: (None,) for name in supplement if name not in COLUMNS}
-    outcomes = {name: read_outcomes(by_key, d, severities) for name, d in models.items()}
+    others: Severities = {name: (None,) for name in supplement if name not in COLUMNS}
+    outcomes = {n: read_outcomes(by_key, d, {**severities, **others}) for n, d in models.items()}
     measured = {n: _scores(by_key, d, outcomes[n], severities) for n, d in models.items()}
     accuracies = {n: {k: s.accuracy for k, s in own.items()} for n, own in measured.items()}
     void = _void(by_key, models[baseline])
@@ -119,8 +119,7 @@ def aggregate(
         compared = {}
         if name != baseline:
             compared = _differences(outcomes[name], outcomes[baseline], void)
-        papers = {key: s for key, s in measured[name].items() if key in COLUMNS or key == "clean"}
-        own = _compare(papers, measured[baseline], compared)
+        own = _compare(measured[name], measured[baseline], compared)
         means = {
             title: fmean(own[key].robustness for key in keys)
             for title, keys in _groups(void).items()
@@ -131,7 +130,7 @@ def aggregate(
             _describe_cw2(by_name), _findings(by_name), void=void,
             mean_differences={title: d for title, d in compared.items() if title not in own},
             corrupted_accuracy=corrupted_accuracy(accuracies[name]), mce=mce(accuracies[name]),
-            supplement={key: s for key, s in measured[name].items() if key not in own},
+            supplement=_scores(by_key, digest, outcomes[name], others),
         ))  # fmt: skip
     total = max(cell["total"] for cell in by_key.values())
     labels = {digest: name for name, digest in models.items()}  # a cell's may be an earlier run's
