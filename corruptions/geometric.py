@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corruptions.blur import take_pixels, wide_float
+from corruptions.blur import interleave, take_pixels, wide_float
 from corruptions.rng import Fields, Size, Stream
 
 Bounds = tuple[float, float]  # low and high end of a range
@@ -188,9 +188,8 @@ def rotation(
     if bilinear:
         sine, cosine = sine.float(), cosine.float()
         x, y = column.float() + 0.5 - width / 2, row.float() + 0.5 - height / 2
-        grid = torch.stack(
-            [(cosine * x - sine * y) * (2 / width), (sine * x + cosine * y) * (2 / height)], dim=-1
-        )
+        x, y = cosine * x - sine * y, sine * x + cosine * y
+        grid = interleave(x * (2 / width), y * (2 / height))
         return F.grid_sample(images.float(), grid, "bilinear", "zeros", align_corners=False)
     whole = torch.int32 if 2 * max(height, width) + min(height, width) < 2**15 else torch.int64
     sine, cosine = (part.mul(2**16).round_().to(whole) for part in (sine, cosine))
