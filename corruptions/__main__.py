@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from corruptions import CORRUPTIONS, MIN_SIDE, SEVERITIES, corrupt, frost_source
 from corruptions.frost import FROST_DIR
-from corruptions.transform import SUFFIXES, center_crop, list_classes, upright_rgb
+from corruptions.transform import SUFFIXES, center_crop, has_only_folders, list_classes, upright_rgb
 
 _BATCH = 64  # images in memory at a time
 # ImageNet-C's published files were compressed as JPEG again after the corruption.
@@ -263,7 +263,7 @@ def find_images(source: Path) -> list[Path]:
     found = list_classes(source)  # in evaluate.py's order: an image's draws depend on its place
     if not found:
         raise ValueError(f"{source} has no class folders; the layout is DIR/class/file")
-    if nested := [name for name in found if _holds_only_folders(source / name)]:
+    if nested := [name for name in found if has_only_folders(source / name)]:
         part = source / min(nested, key=lambda name: name.lower().startswith("train"))
         raise ValueError(
             f"{part} holds only folders, so it is no class; the layout is DIR/class/file: give "
@@ -272,11 +272,6 @@ def find_images(source: Path) -> list[Path]:
     if empty := [name for name, files in found.items() if not files]:
         raise ValueError(f"{source / empty[0]} has no images ({', '.join(SUFFIXES)})")
     return [Path(file) for files in found.values() for file in files]
-
-
-def _holds_only_folders(folder: Path) -> bool:
-    visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    return bool(visible) and all(entry.is_dir() for entry in visible)
 
 
 def check_settings(args: argparse.Namespace, targets: list[Path]) -> None:

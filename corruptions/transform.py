@@ -80,6 +80,19 @@ def list_classes(root: Path) -> dict[str, list[str]]:
     return {name: sorted(walk_images(root / name)) for name in names if not name.startswith(".")}
 
 
+def are_folders(path: Path) -> Iterator[bool]:
+    """Yield for each visible entry whether it is a folder; nothing if `path` is not a folder."""
+    if path.is_dir():
+        with os.scandir(path) as entries:
+            yield from (os.path.isdir(entry.path) for entry in entries if entry.name[0] != ".")
+
+
+def has_only_folders(path: Path) -> bool:
+    """Return whether a folder has visible entries, and all of them are folders."""
+    content = are_folders(path)
+    return next(content, False) and all(content)
+
+
 def walk_images(root: Path) -> Iterator[str]:
     """Yield the image files below a folder. Read a folder once, however many links lead to it.
 

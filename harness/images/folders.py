@@ -1,12 +1,10 @@
 """Folders of images: which files belong to which class and to which part, train or test."""
 
-import os
 import random
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from corruptions.transform import list_classes
+from corruptions.transform import are_folders, has_only_folders, list_classes
 from harness.errors import UserError
 
 TEST_SHARE = 0.1  # of every class, where a folder has no val/: "ten percent", as in the paper
@@ -64,7 +62,10 @@ def list_folder(
     folders = _find_parts(root, test_only)
     found = {part: list_classes(folder) for part, folder in folders.items()}
     for part, by_class in found.items():
-        _refuse_nested(folders[part], by_class)
+        for name in by_class:
+            folder = folders[part] / name
+            if has_only_folders(folder):  # they are the classes, or parts
+                raise UserError(f"{folder} holds folders alone, and no images ({LAYOUT})")
     if "train" in found and found["train"].keys() != found["test"].keys():
         odd = sorted(found["train"].keys() ^ found["test"].keys())
         names = " and ".join(f"{folder.name}/" for folder in folders.values())
@@ -112,7 +113,7 @@ def _find_parts(root: Path, test_only: bool) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for part, names in PARTS.items():
         places = (there[name] for name in names if name in there)
-        if found := next((place for place in places if any(_are_folders(place))), None):
+        if found := next((place for place in places if any(are_folders(place))), None):
             folders[part] = found
     if len(folders) == 1 and not (test_only and "test" in folders):
         (one,) = folders.values()
@@ -122,21 +123,6 @@ def _find_parts(root: Path, test_only: bool) -> dict[str, Path]:
             " which train.py holds out ten percent of every class as test set"
         )
     return folders or {"test": root}
-
-
-def _are_folders(path: Path) -> Iterator[bool]:
-    """Yield for each visible entry whether it is a folder; nothing if `path` is not a folder."""
-    if path.is_dir():
-        with os.scandir(path) as entries:
-            yield from (os.path.isdir(entry.path) for entry in entries if entry.name[0] != ".")
-
-
-def _refuse_nested(folder: Path, names: Iterable[str]) -> None:
-    """Raise `UserError` if a class folder holds folders alone: they are the classes, or parts."""
-    for name in names:
-        content = _are_folders(folder / name)
-        if next(content, False) and all(content):
-            raise UserError(f"{folder / name} holds folders alone, and no images ({LAYOUT})")
 
 
 def _hold_out(files: list[str], word: str) -> dict[str, list[str]]:
