@@ -173,8 +173,7 @@ def _plasma(displacements: Tensor, decay: float) -> Tensor:
         even, odd = interleave(grid, upper), interleave(left, center)
         grid = torch.stack((even, odd), 2).view(-1, 2 * cells, 2 * cells)
         used, amplitude = used + count, amplitude / decay**2
-    low, high = grid.aminmax(dim=-1)
-    low, high = low.amin(1)[:, None, None], high.amax(1)[:, None, None]
+    low, high = grid.amin((1, 2), keepdim=True), grid.amax((1, 2), keepdim=True)
     return grid.sub_(low).div_(high - low)
 
 
