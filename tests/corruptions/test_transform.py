@@ -3,6 +3,7 @@
 import io
 import pickle
 import struct
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import functional, v2
 
 from corruptions import Corrupt, CorruptedDataset, corrupt
-from corruptions.transform import center_crop, upright_rgb
+from corruptions.transform import center_crop, has_only_folders, upright_rgb
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randint(256, (6, 3, 20, 24), dtype=torch.uint8, generator=GENERATOR)
@@ -236,3 +237,13 @@ def test_values_of_16_bits_are_known_by_those_above_8_bits(largest: int, shown: 
             upright_rgb(image)
     else:
         assert np.asarray(upright_rgb(image)).tolist() == [[[shown] * 3] * 4] * 4
+
+
+def test_a_folder_with_a_file_among_folders_is_a_class(tmp_path: Path) -> None:
+    for i in range(20):  # the file system may list the file first, but hardly ever does
+        (tmp_path / str(i)).mkdir()
+    (tmp_path / ".hidden").touch()
+    assert has_only_folders(tmp_path)
+    assert not has_only_folders(tmp_path / "0")  # which is empty
+    (tmp_path / "image.png").touch()
+    assert not has_only_folders(tmp_path)
