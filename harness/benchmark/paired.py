@@ -82,9 +82,10 @@ def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | N
         different (of |a - b| or |c - a - d + b|). Where there are few, the interval is as wide as
         with two more images, one that only the first model gets right and one that only the second
         does, and p follows from it. But for whole outcomes of which few are right or lost, p is the
-        larger of two: the delta method's without these two images, and a sign test's. That test
-        counts the images that one model alone gets right, or loses, and expects them in the ratio
-        of the clean accuracies, as if no image were right, or lost, under both.
+        largest of these: the delta method's without the two images, a sign test's of the right
+        images if few are right, and one of the lost images if few are lost. A sign test counts the
+        images that one model alone gets right, or loses, and expects them in the ratio of the clean
+        accuracies, as if no image were right, or lost, under both.
     """
     if not (c.any() and d.any()):
         return None
@@ -97,9 +98,13 @@ def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | N
     found = _normal(value, influence, (1 / c.mean(), 1 / d.mean()))
     if not (few and _whole(a, c, b, d)):
         return found
-    first, second = (a, b) if min(a.sum(), b.sum()) < FEW else (c - a, d - b)  # right or lost
-    counted = _sign_test(first, second, share=c.sum() / (c.sum() + d.sum()))
-    return found._replace(p=max(plain.p, counted))
+    share = c.sum() / (c.sum() + d.sum())
+    counted = [
+        _sign_test(one, other, share)
+        for one, other in ((a, b), (c - a, d - b))  # right, lost
+        if min(np.abs(one).sum(), np.abs(other).sum()) < FEW
+    ]
+    return found._replace(p=max(plain.p, *counted))
 
 
 def compare_accuracy(c: Array, d: Array) -> Difference:

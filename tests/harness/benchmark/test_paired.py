@@ -420,3 +420,16 @@ def test_equally_few_right_images_do_not_mean_equal_robustness():
     c, d, a, b = (x * 1.0 for x in (n < 1000, n < 500, n < 4, (4 <= n) & (n < 8)))
     found = paired.compare_robustness(a, c, b, d)
     assert found.p == pytest.approx(stats.binomtest(4, 8, 2 / 3).pvalue) and found.p < 1
+
+
+def test_where_few_are_right_and_few_are_lost_both_are_counted():
+    """The second model is right for 9 images and loses none of these, where one is expected.
+
+    The first is right for 180, also for these 9, and loses 18. Images that are right under both
+    leave the second model none that it alone gets right, and say nothing about R.
+    """
+    n = np.arange(200)
+    c, d, a, b = (x * 1.0 for x in (n < 180, n < 9, n < 162, n < 9))
+    for one, other in (((a, c), (b, d)), ((b, d), (a, c))):
+        found = paired.compare_robustness(*one, *other)
+        assert found.p == 1 and found.low < 0 < found.high
