@@ -110,9 +110,10 @@ def compare_robustness(a: Array, c: Array, b: Array, d: Array) -> Difference | N
 def compare_accuracy(c: Array, d: Array) -> Difference:
     """Compare the accuracies of two models on the same images; of one severity by McNemar's p.
 
-    Where few images differ, the interval is widened as in `compare_robustness`.
+    Where few images differ, or few do not, the interval is widened as in `compare_robustness`.
     """
-    more = (1.0, 1.0) if np.abs(c - d).sum() < FEW else ()
+    differing = np.abs(c - d).sum()
+    more = (1.0, 1.0) if min(differing, len(c) - differing) < FEW else ()
     found = _normal(float(c.mean() - d.mean()), c - d - (c - d).mean(), more)
     return found._replace(p=_sign_test(c, d)) if _whole(c, d) else found
 

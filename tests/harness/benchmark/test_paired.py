@@ -398,6 +398,7 @@ def test_fewer_than_ten_images_are_few(count):
     b = (np.arange(1000) >= 500) * 1.0
     for found in (
         paired.compare_accuracy(c, c - some),
+        paired.compare_accuracy(c, some),
         paired.compare_robustness(b + some, c, b, c),
     ):
         assert found.high - found.value == pytest.approx(half)
@@ -433,3 +434,15 @@ def test_where_few_are_right_and_few_are_lost_both_are_counted():
     for one, other in (((a, c), (b, d)), ((b, d), (a, c))):
         found = paired.compare_robustness(*one, *other)
         assert found.p == 1 and found.low < 0 < found.high
+
+
+def test_intervals_of_nearly_opposite_models_cover_the_difference_of_accuracies():
+    """One image is expected at which the models do not differ, and in 37 % of the draws none is."""
+    random, covered = np.random.default_rng(12), 0
+    for _ in range(500):
+        c, d = ((random.random(50) < share) * 1.0 for share in (0.99, 0.01))
+        found = paired.compare_accuracy(c, d)
+        covered += found.low <= 0.98 <= found.high
+    assert covered / 500 >= 0.94
+    opposed = paired.compare_accuracy(np.ones(1000), np.zeros(1000))
+    assert opposed.low == pytest.approx(1 - widened(0, 0.001, 0.001))
