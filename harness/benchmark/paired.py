@@ -5,7 +5,12 @@ each image the share of severities at which the model is right. With a and c the
 under a perturbation and on clean images, R = mean(a) / mean(c). To first order (the delta method),
 image i moves R by 1/n of its influence (a_i - R c_i) / mean(c). A difference of two models has the
 difference of their influences, its variance is the sample variance of these divided by n, and its
-interval is the normal distribution's.
+interval is the normal distribution's. An exact test's p may be above 0.05 where the interval
+excludes 0, or below where it contains 0.
+
+Simulation with 50 to 10,000 images and equal R: p-values below 0.002 came up at most about twice as
+often as they should where one clean accuracy was at most twice the other. Where one model was right
+for 900 clean images and the other for 50 it was up to 5 times, and for 180 and 10 up to 10 times.
 
 Sources: delta method: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993. Two imagined
 images (see `FEW`): Bonett and Price, British Journal of Mathematical and Statistical Psychology
@@ -128,7 +133,8 @@ def combine_seeds(differences: Sequence[Difference]) -> Difference:
     with three seeds, whose images' influences correlate by 0.2 (about as in `results/tiny50`):
     p-values below 0.002 came up 0.2, 1.2, 2.7, 5 and 9 times as often as they should where the
     variance between trainings was 0, 1, 2, 4 and 10 times that of one seed's images; with two seeds
-    0.3, 2.6, 6, 13 and 23 times.
+    0.3, 2.6, 6, 13 and 23 times. The 95 % intervals covered the difference in 98, 97, 95, 94 and
+    93 % of the draws, and with two seeds in 98, 95, 92, 90 and 87 %.
 
     Few images have no treatment of their own here: with the same five in each of three seeds p can
     be 0.4 times a sign test's, and where no image differs the interval has no width.
