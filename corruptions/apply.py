@@ -74,6 +74,10 @@ def corrupt(
     return out if images.dtype == torch.uint8 else out.to(images.dtype).div_(255)
 
 
+# A compiled caller would trace the NumPy code of shot_noise, and get other tables from it.
+corrupt = torch.compiler.disable(corrupt)
+
+
 def _check_integer(what: str, value: Any) -> int:
     """Return an integer argument as an int, or raise TypeError."""
     try:

@@ -203,6 +203,15 @@ def test_memory_layout_does_not_matter(name: str) -> None:
         assert not same.is_contiguous() and torch.equal(corrupt(same, name, 3), expected)
 
 
+@pytest.mark.parametrize("name", ["shot_noise", "zoom_blur", "jpeg_compression"])
+def test_a_compiled_caller_gets_the_same_images(name: str) -> None:
+    def step(images: Tensor) -> Tensor:
+        return corrupt(images, name, 3, seed=1) / 255
+
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(step, backend="eager")(pictures()), step(pictures()))
+
+
 def test_profile_is_the_nearest_to_the_shorter_side() -> None:
     for side, profile in ((16, 32), (47, 32), (48, 64), (143, 64), (144, 224), (300, 224)):
         images = pictures(1, side, side + 60)
