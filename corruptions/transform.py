@@ -192,7 +192,7 @@ def _to_tensor(image: Any) -> Tensor:
         raise ValueError(
             "image must be an RGB PIL image, an array (H, W, 3) or (B, H, W, 3), or a tensor"
             f" (3, H, W) or (B, 3, H, W), got {kind} of shape {tuple(pixels.shape)};"
-            " .convert('RGB') converts PIL images"
+            " corruptions.transform.upright_rgb converts PIL images"
         )
     return pixels.movedim(axis, -3)
 

@@ -115,8 +115,10 @@ def test_invalid_settings_are_refused_at_once(
     [
         ("a.png", TypeError, "image must be a PIL image, .*, got str"),
         (Image.fromarray(ARRAYS[0]).convert("L"), ValueError, r"got L image of shape \(20, 24\)"),
-        (Image.fromarray(ARRAYS[0]).convert("RGBA"), ValueError, r"\(20, 24, 4\); .convert"),
-        (Image.fromarray(ARRAYS[0]).convert("HSV"), ValueError, "got HSV image .* .convert"),
+        (Image.fromarray(ARRAYS[0]).convert("RGBA"), ValueError, r"\(20, 24, 4\); .*upright"),
+        (Image.fromarray(ARRAYS[0]).convert("HSV"), ValueError, "got HSV image .*upright"),
+        # Of this, .convert("RGB") would cut off all values at 255.
+        (Image.fromarray(ARRAYS[0, ..., 0] * np.uint16(257)), ValueError, "I;16 image .*upright"),
         (IMAGES[0].permute(1, 2, 0), ValueError, r"got Tensor of shape \(20, 24, 3\)"),
         (IMAGES[0].numpy(), ValueError, r"got ndarray of shape \(3, 20, 24\)"),
         (IMAGES[None], ValueError, r"of shape \(1, 6, 3, 20, 24\)"),
