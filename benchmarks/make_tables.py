@@ -3,11 +3,12 @@
     python benchmarks/make_tables.py results/tiny50 [--arch resnet18]
 
 reads cells.jsonl, whose labels are METHOD-SEED, and writes tables.md and differences.png there.
-M-TLAT with a seed is compared with `standard` of that seed, and every other network with `standard`
-and with M-TLAT of seed 0, in R and in accuracy under the perturbation. Networks with clean accuracy
-alone are Table 3's, and are compared with `standard` and with TLAT. If there is a
-surrogate-2.jsonl, it holds the black-box attacks made on a surrogate of seed 2. The networks of
-seed 1 take theirs from it, since the surrogate of cells.jsonl has their initial weights.
+M-TLAT with a seed is compared with `standard` of that seed, and every other network with both of
+its own seed (of seed 0 where one of them lacks it), in R and in accuracy under the perturbation. A
+method with several seeds is also compared over these. Networks with clean accuracy alone are Table
+3's, and are compared with `standard` and with TLAT. If there is a surrogate-2.jsonl, it holds the
+black-box attacks made on a surrogate of seed 2. The networks of seed 1 take theirs from it, since
+the surrogate of cells.jsonl has their initial weights.
 """
 
 import argparse
@@ -202,8 +203,10 @@ def _by_seeds_alone(mean: Differences, columns: Mapping[str, Differences]) -> st
     )
 
 
-def _one_seed(measured: Measured, arch: str, labels: list[str]) -> Iterator[str]:
-    """Yield the tables of the networks that were trained with seed 0 alone."""
+def _others(
+    measured: Measured, arch: str, labels: list[str], seeds: list[int]
+) -> Iterator[str]:  # fmt: skip
+    """Yield the tables of the networks of other methods, and of seeds that lack one of the pair."""
     for number in (1, 2, 3):
         methods = methods_of_table(number)
         names = [f"{method}-0" for method in methods]
@@ -214,14 +217,43 @@ def _one_seed(measured: Measured, arch: str, labels: list[str]) -> Iterator[str]
     clean = [x for x in labels if not any((x, name) in measured.hits for name in COLUMNS)]
     if clean:
         yield from _clean_alone(measured, clean)
-    if labels := [label for label in labels if label not in clean]:
-        yield f"**The networks of one seed; {NOTE}**"
-        bases = [f"{method}-0" for method in PAIR]
-        columns = {f"{x} - {base}": measured.differ(x, base) for x in labels for base in bases}
-        levels = {label: [label] for label in labels}
-        yield measured.table(levels, columns)
-        columns = {f"{x} - {b}": measured.differ_in_accuracy(x, b) for x in labels for b in bases}
-        yield from _accuracies(measured, levels, columns)
+    if not (labels := [label for label in labels if label not in clean]):
+        return
+    yield f"**The other networks; {NOTE}**"
+    trained: dict[str, list[str]] = {}  # by method, the seeds that the pair has, too
+    pairs = []
+    for label in labels:
+        method, _, seed = label.rpartition("-")
+        if shared := seed in map(str, seeds):
+            trained.setdefault(method, []).append(seed)
+        pairs += [(label, f"{base}-{seed if shared else 0}") for base in PAIR]
+    columns, accuracies = (
+        {f"{x} - {base}": differ(x, base) for x, base in pairs}
+        for differ in (measured.differ, measured.differ_in_accuracy)
+    )
+    levels = {label: [label] for label in labels}
+    yield measured.table(levels, columns)
+    yield from _accuracies(measured, levels, accuracies)
+    for method, several in trained.items():
+        if len(several) > 1:
+            yield from _method_over_seeds(measured, method, several)
+
+
+def _method_over_seeds(measured: Measured, method: str, seeds: list[str]) -> Iterator[str]:
+    """Yield what several seeds of a method decide together, against the pair of these seeds."""
+    levels = {name: [f"{name}-{seed}" for seed in seeds] for name in (method, *PAIR)}
+    columns, accuracies = (
+        {
+            f"{method} - {base}": _over_seeds(
+                [differ(f"{method}-{seed}", f"{base}-{seed}") for seed in seeds]
+            )
+            for base in PAIR
+        }
+        for differ in (measured.differ, measured.differ_in_accuracy)
+    )
+    yield f"**{method}, means over the seeds {' and '.join(seeds)}; {NOTE}**"
+    yield measured.table(levels, columns)
+    yield from _accuracies(measured, levels, accuracies)
 
 
 def _accuracies(
@@ -277,7 +309,7 @@ def make_tables(folder: Path, arch: str) -> None:
     alone = [label for label in labels if label not in together]
     blocks = [
         *_seeds_together(measured, arch, seeds, folder / "differences.png"),
-        *_one_seed(measured, arch, alone),
+        *_others(measured, arch, alone, seeds),
         *(_two_surrogates(cells, other) if other else []),
         tables.to_markdown(measured.score(*together, *alone)).rstrip(),
     ]

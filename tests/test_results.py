@@ -74,7 +74,7 @@ def test_the_networks_of_table_3_are_compared_by_mcnemar_and_holm() -> None:
     printed = dict(zip(titles[4:], cells[4:], strict=True))
     assert {title: cell.strip("*").split()[0] for title, cell in printed.items()} == value
     assert {title for title, cell in printed.items() if "**" in cell} == decided_by_holm(p)
-    assert "| fgsm-0 - standard-0" not in text.split("**The networks of one seed; ")[1]
+    assert "| fgsm-0 - standard-0" not in text.split("**The other networks; ")[1]
 
 
 def test_the_levels_are_means_of_the_images_outcomes() -> None:
@@ -135,6 +135,26 @@ def test_a_single_seed_has_no_t_test(tmp_path: Path) -> None:
     assert "A t test" not in text and "over the seeds |" not in text and "Trainings of" not in text
 
 
+def test_a_method_with_several_seeds_is_compared_with_the_pair_of_these(tmp_path: Path) -> None:
+    """Networks of M-TLAT under the name of another method differ from `standard` as M-TLAT does."""
+    cells = read_cells(RESULTS / "tiny20" / "augmented20" / "cells.jsonl")
+    pair = [c for c in cells if c["label"] in {f"{m}-{s}" for m in PAIR for s in (0, 1)}]
+    same = [{**c, "label": f"copy-{c['label'][-1]}"} for c in pair if "mtlat" in c["label"]]
+    append_cells(tmp_path / "cells.jsonl", [*pair, *same])
+    make_tables.make_tables(tmp_path, "resnet18")
+    text = (tmp_path / "tables.md").read_text()
+    by_seed = columns_of(text, "**The other networks; ")
+    assert [*by_seed][3:] == [
+        "copy-0 - standard-0", "copy-0 - mtlat-0", "copy-1 - standard-1", "copy-1 - mtlat-1"
+    ]  # fmt: skip
+    assert all(text.startswith("+0.000 ") for text in by_seed["copy-1 - mtlat-1"])
+    together, expected = (
+        columns_of(text, f"**{title}") for title in ("copy, means over the seeds 0 and 1;", "Clean")
+    )
+    assert together["copy - standard"] == expected["mean over the seeds"]
+    assert together["copy"] == together["mtlat"] == expected["mtlat"]
+
+
 def test_some_perturbations_on_one_surrogate_are_enough(tmp_path: Path) -> None:
     cells = read_cells(RESULTS / "tiny50" / "cells.jsonl")
     labels = {f"{method}-{seed}" for method in PAIR for seed in (1, 2)}
@@ -176,10 +196,17 @@ def test_a_network_with_a_part_of_the_perturbations_has_no_mean(tmp_path: Path) 
     few = [c for c in cells if c["label"] != "mixup-0" or c["perturbation"] in names]
     append_cells(tmp_path / "cells.jsonl", few)
     make_tables.make_tables(tmp_path, "resnet18")
-    lines = (tmp_path / "tables.md").read_text().split("**The networks of one seed; ")[1]
+    lines = (tmp_path / "tables.md").read_text().split("**The other networks; ")[1]
     (mean,) = [x for x in lines.splitlines()[:36] if x.startswith("| mean of the noises")]
     header = next(x for x in lines.splitlines() if "mixup-0 - standard-0" in x).split("|")
     assert mean.split("|")[header.index(" mixup-0 ")] == " - "
+
+
+def columns_of(text: str, title: str) -> dict[str, list[str]]:
+    """Read the columns of the table below a title, by their headings."""
+    lines = text.split(title)[1].split("\n\n")[1].splitlines()
+    header, _, *rows = ([x.strip() for x in line.strip("|").split("|")] for line in lines)
+    return dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
 
 
 def decided_by_holm(p: dict[str, float]) -> set[str]:
