@@ -150,15 +150,17 @@ def find_weights(arch: str, name: str) -> Published:
     Raises:
         UserError: there are no such weights.
     """
+    check_name(arch)
     if arch.startswith("timm:"):
         return _find_in_timm(arch, name)
     model = arch.removeprefix("torchvision:")
     try:
         entry = torchvision.models.get_model_weights(model)[name]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError) as error:
+        known = isinstance(error, KeyError)  # the architecture, and not the weights
         raise UserError(
             f"--weights {name}: no such file, and no such weights in torchvision for --arch {arch}"
-            " (DEFAULT names the best)"
+            f" ({'DEFAULT names the best' if known else 'it has none: name a file'})"
         ) from None
     preset = entry.transforms()
     (resize,), (size,) = preset.resize_size, preset.crop_size
