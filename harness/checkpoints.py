@@ -111,16 +111,21 @@ def adapt_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[
 
 
 def describe_misfit(
-    key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor], num_classes: int
-) -> str:
-    """Describe a name or shape in which a state dict differs from `own`, and how to mend it."""
+    key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor], num_classes: int,
+    new_head: bool,
+) -> str:  # fmt: skip
+    """Describe a name or shape in which a state dict differs from `own`, and how to mend it.
+
+    `new_head` is as in `harness.models.create_model`: whether a head of other classes is replaced.
+    """
     here, there = (tuple(d[key].shape) if key in d else "missing" for d in (state, own))
     fix = ""
     if state.keys().isdisjoint(own):
         fix = f"; no name fits, such as {min(state)}: if layers around the network were saved, let"
         fix += " --arch build them, too"
     elif there[:1] == (num_classes,) != here[:1] and there[1:] == here[1:]:
-        fix = "; if it has other outputs, name them by --imagenet-classes"
+        means = "let --arch use num_classes" if new_head else "name them by --imagenet-classes"
+        fix = f"; if it has other outputs, {means}"
     return f"{here}, and must be {there}{fix}"
 
 

@@ -244,7 +244,7 @@ def create_model(
         if (key := min(misfits - head, default=None)) is not None:  # it may be ""
             raise UserError(
                 f"{weights} does not fit --arch {arch} with {len(names)} classes: its {key} is"
-                f" {describe_misfit(key, state, own, len(names))}"
+                f" {describe_misfit(key, state, own, len(names), new_head)}"
             )
         network.load_state_dict({**state, **{key: own[key] for key in head}})
         if new_head:
