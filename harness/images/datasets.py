@@ -86,7 +86,9 @@ def load_dataset(
     if not 1 <= size <= MAX_SIDE:
         raise UserError(f"--size {size} is out of range: from 1 to {MAX_SIDE}")
     if crop and source in SIZES:
-        raise UserError(f"--preprocess center-crop: the images of {source} are squares already")
+        raise UserError(
+            f"--preprocess center-crop: the images of {source} are squares already; leave it out"
+        )
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
     if source == "shapes":
         return _load_shapes(size, num_classes, seed)

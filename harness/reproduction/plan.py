@@ -15,7 +15,7 @@ from harness.cli import format_command, number, option, parse_options
 from harness.devices import resolve_device
 from harness.errors import UserError
 from harness.files import file_name
-from harness.images.datasets import SIZES
+from harness.images.datasets import MAX_SIDE, SIZES
 from harness.reproduction.paper import BASELINE, methods_of_table
 from harness.training.config import SHAPES_RECIPE, TrainConfig
 from harness.training.methods import METHODS
@@ -85,7 +85,8 @@ class ReproduceConfig:
         group="the recipe", metavar="SET")
     classes: int | None = option(None, f"as in train.py {_default('classes')}",
         type=number(int, 2), metavar="K")
-    size: int = option(None, f"side of the images {_default('size')}", type=number(int, MIN_SIDE))
+    size: int = option(None, f"side of the images {_default('size')}",
+        type=number(int, MIN_SIDE, MAX_SIDE))
     archs: list[str] = option(None, "as --arch of train.py; Tables 2 and 3 take the first"
         f" {_default('archs')}", nargs="+", metavar="ARCH")
     epochs: int = option(None, f"as in train.py {_default('epochs')}", type=number(int, 1))
