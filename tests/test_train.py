@@ -482,6 +482,8 @@ def test_weights_that_saw_images_held_out_now_are_named(go, folder, tmp_path, ca
     assert "out was trained with another preprocessing, or on another folder" in said
     assert "may have seen" not in said and "into test/" not in said
     assert "whole/last.pt may have been" in continue_from("whole", "b")["seen_before"]
+    reseeded = continue_from("out", "reseeded", "--data-seed", "1")["seen_before"]
+    assert "the tenth that is held out changes with --data-seed" in reseeded
     for kind in folder.iterdir():
         shutil.copytree(kind, folder / kind.name / "more")
     seen = continue_from("out", "more")["seen_before"]

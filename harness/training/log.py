@@ -54,7 +54,8 @@ def header(config: TrainConfig, data: Dataset) -> str:
 def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None) -> str:
     """Return a warning if --weights may have been trained on present test images, otherwise "".
 
-    Of a folder CLASS/* alone a tenth is held out, which changes when images are added.
+    Of a folder CLASS/* alone a tenth is held out, which changes with --data-seed, and when images
+    are added.
 
     Args:
         config: configuration of this training.
@@ -77,8 +78,8 @@ def describe_weights(config: TrainConfig, data: Dataset, checkpoint: dict[str, A
         return ""
     return (
         f"{config.weights} may have been trained on some of the test images: it was tested on"
-        " others, since the tenth that is held out changes when images are added; put test images"
-        " into val/CLASS"
+        " others, since the tenth that is held out changes with --data-seed, and when images are"
+        " added; put test images into val/CLASS"
     )
 
 
