@@ -67,6 +67,12 @@ def _whole(low: int, high: float = math.inf) -> Callable[[str], int]:
     return convert
 
 
+def _path(text: str) -> Path:
+    if not text:  # such as an unset variable of a shell, and not the current folder
+        raise argparse.ArgumentTypeError("it is empty; give a path")
+    return Path(text)
+
+
 def _device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name).cpu()  # fails on "meta", too
@@ -84,9 +90,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="Write a contact sheet of one image, or a tree like ImageNet-C of a folder.",
         allow_abbrev=False,
     )
-    parser.add_argument("source", type=Path, help="an image file, or a folder of class folders")
+    parser.add_argument("source", type=_path, help="an image file, or a folder of class folders")
     parser.add_argument(
-        "--out", type=Path, required=True,
+        "--out", type=_path, required=True,
         help="file of the contact sheet, or folder of the tree that evaluate.py --imagenet-c reads",
     )  # fmt: skip
     parser.add_argument(
@@ -110,6 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", type=_device, default="cpu", help="torch device (default: cpu)")
     parser.add_argument(
         "--frost-dir",
+        type=_path,
         help="folder with ImageNet-C's frost photographs "
         f"(default: ${FROST_DIR}, or textures that are drawn)",
     )

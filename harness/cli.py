@@ -59,6 +59,12 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     return convert
 
 
+def _text(value: str) -> str:
+    if not value:  # such as an unset variable of a shell
+        raise argparse.ArgumentTypeError("it is empty; give a value, or leave it out")
+    return value
+
+
 def format_command(words: Sequence[str]) -> str:
     """Format a command line as one would type it, on Windows without single quotes."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
@@ -76,7 +82,8 @@ def option(
         flags: other spellings, for example ("-b",); a positional argument has none.
         group: the heading of --help that begins with this option.
         may_change: whether a resumed run may pass another value.
-        arguments: passed to `ArgumentParser.add_argument`.
+        arguments: passed to `ArgumentParser.add_argument`. Without a `type`, an empty value is
+            refused.
     """
     metadata = {"help": help, "flags": flags, "group": group, "may_change": may_change,
                 "arguments": arguments}  # fmt: skip
@@ -91,6 +98,8 @@ def build_parser(config: type, description: str | None = None) -> Parser:
         if field.metadata["group"]:
             add = parser.add_argument_group(field.metadata["group"]).add_argument
         arguments = {"help": field.metadata["help"], **field.metadata["arguments"]}
+        if field.type is not bool:
+            arguments.setdefault("type", _text)
         if field.default is dataclasses.MISSING:
             add(field.name, **arguments)
             continue

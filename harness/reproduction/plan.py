@@ -102,7 +102,7 @@ class ReproduceConfig:
     limit: int = option(None, "test on N images, as --limit of evaluate.py; 0: on all"
         f" {_default('limit')}", type=number(int, 0), metavar="N")
     train_flags: str = option(None, "further options of train.py that every method has, as in"
-        f" --train-flags=\"--amp bf16\" {_default('train_flags')}", metavar="FLAGS")
+        f" --train-flags=\"--amp bf16\" {_default('train_flags')}", type=str, metavar="FLAGS")
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...", group="running")
     cache_dir: str | None = option(None, "as in train.py", metavar="DIR")

@@ -184,8 +184,6 @@ def parse_train_config(
             that holds another run.
     """
     values, given = parse_options(TrainConfig, argv, description)
-    if values["resume"] == "":  # such as an unset variable of a shell
-        raise UserError("--resume is empty: give a checkpoint or auto, or leave it out")
     if "arch" not in given:
         values["arch"] = _default_arch(values["weights"], values["data"])
     folder = values["output_dir"] or f"runs/{file_name(values['arch'])}-{values['method']}"

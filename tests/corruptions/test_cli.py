@@ -387,6 +387,8 @@ def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for device in ("tpu9", "cuda:99", "meta", "hpu"):
         rule = f"argument --device: '{device}' is not a device of this machine: choose cpu"
         refused([picture, *out, "--device", device], rule, capsys)
+    for empty in ([picture, "--out", ""], ["", *out], [picture, *out, "--frost-dir", ""]):
+        refused(empty, ": it is empty; give a path (see --help)", capsys)
     refused([picture], "the following arguments are required: --out (see --help)", capsys)
     refused([picture, *out, "--siz", "32"], "unrecognized arguments: --siz", capsys)
     for name in ("sheet", "sheet.jpog", ""):

@@ -8,7 +8,8 @@ import pytest
 
 from harness import cli
 from harness.benchmark.config import EvalConfig
-from harness.cli import build_parser, format_command, number
+from harness.cli import build_parser, format_command, number, parse_options
+from harness.errors import UserError
 from harness.reproduction.plan import ReproduceConfig
 from harness.training.config import TrainConfig
 
@@ -72,6 +73,18 @@ def test_a_range_includes_its_ends_unless_it_begins_above_one(
     for text in (*refused, "nan", "inf", "one"):
         with pytest.raises(argparse.ArgumentTypeError, match=text):
             convert(text)
+
+
+@pytest.mark.parametrize("config", [TrainConfig, EvalConfig, ReproduceConfig])
+def test_an_empty_value_is_refused(config: type) -> None:
+    """It is what an unset variable of a shell leaves."""
+    for field in fields(config):
+        if field.type is bool or "type" in field.metadata["arguments"]:  # numbers refuse it, too
+            continue
+        name = "" if field.default is MISSING else f"--{field.name.replace('_', '-')}"
+        with pytest.raises(UserError, match=f"{name}.*: it is empty; give a value, or leave it"):
+            parse_options(config, [name, ""] if name else [""], None)
+    assert parse_options(ReproduceConfig, ["--train-flags", ""], None)[0]["train_flags"] == ""
 
 
 def test_a_command_can_be_typed_as_it_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,11 +131,6 @@ def test_folders_that_would_wait_for_each_other_or_become_classes_are_refused(
     assert not Path("out").exists() and len(list(Path("set").iterdir())) == 3
 
 
-def test_an_empty_resume_is_refused(argv: list[str]) -> None:
-    with pytest.raises(UserError, match="--resume is empty"):
-        train.main([*argv, "--resume", ""])
-
-
 def test_a_method_without_an_attack_needs_no_gradient_of_the_images() -> None:
     check_trainable("m", world.probe(3), torch.rand(4, 3, 16, 16), 3, "standard")
 
