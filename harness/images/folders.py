@@ -96,12 +96,12 @@ def require_outside(data: Path, cache_dir: str, output_dir: str) -> None:
     cache, out = Path(cache_dir).resolve(), Path(output_dir).resolve()
     if cache == out:  # both are locked
         raise UserError(f"--cache-dir and --output-dir are both {out}: choose another for one")
-    if parts == {"test": data}:
+    for part in parts.values():
         for option, folder in (("--cache-dir", cache), ("--output-dir", out)):
-            if data.resolve() in folder.parents:
+            if part.resolve() in folder.parents:
                 raise UserError(
-                    f"{option} {folder} lies in --data {data}, whose folders are classes: choose"
-                    " one outside"
+                    f"{option} {folder} lies in {part}, whose folders are classes: choose one"
+                    " outside"
                 )
 
 

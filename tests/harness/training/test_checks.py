@@ -119,16 +119,22 @@ def test_a_minibatch_has_an_image_and_no_more_than_there_are(
     ("flags", "said"),
     [
         ("--cache-dir out", "--cache-dir and --output-dir are both .*out: choose another"),
-        ("--output-dir set/runs/x", "--output-dir .*x lies in --data set, whose folders are class"),
-        ("--cache-dir set/cache", "--cache-dir .*cache lies in --data set, whose folders are clas"),
+        ("--output-dir set/runs/x", "--output-dir .*x lies in set, whose folders are classes: cho"),
+        ("--cache-dir set/cache", "--cache-dir .*cache lies in set, whose folders are classes"),
+        ("--data both --output-dir both/val/x", "--output-dir .*x lies in both/val, whose folders"),
+        ("--data both --cache-dir both/train/x", "--cache-dir .*x lies in both/train, whose fold"),
     ],
 )
 def test_folders_that_would_wait_for_each_other_or_become_classes_are_refused(
     argv: list[str], flags: str, said: str
 ) -> None:
+    folders = Path("set"), Path("both", "train"), Path("both", "val")
+    for part in folders[1:]:
+        image_folder(part, side=16)
     with pytest.raises(UserError, match=said):
         train.main([*argv, "--arch", "tiny:linear", *flags.split()])
-    assert not Path("out").exists() and len(list(Path("set").iterdir())) == 3
+    assert not Path("out").exists()
+    assert [len(list(folder.iterdir())) for folder in folders] == [3, 3, 3]
 
 
 def test_a_method_without_an_attack_needs_no_gradient_of_the_images() -> None:
