@@ -166,7 +166,7 @@ EVALUATE_CASES = [
      "--weights DEFAULT is for torchvision:ARCH and timm:NAME: name such a model, or leave"),
     ("--mean 0 0 0 --std 1 1 1", "are for module:callable"),
     ("--skip snoww", "close names: snow"),
-    ("--only fog --skip weather", "leave nothing to measure"),
+    ("--only fog --skip weather", "leave nothing to measure: skip less, or give"),
     ("--baseline mtlat", "--baseline mtlat is not one of the models"),
     ("--mean 0 0 0", "--mean and --std belong together"), ("--mean 0 0", "expected 3 arguments"),
     ("--mean 2 0 0 --std 1 1 1", "from 0 to 1"), ("--std 1 1 nan", "nan is out of range"),

@@ -135,5 +135,8 @@ def choose_perturbations(only: list[str], skip: list[str]) -> list[str]:
             wanted -= added - named
     wanted -= left_out
     if not wanted:
-        raise UserError("--only and --skip leave nothing to measure")
+        raise UserError(
+            "--only and --skip leave nothing to measure: skip less, or give --only clean for clean"
+            " accuracy alone"
+        )
     return [name for name in PERTURBATIONS if name in wanted | {"clean"}]
