@@ -133,7 +133,11 @@ def run_task(task: TrainTask | EvalTask) -> None:
     if code in STOPPED:  # the child has printed it
         sys.exit(code)
     if code:
-        print(f"error: exit code {code} of: {command(task, ROOT)}", file=sys.stderr)
+        how = f"exit code {code} of" if code > 0 else (
+            f"killed by signal {-code}{' (is memory full?)' * (code == -9)}; what was finished is"
+            " kept, run it again to continue; it was"
+        )  # fmt: skip
+        print(f"error: {how}: {command(task, ROOT)}", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
 
 

@@ -447,12 +447,14 @@ def test_a_child_is_run_as_printed(
     "code, ends, told",
     [
         ("sys.exit(2)", 2, "error: exit code 2 of: python "),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "error: exit code -9 of: python "),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "error: killed by signal 9 (is memory full?);"
+         " what was finished is kept, run it again to continue; it was: python "),
+        ("os.kill(os.getpid(), signal.SIGABRT)", 134, "error: killed by signal 6; what was"),
         ("sys.exit(130)", 130, ""),
         ("sys.exit(143)", 143, ""),
         ("os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5); sys.exit(130)", 130, ""),
     ],
-)
+)  # fmt: skip
 def test_a_childs_end_is_that_of_the_run(
     code: str, ends: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
