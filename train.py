@@ -202,7 +202,8 @@ def train(config: TrainConfig, training: Training, facts: dict[str, str]) -> Non
             "epoch": epoch + 1,
             "lr": training.optimizer.param_groups[0]["lr"],
             "loss1": losses[0],
-            "loss2": losses[1] if len(losses) > 1 else None,
+            "loss2": None,  # or that of the next line
+            **{f"loss{i}": mean for i, mean in enumerate(losses[1:], 2)},
             "clean_accuracy": sum(distributed.all_gather(correct)) / len(data.test.labels),
             "images_per_second": round(images / seconds, 1),
             "seconds_left": round(per_epoch * (config.epochs - epoch - 1)),

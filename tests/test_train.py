@@ -26,7 +26,7 @@ from harness import checkpoints, models
 from harness.errors import UserError, run_script
 from harness.reproduction.plan import RECIPES
 from harness.training.config import TrainConfig, parse_train_config
-from harness.training.methods import METHODS
+from harness.training.methods import ATTACK, METHODS, Method
 from mtlat import Draws, algorithm1
 from tests.support.method import softmax
 from tests.support.tiny import convnet, read_log, states_equal
@@ -125,7 +125,7 @@ def test_each_method_trains(go, method, tmp_path, monkeypatch):
     ]  # fmt: skip
     rows = read_log(tmp_path / "out")
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert (rows[0]["loss2"] == "") == (method in ("standard", "mixup"))
+    assert (rows[0]["loss2"] == "") == (METHODS[method].terms == 1)
     model = models.restore_model(first)
     assert model(torch.rand(2, 3, 12, 12)).shape == (2, 3)
 
@@ -142,6 +142,17 @@ def test_the_log_has_the_mean_of_each_loss(go):
     logits = models.restore_model(found)(images / 255)
     expected = pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert [found["log"][0][name] for name in ("loss1", "loss2")] == [expected] * 2
+
+
+def test_the_log_has_every_loss_of_a_method_of_your_own(go, monkeypatch, tmp_path, capsys):
+    def losses(*step):
+        return (weight * next(METHODS["standard"].losses(*step)) for weight in (1, 2, 4))
+
+    monkeypatch.setitem(METHODS, "fgsm", Method(losses, 1, 3, "", ATTACK))
+    go("--arch", "tiny:linear", "--epochs", "1", method="fgsm")
+    (row,) = read_log(tmp_path / "out")
+    assert float(row["loss3"]) == pytest.approx(4 * float(row["loss1"]))
+    assert f"loss3 {float(row['loss3']):.4f}  clean accuracy" in capsys.readouterr().out
 
 
 def test_the_log_has_the_speed_of_training_and_the_time_that_is_left(go, monkeypatch):

@@ -26,7 +26,8 @@ def log_csv(log: list[Row]) -> str:
 
 def log_line(row: Row, epochs: int) -> str:
     """Format the row of one epoch for the terminal."""
-    losses = "  ".join(f"{k} {row[k]:.4f}" for k in ("loss1", "loss2") if row[k] is not None)
+    found = {name: mean for name, mean in row.items() if name.startswith("loss")}
+    losses = "  ".join(f"{name} {mean:.4f}" for name, mean in found.items() if mean is not None)
     minutes, seconds = divmod(row["seconds_left"], 60)
     return (
         f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  lr {row['lr']:.1e}  {losses}"
