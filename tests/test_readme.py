@@ -14,6 +14,7 @@ import reproduce
 import train
 from harness.benchmark import plots, registry
 from harness.images import embedded
+from harness.training.methods import METHODS
 from tests.support.tiny import image_folder
 
 ROOT = Path(train.__file__).parent
@@ -76,6 +77,11 @@ def commands() -> set[str]:
 
 def test_every_command_is_known_here() -> None:
     assert commands() == set(ADDED)
+
+
+def test_the_manual_has_a_row_for_every_method() -> None:
+    text = (ROOT / "docs" / "usage.md").read_text()
+    assert re.findall(r"^\| `(\w[\w-]*)` \|", text, re.MULTILINE) == list(METHODS)
 
 
 def call(task: Any) -> None:
