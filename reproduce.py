@@ -18,6 +18,7 @@ from evaluate import check_corruptions
 from harness.benchmark.config import parse_eval_config
 from harness.benchmark.registry import choose_perturbations
 from harness.benchmark.store import read_cells
+from harness.cli import format_command
 from harness.errors import UserError, deferred_signals, run_script
 from harness.images.datasets import Dataset
 from harness.models import build_model, check_name, count_correct
@@ -68,8 +69,9 @@ def reproduce(config: ReproduceConfig) -> None:
         else:
             run_task(task)
             read_progress(task, data)
-    commands, folders = [command(task, ROOT) for task in tasks], [t.folder for t in trainings]
-    write_report(config, commands, folders, found, data)
+    whole = f"{format_command(['python', *sys.argv])}  # runs:"
+    commands = [whole, *(command(task, ROOT) for task in tasks)]
+    write_report(config, commands, [task.folder for task in trainings], found, data)
 
 
 def read_progress(task: TrainTask, data: Dataset) -> Progress:

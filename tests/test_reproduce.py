@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from html import unescape
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,8 +201,9 @@ def test_train_flags_do_not_repeat_what_the_plan_sets(flags: str, said: str) -> 
 
 
 def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
-    images: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--data", "my images"])
     reproduce.main(argv(images, "--tables", "1"))
     said = capsys.readouterr().out
     out = images.parent / "out"
@@ -233,6 +235,8 @@ def test_a_run_ends_with_tables_and_a_report_and_is_not_done_again(
     assert all(name in html for name in [*trained, evaluation])
     assert f"One mix of two training images in a step of M-TLAT, by {trained[2]}" in html
     assert results["weights"]["tiny-convnet-mtlat-seed0"] in html
+    for page in (markdown, unescape(html)):  # as a shell takes it
+        assert "python reproduce.py --data 'my images'  # runs:\npython " in page
     assert [path.name for path in sorted(out.glob("*.png"))] == [
         "curves-tiny-convnet.png", "differences-tiny-convnet-table1.png",
         "robustness-tiny-convnet.png", "severities-tiny-convnet.png", "step.png",

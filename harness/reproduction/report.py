@@ -131,7 +131,7 @@ def write_report(
 
     Args:
         config: of the reproduction.
-        commands: what was run.
+        commands: the run's own, then those that it ran.
         trainings: the trainings' folders.
         found: the evaluations.
         data: the images.
