@@ -21,6 +21,7 @@ from harness.benchmark.tables import MISSING, answer, markdown_rows, to_plain
 from harness.reproduction.paper import ATTACKS_TITLE, BASELINE, HEADINGS, MEANS, PAPER_ROWS, Printed
 
 AGREES, CONTRADICTS, UNDECIDED, VOID = "agrees", "contradicts", "undecided", "void"
+WITHOUT = ", without CW2"  # a mean of the attacks, where CW2 is void
 
 
 class Entry(NamedTuple):
@@ -148,11 +149,13 @@ def orders(rows: Sequence[Compared]) -> list[Order]:
     found = []
     for arch in dict.fromkeys(row.arch for row in rows):
         for table, text, name, better, worse in wanted:
-            ours = {r.method: r.entries for r in rows if (r.table, r.arch) == (table, arch)}
+            own = [row for row in rows if (row.table, row.arch) == (table, arch)]
+            ours = {row.method: row.entries for row in own}
             entries = {m: ours[m][name] for m in (better, worse) if name in ours.get(m, {})}
             if len(entries) == 2:
                 difference = _subtract_seeds(entries, better, worse, accuracy=name == "clean")
                 verdict = _verdict(difference, "+")
+                text += WITHOUT if name == ATTACKS_TITLE and any(row.void for row in own) else ""
                 found.append(Order(text, arch, name, entries, difference, verdict))
     return found
 
@@ -179,7 +182,7 @@ def comparison_table(rows: Sequence[Compared]) -> list[list[str]]:
     """
     header, names = [""], [n for n in HEADINGS if any(n in row.entries for row in rows)]
     void = any(row.void for row in rows)
-    titles = HEADINGS | ({ATTACKS_TITLE: "mean of 4, without CW2"} if void else {})
+    titles = HEADINGS | ({ATTACKS_TITLE: f"mean of 4{WITHOUT}"} if void else {})
     lines = [[titles[name]] for name in names]
     for row in rows:
         signed = any(entry.verdict for entry in row.entries.values())
@@ -200,6 +203,8 @@ def comparison_caption(rows: Sequence[Compared]) -> str:
     spread = f"mean ± sample standard deviation of {seeds} seeds"
     spread = spread if seeds > 1 else "one seed: the verdicts are about these networks alone"
     mark = "; !: an attack check failed" if any(entry.doubted for entry in entries) else ""
+    if any(row.void & row.entries.keys() for row in rows):
+        mark += f"; void: CW2 gave up on nearly all images that {BASELINE} gets right"
     what = "clean accuracy" if first.table == 3 else "clean accuracy, then R"
     return (
         f"Table {first.table}, {first.arch} beside the paper's {first.paper_arch}: {what}"
