@@ -35,6 +35,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     # With the machine's name, because several may write one folder of a file system without locks.
     temporary = path.with_name(f".{path.name}.{platform.node()}.unfinished")
     try:
+        temporary.unlink(missing_ok=True)  # writing would follow a link of that name
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -67,7 +68,7 @@ def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
         UserError: another run holds the lock, and `wait` is False.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "wb") as file:
+    with open(folder / ".lock", "ab") as file:  # "wb" would empty a file that a link leads to
         locked = _lock(file, folder, wait)
         if locked:
             for stale in folder.glob(".*.unfinished"):

@@ -59,6 +59,19 @@ def test_without_locks_two_machines_write_one_file(
     assert path.read_text() == "one" and len(list(tmp_path.iterdir())) == 2
 
 
+def test_links_in_a_folder_from_others_lead_no_write_out_of_it(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "run"
+    outside.write_text("of another program")
+    folder.mkdir()
+    for name in (".lock", f".last.pt.{platform.node()}.unfinished", "last.pt"):
+        (folder / name).symlink_to(outside)
+    atomic_write(folder / "last.pt", b"12345")
+    with lock_folder(folder):
+        assert outside.read_text() == "of another program"
+    assert (folder / "last.pt").read_bytes() == b"12345"
+    assert not (folder / "last.pt").is_symlink()
+
+
 def test_the_whole_content_is_on_disk_before_a_file_is_replaced_or_a_cell_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
