@@ -29,11 +29,11 @@ def read_cells(path: Path, *, repair: bool = False) -> list[Cell]:
     if not path.exists():
         return []
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if repair and len(whole) < len(content):
-        os.truncate(path, len(whole))
+    *lines, rest = content.split(b"\n")
+    if rest.strip(b"\0")[:1] not in b"{":  # it is no cell that was being written
+        lines.append(rest)
     cells = []
-    for i, text in enumerate(whole.splitlines(), 1):
+    for i, text in enumerate(lines, 1):
         try:
             cell = json.loads(text)
             if cell.pop("crc") != checksum(cell):
@@ -41,6 +41,8 @@ def read_cells(path: Path, *, repair: bool = False) -> list[Cell]:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"{path}: line {i} is damaged; delete it and start again") from None
         cells.append(cell)
+    if repair and rest:  # after the checks: the file may be of another program
+        os.truncate(path, len(content) - len(rest))
     return cells
 
 

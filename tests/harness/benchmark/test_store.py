@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from harness.benchmark.store import append_cells, read_cells
+from harness.errors import UserError
 
 CELLS: list[dict[str, Any]] = [{"model": "a", "correct": 1}, {"model": "é", "correct": 2}]
 
@@ -32,3 +33,12 @@ def test_only_the_run_that_has_the_lock_cuts_off_an_unfinished_line(
     assert read_cells(path, repair=True) == CELLS[:1] and path.read_bytes() == finished
     append_cells(path, CELLS[1:])
     assert read_cells(path, repair=True) == CELLS
+
+
+@pytest.mark.parametrize("content", ["a token without a newline", '{"a": 1}\n[2', "1\n{"])
+def test_a_file_of_another_program_is_refused_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "cells.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"cells\.jsonl: line . is damaged"):
+        read_cells(path, repair=True)
+    assert path.read_text() == content
