@@ -35,12 +35,14 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     Raises:
         ValueError: the file has 16 or 32 bits per pixel, and an unknown value range; or more
-            pixels than Pillow's limit, since it may be meant to exhaust memory.
+            pixels than Pillow's limit, since it may be meant to exhaust memory; or is a program.
         OSError, SyntaxError: the file is damaged.
     """
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
         size = f"{image.width} x {image.height}"
         raise ValueError(f"has {size} pixels, too many to be safe: shrink it")
+    if image.format == "EPS":  # whatever its suffix; Pillow would let Ghostscript run it
+        raise ValueError("is a PostScript program, which is not run: save the image as PNG")
     image.load()
     try:
         turn = _TURNS.get(image.getexif().get(0x0112, 1))

@@ -1,6 +1,7 @@
 """Checkpoints of train.py: tensors and plain values in one file, read without running code."""
 
 import io
+import os
 import re
 import warnings
 import zipfile
@@ -142,7 +143,10 @@ def _read(path: str | Path, *, only_zip: bool = False) -> Any:
         with file, warnings.catch_warnings(action="ignore", category=UserWarning):
             if only_zip or zipfile.is_zipfile(file):
                 # A zip archive has checksums, which PyTorch writes but does not compare.
-                if damaged := zipfile.ZipFile(file).testzip():
+                archive = zipfile.ZipFile(file)
+                if sum(part.file_size for part in archive.infolist()) > os.stat(path).st_size:
+                    raise ValueError("its parts are larger than the file")  # a zip bomb
+                if damaged := archive.testzip():
                     raise ValueError(f"checksum of {damaged}")
                 intact = True
             file.seek(0)

@@ -5,6 +5,7 @@ import os
 import pickle
 import threading
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ BAD_IMAGES = {
     "flipped.png": (png().replace(b"IDAT", b"IDAU", 1), "not a usable image"),
     "huge.png": (claimed(50_000, 50_000), "decompression bomb"),
     "large.png": (claimed(10_000, 10_000), "has 10000 x 10000 pixels, too many to be safe"),
+    "program.png": (png(format="EPS"), "PostScript program"),
     "none.png": (claimed(0, 16), "not a usable image"),
     "half.bmp": (png(format="BMP")[:200], "truncated"),
     "cut.webp": (png(format="WEBP")[:100], "not a usable image"),
@@ -177,6 +179,15 @@ class Evil:
         return os.mkdir, ("executed",)
 
 
+def packed(archive: bytes) -> bytes:
+    """Return the bytes of a zip archive whose parts are followed by zeros, and compressed."""
+    sink = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as parts, zipfile.ZipFile(sink, "w", 8) as bomb:
+        for name in parts.namelist():
+            bomb.writestr(name, parts.read(name) + bytes(10**6))
+    return sink.getvalue()
+
+
 def checkpoints(whole: Path) -> dict[str, bytes]:
     """Return the contents of files that are damaged or are not a checkpoint of train.py."""
 
@@ -206,7 +217,7 @@ def checkpoints(whole: Path) -> dict[str, bytes]:
            for key in ("model", "arch", "classes", "log")},
         "int-classes": saved({**good, "classes": 3}),
         "numbered": saved({0: torch.ones(2)}),
-        "script": bytes(scripted(3).save_to_buffer()),
+        "script": bytes(scripted(3).save_to_buffer()), "bomb": packed(raw),
     }  # fmt: skip
     return files
 
