@@ -48,7 +48,7 @@ from harness.models import (
 )
 from harness.training.augment import flip_crop
 from harness.training.average import build_average
-from harness.training.checks import check_batch_size, check_model
+from harness.training.checks import check_batch_size, check_model, restore_optimizer
 from harness.training.config import TrainConfig, parse_train_config, schedule_change
 from harness.training.log import describe_weights, header, log_csv, log_line, trained_with
 from harness.training.manifold import draw_layer, losses_at
@@ -155,9 +155,7 @@ def build(config: TrainConfig, data: Dataset, checkpoint: dict[str, Any] | None)
     optimizer = build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     if checkpoint is not None:
-        for group in checkpoint["optimizer"]["param_groups"]:
-            group["fused"] = optimizer.defaults["fused"]  # another device may have saved it
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        restore_optimizer(str(config.resume), optimizer, checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
     if config.compile:
         model.compile()

@@ -478,6 +478,32 @@ def test_a_run_of_an_apple_gpu_is_continued_with_the_fused_optimizer(go, tmp_pat
     assert all(map(math.isfinite, train.train_one_epoch(config, training, 1)))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"exp_avg": torch.zeros(2)}, {"exp_avg": "x"}, {"more": torch.zeros(())}],
+    ids=["shape", "type", "name"],
+)
+def test_an_optimizer_that_does_not_fit_the_model_is_refused(go, tmp_path, change):
+    """A fused step would write beyond the end of its memory."""
+    go("--epochs", "1")
+    argv = ["--resume", str(tmp_path / "out" / "last.pt"), "--epochs", "2", "--device", "cpu"]
+    config, checkpoint = parse_train_config(argv)
+    checkpoint["optimizer"]["state"][0] |= change
+    with pytest.raises(UserError, match=r"last\.pt: its optimizer does not fit the model \("):
+        train.build(config, train.load_data(config), checkpoint)
+
+
+def test_an_optimizer_that_shares_memory_between_weights_gets_its_own(go, tmp_path):
+    go("--epochs", "1")
+    argv = ["--resume", str(tmp_path / "out" / "last.pt"), "--epochs", "2", "--device", "cpu"]
+    config, checkpoint = parse_train_config(argv)
+    state = checkpoint["optimizer"]["state"][0]
+    state["exp_avg"] = torch.zeros(()).expand(state["exp_avg"].shape)
+    restored = train.build(config, train.load_data(config), checkpoint).optimizer
+    average = next(iter(restored.state.values()))["exp_avg"]
+    assert average.untyped_storage().nbytes() == 4 * average.numel()
+
+
 def test_a_resumed_run_keeps_its_cache_unless_another_is_given(go, tmp_path):
     go("--epochs", "1")
     argv = ["--resume", str(tmp_path / "out" / "last.pt")]

@@ -1,5 +1,7 @@
 """Checks before the first epoch, so that a training does not fail after it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,33 @@ def check_batch_size(config: TrainConfig, images: int) -> None:
         raise UserError(
             f"{message}, and each of {processes} processes needs 2 images: raise it, or start fewer"
         )
+
+
+def restore_optimizer(path: str, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Restore the state of an optimizer from that in the checkpoint `path`.
+
+    All options but the learning rate are those of the run's settings. Raises `UserError` unless the
+    state has the shapes of the weights: a fused step writes into its memory without comparing them.
+    """
+    try:
+        groups = optimizer.state_dict()["param_groups"]
+        for group, before in zip(groups, saved["param_groups"], strict=True):
+            group["lr"] = float(before["lr"])  # which changes with the epochs
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        adam = not isinstance(optimizer, torch.optim.SGD)
+        for weight, state in optimizer.state.items():
+            if adam and state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError(f"it has {', '.join(state)}")
+            for name, value in state.items():
+                if value is not None and value.shape != (() if name == "step" else weight.shape):
+                    raise ValueError(f"{name} has the shape {tuple(value.shape)}")
+                state[name] = value if value is None else value.clone()  # none shares memory
+    except Exception as error:  # torch raises many kinds
+        if is_explained(error):
+            raise
+        raise UserError(
+            f"{path}: its optimizer does not fit the model ({first_line(error)}): restore the file"
+        ) from None
 
 
 def check_model(config: TrainConfig, model: nn.Module, x: Tensor, num_classes: int) -> None:
