@@ -16,6 +16,9 @@ from harness.benchmark.registry import COLUMNS, PERTURBATIONS, SAMPLE, TABLES
 MISSING = "-"
 CLEAN = "Clean accuracy"
 SUPPLEMENTARY = "Supplementary attacks"
+# What Markdown would take for a backslash escape, a table's border, HTML, code, a link, an entity,
+# or emphasis. An underscore within a word is none, and asterisks set cells in bold.
+MARKUP = re.compile(r"\\(?=[!-/:-@\[-`{-~])|[|<`\[]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])")
 SIGN = re.compile(r"(?<=\d)(\(?[+-]\)?)(!?)$")  # 0.83+ or 0.83(-)!
 
 CSV_COLUMNS = [
@@ -203,9 +206,14 @@ def align_columns(table: list[list[str]]) -> list[str]:
     return lines
 
 
+def escape_markdown(text: str) -> str:
+    """Escape what Markdown would not show as it is: a model may have any name."""
+    return MARKUP.sub(r"\\\g<0>", text)
+
+
 def markdown_rows(table: list[list[str]]) -> list[str]:
     """Format a table's lines in Markdown."""
-    header, *rows = ([cell.replace("|", r"\|") for cell in row] for row in table)
+    header, *rows = ([escape_markdown(cell) for cell in row] for row in table)
     rule = ["---", *["---:"] * (len(header) - 1)]
     return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
 
@@ -222,9 +230,11 @@ def to_markdown(results: Results) -> str:
     """Format all tables in Markdown."""
     blocks = []
     for caption, cells, notes in format_tables(results):
-        lines = [f"**{caption}**", "", *markdown_rows(cells), "", *(f"- {note}" for note in notes)]
+        lines = [f"**{escape_markdown(caption)}**", "", *markdown_rows(cells), ""]
+        lines += [f"- {escape_markdown(note)}" for note in notes]
         blocks.append("\n".join(lines).rstrip())
-    return "\n\n".join([*blocks, *answers(results), *(f"*{n}*" for n in results.notes)]) + "\n"
+    blocks += map(escape_markdown, answers(results))
+    return "\n\n".join([*blocks, *(f"*{escape_markdown(n)}*" for n in results.notes)]) + "\n"
 
 
 def to_latex(results: Results) -> str:
@@ -251,8 +261,8 @@ def to_latex(results: Results) -> str:
 def _escape(content: str) -> str:
     marks = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
              "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-             "[": "{[}"}  # which would be an argument of the \\ before it  # fmt: skip
-    return re.sub(r"[\\~^<>|[%_&#${}]", lambda m: marks.get(m[0], f"\\{m[0]}"), content)
+             "[": "{[}", "*": "{*}"}  # which could belong to the \\ before it  # fmt: skip
+    return re.sub(r"[\\~^<>|[*%_&#${}]", lambda m: marks.get(m[0], f"\\{m[0]}"), content)
 
 
 def to_csv(results: Results) -> str:

@@ -350,6 +350,20 @@ def test_findings_stand_beside_the_score() -> None:
     assert marked[0][-3:] == ["80 %", "0.25", "0.12"] and marked[1][-3:] == ["-"] * 3
 
 
+@pytest.mark.parametrize(
+    "name, shown",
+    [("<!-- x", r"\<!-- x"), (r"a\|b", r"a\\\|b"), ("`x`", r"\`x\`"), 
+     ("[x](a.com)", r"\[x](a.com)"), ("&lt;b", r"\&lt;b"), ("_x_", r"\_x\_"),
+     (r"r\udcfcn a_b R&D -", r"r\udcfcn a_b R&D -")],
+)  # fmt: skip
+def test_markdown_shows_the_names_of_models_as_they_are(name: str, shown: str) -> None:
+    results = metrics.aggregate(CELLS, {name: A, "beta": B}, name)
+    results = results._replace(notes=[f"{name} guesses"])
+    text = tables.to_markdown(results)
+    assert f"\n| {shown} | " in text and f"against {shown}" in text and f"*{shown} gu" in text
+    assert text.count(name) == text.count(shown) * (name in shown)
+
+
 def test_names_of_models_may_have_any_character(tmp_path: Path) -> None:
     names = {"alpha": A, r"r|x_^~{1\n": B}
     made = metrics.aggregate(CELLS, names, "alpha")
@@ -359,6 +373,8 @@ def test_names_of_models_may_have_any_character(tmp_path: Path) -> None:
     assert escaped in tables.to_latex(made)
     odd = metrics.aggregate(CELLS, {"alpha": A, "[x]<1>": B}, "alpha")
     assert "\n{[}x]\\textless{}1\\textgreater{} & " in tables.to_latex(odd)
+    star = metrics.aggregate(CELLS, {"alpha": A, "*x": B}, "alpha")
+    assert "\n{*}x & " in tables.to_latex(star)
     hidden = metrics.aggregate(CELLS, {"alpha": A, "_beta": B}, "alpha")
     shown = metrics.aggregate(CELLS, {"alpha": A, "beta": B}, "alpha")
     for name, results in (("hidden", hidden), ("shown", shown)):
