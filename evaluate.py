@@ -28,7 +28,7 @@ from harness.benchmark.registry import COLUMNS
 from harness.benchmark.store import Cell, append_cells, read_cells
 from harness.benchmark.subjects import Subject
 from harness.checkpoints import load_weights
-from harness.cli import format_command
+from harness.cli import check_saved, format_command
 from harness.devices import environment_info, require_same_on_all_ranks
 from harness.errors import UserError, escape_unprintable, run_script
 from harness.files import atomic_write, lock_folder
@@ -38,7 +38,10 @@ from harness.images.folders import require_outside
 from harness.images.loader import BatchLoader
 from harness.images.preprocess import Crop, choose_crop, describe, kind
 from harness.models import compute_logits, is_right
+from harness.training.config import TrainConfig
 
+# Settings of a checkpoint's training that decide the images.
+USED = ("data", "classes", "data_seed", "skip_bad_images", "preprocess")
 SHEET_SEVERITY = 3  # of the corruptions in the contact sheet
 
 
@@ -85,6 +88,8 @@ def prepare(config: EvalConfig) -> tuple[Evaluation, list[str]]:
     """Load and check the images and the models. Also returns warnings for the user."""
     files = {spec: load_weights(spec) for spec in config.specs if is_file(spec)}
     checkpoints = {spec: content for spec, content in files.items() if "format" in content}
+    for spec, content in checkpoints.items():
+        check_saved(TrainConfig, {k: v for k, v in content["settings"].items() if k in USED}, spec)
     if config.arch and len(checkpoints) == len(files):
         raise UserError("--arch is for plain state dicts: these models name theirs, leave it out")
     if config.imagenet_classes and len(checkpoints) == len(config.specs):

@@ -17,6 +17,7 @@ from torch.serialization import safe_globals
 
 from harness.errors import UserError, first_line, out_of_memory
 from harness.files import atomic_write
+from mtlat import Normalize
 
 FORMAT = "mtlat checkpoint 1"
 FIELDS = {
@@ -189,4 +190,21 @@ def _checked(path: str | Path, checkpoint: Any) -> dict[str, Any]:
         if not isinstance(checkpoint.get(name, ...), kind):
             found = type(checkpoint[name]).__name__ if name in checkpoint else "missing"
             raise UserError(f"{path} is not a checkpoint of train.py: its {name} is {found}")
+    rows = [row.get("clean_accuracy") for row in checkpoint["log"] if isinstance(row, dict)]
+    good = {
+        "model": _is_state(checkpoint["model"]),
+        "classes": all(isinstance(name, str) for name in checkpoint["classes"]),
+        "log": sum(isinstance(accuracy, float) for accuracy in rows) == len(checkpoint["log"]),
+        "normalize": _is_normalization(checkpoint["normalize"]),
+    }
+    if damaged := next((name for name in good if not good[name]), ""):
+        raise UserError(f"{path} is not a checkpoint of train.py: its {damaged} is damaged")
     return checkpoint
+
+
+def _is_normalization(value: Any) -> bool:
+    """Return whether a value is a mean and a standard deviation, or empty for none."""
+    try:
+        return not value or bool(Normalize(*value))
+    except (TypeError, ValueError):
+        return False

@@ -15,6 +15,7 @@ import os
 import shlex
 import subprocess
 import textwrap
+import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -124,3 +125,26 @@ def parse_options(
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return values, set(vars(parser.parse_args(argv)))
+
+
+def check_saved(config: type, saved: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Check values of options that were read from a file, `path`.
+
+    Raises:
+        UserError: the command line would not accept a value, or give another one for it.
+    """
+    for field in dataclasses.fields(config):
+        if field.name not in saved:
+            continue
+        value, flag = saved[field.name], f"--{field.name.replace('_', '-')}"
+        if value is None and type(None) in typing.get_args(field.type):
+            continue
+        words = [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+        if isinstance(value, bool):
+            words = [flag if value else f"--no-{flag[2:]}"]
+        try:
+            same = parse_options(config, words, None)[0][field.name] == value
+        except UserError:
+            same = False
+        if not same:
+            raise UserError(f"{path}: its setting {field.name} cannot be {value!r:.80}: restore it")

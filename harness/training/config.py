@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoints import load_checkpoint, load_weights
-from harness.cli import number, option, parse_options
+from harness.cli import check_saved, number, option, parse_options
 from harness.cnn import CONVOLUTIONS
 from harness.devices import resolve_device
 from harness.errors import UserError
@@ -293,6 +293,7 @@ def _resumed(
             f"{path} has no setting {missing[0]}: another version of train.py wrote it; continue"
             " with that one"
         )
+    check_saved(TrainConfig, {name: saved[name] for name in kept}, path)
     values = values | {name: saved[name] for name in kept}
     defaults = _default_milestones(saved["data"], saved["epochs"])
     if "milestones" not in given and saved["milestones"] == defaults:

@@ -1,6 +1,7 @@
 """Build a folder with small runs of train.py and evaluate.py and with many invalid files."""
 
 import io
+import math
 import os
 import pickle
 import threading
@@ -197,7 +198,8 @@ def checkpoints(whole: Path) -> dict[str, bytes]:
         return sink.getvalue()
 
     raw, good = whole.read_bytes(), load_checkpoint(whole)
-    weights = next(iter(good["model"].values())).numpy().tobytes()
+    weight = next(iter(good["model"].values()))
+    weights = weight.numpy().tobytes()
     flipped = bytearray(raw)
     flipped[raw.index(weights)] ^= 1
     files = {
@@ -217,6 +219,14 @@ def checkpoints(whole: Path) -> dict[str, bytes]:
            for key in ("model", "arch", "classes", "log")},
         "int-classes": saved({**good, "classes": 3}),
         "numbered": saved({0: torch.ones(2)}),
+        "number-names": saved({**good, "classes": [1, 2, 3]}),
+        "log-words": saved({**good, "log": ["x"]}), "keys": saved({**good, "model": {5: weight}}),
+        "log-text": saved({**good, "log": [{**good["log"][0], "clean_accuracy": "x"}]}),
+        "std": saved({**good, "normalize": ([0.5] * 3, [0.0] * 3)}),
+        **{f"setting-{key}": saved({**good, "settings": {**good["settings"], key: value}})
+           for key, value in {"data": 5, "classes": "x", "preprocess": ["x"], "epochs": "2",
+                              "lr": math.nan, "milestones": ["x"], "method": "x",
+                              "deterministic": "no", "arch": None}.items()},
         "script": bytes(scripted(3).save_to_buffer()), "bomb": packed(raw),
     }  # fmt: skip
     return files
