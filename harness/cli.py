@@ -139,7 +139,12 @@ def check_saved(config: type, saved: dict[str, Any], path: str | os.PathLike[str
         value, flag = saved[field.name], f"--{field.name.replace('_', '-')}"
         if value is None and type(None) in typing.get_args(field.type):
             continue
-        words = [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+        words = [f"{flag}={value}"]
+        if isinstance(value, list):
+            words = [
+                flag,
+                *(str(item).lstrip("-") for item in value),
+            ]  # --help would end the script
         if isinstance(value, bool):
             words = [flag if value else f"--no-{flag[2:]}"]
         try:

@@ -151,7 +151,7 @@ TRAIN_CASES = [
         "setting-data": "setting-data.pt: its setting data cannot be 5: restore it",
         "setting-classes": "classes cannot be 'x'", "setting-preprocess": "cannot be ['x']",
         "setting-epochs": "epochs cannot be '2'", "setting-lr": "lr cannot be nan",
-        "setting-milestones": "milestones cannot be ['x']", "setting-method": "cannot be 'x'",
+        "setting-milestones": "milestones cannot be ['--help']", "setting-method": "cannot be 'x'",
         "setting-deterministic": "cannot be 'no'", "setting-arch": "arch cannot be None",
     }.items()),
     ("--resume misfit.pt --output-dir new", "weights do not fit tiny:linear"),

@@ -225,7 +225,7 @@ def checkpoints(whole: Path) -> dict[str, bytes]:
         "std": saved({**good, "normalize": ([0.5] * 3, [0.0] * 3)}),
         **{f"setting-{key}": saved({**good, "settings": {**good["settings"], key: value}})
            for key, value in {"data": 5, "classes": "x", "preprocess": ["x"], "epochs": "2",
-                              "lr": math.nan, "milestones": ["x"], "method": "x",
+                              "lr": math.nan, "milestones": ["--help"], "method": "x",
                               "deterministic": "no", "arch": None}.items()},
         "script": bytes(scripted(3).save_to_buffer()), "bomb": packed(raw),
     }  # fmt: skip
