@@ -86,9 +86,16 @@ def load_weights(path: str | Path) -> dict[str, Any]:
 
 
 def _is_state(value: Any) -> bool:
-    """Return whether a value is a state dict, with at least one tensor."""
+    """Return whether a value is a state dict, with at least one tensor, and dense ones alone."""
     pairs = value.items() if isinstance(value, dict) else []
-    return bool(pairs) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs)
+    return bool(pairs) and all(isinstance(k, str) and _is_dense(v) for k, v in pairs)
+
+
+def _is_dense(value: Any) -> bool:
+    """Return whether a value is a tensor that can be copied into a weight."""
+    if not isinstance(value, Tensor) or value.is_nested or value.is_quantized or value.is_meta:
+        return False
+    return value.layout == torch.strided
 
 
 def adapt_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

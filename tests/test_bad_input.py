@@ -108,6 +108,8 @@ TRAIN_CASES = [
     ("--weights nothing", "for --arch tiny:convnet (it has none: name a file)"),
     ("--weights DEFAULT --arch cnn4", "for --arch cnn4 (it has none: name a file)"),
     ("--weights BEST --arch alexnet", "for --arch alexnet (DEFAULT names the best)"),
+    *((f"--arch tiny:convnet --weights {kind}.pt", f"{kind}.pt is neither a checkpoint of train.py")
+      for kind in ("meta", "sparse")),
     ("--weights file", "file is not a checkpoint of train.py, or is damaged"),
     ("--weights other-arch.pt", "other-arch.pt does not fit --arch tiny:convnet with 3"),
     ("--data other --arch world:fixed --weights run/last.pt",

@@ -198,7 +198,7 @@ def checkpoints(whole: Path) -> dict[str, bytes]:
         return sink.getvalue()
 
     raw, good = whole.read_bytes(), load_checkpoint(whole)
-    weight = next(iter(good["model"].values()))
+    key, weight = next(iter(good["model"].items()))
     weights = weight.numpy().tobytes()
     flipped = bytearray(raw)
     flipped[raw.index(weights)] ^= 1
@@ -219,12 +219,14 @@ def checkpoints(whole: Path) -> dict[str, bytes]:
            for key in ("model", "arch", "classes", "log")},
         "int-classes": saved({**good, "classes": 3}),
         "numbered": saved({0: torch.ones(2)}),
+        "meta": saved({**good["model"], key: weight.to("meta")}),
+        "sparse": saved({**good["model"], key: weight.to_sparse()}),
         "number-names": saved({**good, "classes": [1, 2, 3]}),
         "log-words": saved({**good, "log": ["x"]}), "keys": saved({**good, "model": {5: weight}}),
         "log-text": saved({**good, "log": [{**good["log"][0], "clean_accuracy": "x"}]}),
         "std": saved({**good, "normalize": ([0.5] * 3, [0.0] * 3)}),
-        **{f"setting-{key}": saved({**good, "settings": {**good["settings"], key: value}})
-           for key, value in {"data": 5, "classes": "x", "preprocess": ["x"], "epochs": "2",
+        **{f"setting-{name}": saved({**good, "settings": {**good["settings"], name: value}})
+           for name, value in {"data": 5, "classes": "x", "preprocess": ["x"], "epochs": "2",
                               "lr": math.nan, "milestones": ["--help"], "method": "x",
                               "deterministic": "no", "arch": None}.items()},
         "script": bytes(scripted(3).save_to_buffer()), "bomb": packed(raw),
