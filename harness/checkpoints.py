@@ -35,14 +35,14 @@ def save_checkpoint(paths: list[Path], **content: Any) -> None:
 
 
 def check_savable(name: str, model: nn.Module) -> None:
-    """Raise `UserError` unless every value of the state dict is a tensor, and none is lazy."""
+    """Raise `UserError` unless the state dict's values are dense tensors, and none is lazy."""
     for key, value in model.state_dict().items():
         if nn.parameter.is_lazy(value):
             raise UserError(f"{name}: {key} has no shape yet; run one forward pass first")
-        if not isinstance(value, Tensor):
+        if not _is_dense(value):
             raise UserError(
                 f"{name}: {key} of its state dict is a {type(value).__name__}, and a checkpoint"
-                " keeps tensors alone: register it as a buffer"
+                " keeps dense tensors alone: register one as a buffer"
             )
         if any(s == 0 and n > 1 for s, n in zip(value.stride(), value.shape, strict=True)):
             raise UserError(
@@ -197,11 +197,11 @@ def _checked(path: str | Path, checkpoint: Any) -> dict[str, Any]:
         if not isinstance(checkpoint.get(name, ...), kind):
             found = type(checkpoint[name]).__name__ if name in checkpoint else "missing"
             raise UserError(f"{path} is not a checkpoint of train.py: its {name} is {found}")
-    rows = [row.get("clean_accuracy") for row in checkpoint["log"] if isinstance(row, dict)]
+    accuracies = [isinstance(r, dict) and r.get("clean_accuracy") for r in checkpoint["log"]]
     good = {
         "model": _is_state(checkpoint["model"]),
         "classes": all(isinstance(name, str) for name in checkpoint["classes"]),
-        "log": sum(isinstance(accuracy, float) for accuracy in rows) == len(checkpoint["log"]),
+        "log": all(isinstance(accuracy, float) for accuracy in accuracies),
         "normalize": _is_normalization(checkpoint["normalize"]),
     }
     if damaged := next((name for name in good if not good[name]), ""):

@@ -92,6 +92,7 @@ TRAIN_CASES = [
     ("--arch world:still", "--arch world:still has no gradient"),
     ("--arch world:probe", "probe gives no gradient for the images, which --method mtlat needs"),
     ("--arch world:Extra", "--arch world:Extra: _extra_state of its state dict is a dict, and a"),
+    ("--arch world:sparse", "sparse: graph of its state dict is a Tensor, and a checkpoint keeps"),
     ("--arch world:Axes", "Axes fails on images (13, 3, 16, 16): Dimension out of range"),
     ("--arch world:TwoFaced", "world:TwoFaced in eval mode fails on images (2, 3, 16, 16): the"),
     ("--arch world:lazy", "world:lazy: 1.weight has no shape yet; run one forward pass first"),

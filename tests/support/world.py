@@ -70,6 +70,13 @@ def fixed(num_classes: int) -> nn.Module:
     return convnet(2)
 
 
+def sparse(num_classes: int) -> nn.Module:
+    """Return a network whose state dict holds a sparse tensor."""
+    model = convnet(num_classes)
+    model.register_buffer("graph", torch.eye(2).to_sparse())
+    return model
+
+
 class Picky(nn.Module):
     """A network that fails on every image, like one that needs another image size."""
 
