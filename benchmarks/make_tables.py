@@ -203,9 +203,7 @@ def _by_seeds_alone(mean: Differences, columns: Mapping[str, Differences]) -> st
     )
 
 
-def _others(
-    measured: Measured, arch: str, labels: list[str], seeds: list[int]
-) -> Iterator[str]:  # fmt: skip
+def _others(measured: Measured, arch: str, labels: list[str], seeds: list[int]) -> Iterator[str]:
     """Yield the tables of the networks of other methods, and of seeds that lack one of the pair."""
     for number in (1, 2, 3):
         methods = methods_of_table(number)
