@@ -140,11 +140,8 @@ def check_saved(config: type, saved: dict[str, Any], path: str | os.PathLike[str
         if value is None and type(None) in typing.get_args(field.type):
             continue
         words = [f"{flag}={value}"]
-        if isinstance(value, list):
-            words = [
-                flag,
-                *(str(item).lstrip("-") for item in value),
-            ]  # --help would end the script
+        if isinstance(value, list):  # without dashes, since --help would end the script
+            words = [flag, *(str(item).lstrip("-") for item in value)]
         if isinstance(value, bool):
             words = [flag if value else f"--no-{flag[2:]}"]
         try:
