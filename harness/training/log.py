@@ -16,9 +16,9 @@ Row = dict[str, Any]
 
 
 def log_csv(log: list[Row]) -> str:
-    """Format the rows of all epochs as CSV with a header."""
+    """Format the epochs' rows as CSV with a header. Those of older versions may lack losses."""
     text = io.StringIO()
-    rows = csv.DictWriter(text, log[0], lineterminator="\n")
+    rows = csv.DictWriter(text, log[-1], lineterminator="\n")
     rows.writeheader()
     rows.writerows(log)
     return text.getvalue()

@@ -35,6 +35,8 @@ def test_csv_has_a_row_per_epoch() -> None:
     read = csv.DictReader(io.StringIO(log_csv(rows)))
     expected = [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
     assert list(read) == expected
+    with_another_loss = csv.DictReader(io.StringIO(log_csv([*rows, ROW | {"loss3": 1.0}])))
+    assert list(with_another_loss)[:2] == [row | {"loss3": ""} for row in expected]
 
 
 def test_a_class_cannot_break_the_header() -> None:
