@@ -213,5 +213,5 @@ def _is_normalization(value: Any) -> bool:
     """Return whether a value is a mean and a standard deviation, or empty for none."""
     try:
         return not value or bool(Normalize(*value))
-    except (TypeError, ValueError):
+    except Exception:  # tensors and large integers raise kinds of their own
         return False

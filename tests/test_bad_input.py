@@ -150,7 +150,7 @@ TRAIN_CASES = [
         "nowhere": "nowhere.pt: No such file or directory",
         "number-names": "its classes is damaged", "log-words": "its log is damaged",
         "log-text": "its log is damaged", "keys": "its model is damaged",
-        "std": "its normalize is damaged",
+        "std": "its normalize is damaged", "mean": "its normalize is damaged",
         "setting-data": "setting-data.pt: its setting data cannot be 5: restore it",
         "setting-classes": "classes cannot be 'x'", "setting-preprocess": "cannot be ['x']",
         "setting-epochs": "epochs cannot be '2'", "setting-lr": "lr cannot be nan",

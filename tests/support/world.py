@@ -232,6 +232,7 @@ def checkpoints(whole: Path) -> dict[str, bytes]:
         "log-words": saved({**good, "log": ["x"]}), "keys": saved({**good, "model": {5: weight}}),
         "log-text": saved({**good, "log": [{**good["log"][0], "clean_accuracy": "x"}]}),
         "std": saved({**good, "normalize": ([0.5] * 3, [0.0] * 3)}),
+        "mean": saved({**good, "normalize": (torch.ones(3, 2), torch.ones(3, 2))}),
         **{f"setting-{name}": saved({**good, "settings": {**good["settings"], name: value}})
            for name, value in {"data": 5, "classes": "x", "preprocess": ["x"], "epochs": "2",
                               "lr": math.nan, "milestones": ["--help"], "method": "x",
