@@ -493,6 +493,16 @@ def test_an_optimizer_that_does_not_fit_the_model_is_refused(go, tmp_path, chang
         train.build(config, train.load_data(config), checkpoint)
 
 
+@pytest.mark.parametrize("trained", [{}, {"trained": 5}, {"trained": {"0.weight": torch.ones(1)}}])
+def test_weights_beside_an_average_that_do_not_fit_the_model_are_refused(go, tmp_path, trained):
+    go("--epochs", "1", "--ema", "0.5")
+    argv = ["--resume", str(tmp_path / "out" / "last.pt"), "--epochs", "2", "--device", "cpu"]
+    config, checkpoint = parse_train_config(argv)
+    del checkpoint["trained"]
+    with pytest.raises(UserError, match=r"last\.pt: its weights beside --ema's average do not fit"):
+        train.build(config, train.load_data(config), checkpoint | trained)
+
+
 def test_an_optimizer_that_shares_memory_between_weights_gets_its_own(go, tmp_path):
     go("--epochs", "1")
     argv = ["--resume", str(tmp_path / "out" / "last.pt"), "--epochs", "2", "--device", "cpu"]

@@ -35,6 +35,14 @@ def build_average(
             f"--ema: --arch {config.arch} cannot be copied ({first_line(error)})"
         ) from None
     if checkpoint is not None:  # its "model" is the average, its "trained" the weights
-        model.load_state_dict(checkpoint["trained"])
+        try:
+            model.load_state_dict(checkpoint["trained"])
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            if is_explained(error):
+                raise
+            raise UserError(
+                f"{config.resume}: its weights beside --ema's average do not fit the model: restore"
+                " the file"
+            ) from None
         average.n_averaged.fill_(len(checkpoint["log"]))  # at 0 the next step copies
     return average
