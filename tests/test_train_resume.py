@@ -514,6 +514,16 @@ def test_an_optimizer_that_shares_memory_between_weights_gets_its_own(go, tmp_pa
     assert average.untyped_storage().nbytes() == 4 * average.numel()
 
 
+def test_an_empty_cache_of_an_earlier_version_is_the_default(go, tmp_path):
+    go("--epochs", "1")
+    path = tmp_path / "out" / "last.pt"
+    earlier = torch.load(path)
+    earlier["settings"]["cache_dir"] = ""
+    torch.save(earlier, path)
+    config, _ = parse_train_config(["--resume", str(path)])
+    assert config.cache_dir == TrainConfig.cache_dir
+
+
 def test_a_resumed_run_keeps_its_cache_unless_another_is_given(go, tmp_path):
     go("--epochs", "1")
     argv = ["--resume", str(tmp_path / "out" / "last.pt")]

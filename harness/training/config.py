@@ -280,6 +280,8 @@ def _resumed(
 ) -> dict[str, Any]:
     """Combine the command line of a resumed run with its settings, which are from `path`."""
     saved = {**EARLIER, **saved}
+    if saved.get("cache_dir") == "":  # earlier versions took it for the default
+        saved["cache_dir"] = values["cache_dir"]
     for name in sorted(given - MAY_CHANGE):
         if values[name] != saved.get(name):
             raise UserError(
