@@ -137,7 +137,7 @@ def run_task(task: TrainTask | EvalTask) -> None:
     if code:
         how = f"exit code {code} of" if code > 0 else (
             f"killed by signal {-code}{' (is memory full?)' * (code == -9)}; what was finished is"
-            " kept, run it again to continue; it was"
+            " kept, run reproduce.py again to continue; the command was"
         )  # fmt: skip
         print(f"error: {how}: {command(task, ROOT)}", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)

@@ -452,7 +452,8 @@ def test_a_child_is_run_as_printed(
     [
         ("sys.exit(2)", 2, "error: exit code 2 of: python "),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "error: killed by signal 9 (is memory full?);"
-         " what was finished is kept, run it again to continue; it was: python "),
+         " what was finished is kept, run reproduce.py again to continue; the command was:"
+         " python "),
         ("os.kill(os.getpid(), signal.SIGABRT)", 134, "error: killed by signal 6; what was"),
         ("sys.exit(130)", 130, ""),
         ("sys.exit(143)", 143, ""),
