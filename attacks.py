@@ -11,12 +11,12 @@ float32 or float64 in [0, 1], and y is (B,) int64. x_adv is a new tensor like x,
 a graph. Attacks run in eval mode and in full precision (no autocast, no TF32). Call eval() yourself
 on modules that a function or a Python list hides. Attacks compute the gradient of the input alone,
 and leave modes, parameters, .grad and running statistics unchanged. During an attack, use no model
-in another thread: the whole process has one precision. Do not attack a sharded model by CW2, or by
-PGD with restarts: the number of their forward passes depends on the images, and every process must
-make all of them. Except for PGD's random starts, an image's result does not depend on the rest of
-the batch, up to the model's rounding. Costs are per image: F forward passes, B backward passes to
-the input. Bad images, labels and ranges raise ValueError or TypeError with the value, the rule and
-the fix.
+in another thread: the attack sets the precision of the whole process. Do not attack a sharded model
+by CW2, or by PGD with restarts: the number of their forward passes depends on the images, and every
+process must make all of them. Except for PGD's random starts, an image's result does not depend on
+the rest of the batch, up to the model's rounding. Costs are per image: F forward passes, B backward
+passes to the input. Bad images, labels and ranges raise ValueError or TypeError with the value, the
+rule and the fix.
 
 What the paper leaves open, the reading taken here, and the option for another one:
  1. PGD's step is 2.5 epsilon / steps, here 0.01 (Madry et al.). Otherwise: `step_size`.

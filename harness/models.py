@@ -157,7 +157,7 @@ def find_weights(arch: str, name: str) -> Published:
     try:
         entry = torchvision.models.get_model_weights(model)[name]
     except (ValueError, KeyError) as error:
-        known = isinstance(error, KeyError)  # the architecture, and not the weights
+        known = isinstance(error, KeyError)  # the architecture; its weights are not
         raise UserError(
             f"--weights {name}: no such file, and no such weights in torchvision for --arch {arch}"
             f" ({'DEFAULT names the best' if known else 'it has none: name a file'})"
