@@ -19,15 +19,16 @@ def test_cells_are_read_back_in_their_order(tmp_path: Path) -> None:
     assert read_cells(path) == CELLS
 
 
+@pytest.mark.parametrize("lost", [b"", bytes(3)])  # zeros: a lost page, after a power failure
 @pytest.mark.parametrize("kept", [1, 20, -1])
 def test_only_the_run_that_has_the_lock_cuts_off_an_unfinished_line(
-    kept: int, tmp_path: Path
+    kept: int, lost: bytes, tmp_path: Path
 ) -> None:
     path = tmp_path / "cells.jsonl"
     append_cells(path, CELLS[:1])
     finished = path.read_bytes()
     append_cells(path, CELLS[1:])
-    unfinished = finished + path.read_bytes()[len(finished) :][:kept]
+    unfinished = finished + lost + path.read_bytes()[len(finished) :][:kept]
     path.write_bytes(unfinished)
     assert read_cells(path) == CELLS[:1] and path.read_bytes() == unfinished
     assert read_cells(path, repair=True) == CELLS[:1] and path.read_bytes() == finished
