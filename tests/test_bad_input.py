@@ -203,7 +203,7 @@ EVALUATE_CASES = [
     ("number-names.pt", "its classes is damaged"), ("keys.pt", "its model is damaged"),
     ("std.pt", "its normalize is damaged"),
     *((f"setting-{name}.pt", f"its setting {name} cannot be")
-      for name in ("data", "classes", "preprocess")),
+      for name in ("data", "classes", "preprocess", "data_seed", "skip_bad_images")),
     ("no-model.pt", "its model is missing"), ("misfit.pt", "do not fit tiny:linear"),
     ("nan.pt", "returns logits that are not finite"),
     ("state.pt", "state.pt is a plain state dict: name its architecture with --arch"),

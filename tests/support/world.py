@@ -236,7 +236,8 @@ def checkpoints(whole: Path) -> dict[str, bytes]:
         **{f"setting-{name}": saved({**good, "settings": {**good["settings"], name: value}})
            for name, value in {"data": 5, "classes": "x", "preprocess": ["x"], "epochs": "2",
                               "lr": math.nan, "milestones": ["--help"], "method": "x",
-                              "deterministic": "no", "arch": None}.items()},
+                              "deterministic": "no", "arch": None, "data_seed": "x",
+                              "skip_bad_images": "no"}.items()},
         "script": bytes(scripted(3).save_to_buffer()), "bomb": packed(raw),
     }  # fmt: skip
     return files
